@@ -1,0 +1,13 @@
+import numpy as np
+
+
+# (value, gradient). Values as in jax/_src/public_test_util.py; gradients are tighter,
+# because the oracle is given the rounded inputs.
+TOLERANCE = {"float32": (1e-6, 1e-5), "bfloat16": (1e-2, 1e-2), "float16": (1e-3, 1e-3)}
+
+
+def assert_close(actual, expected, tol, name=""):
+    """Checks to `tol` of the largest entry, so a zero `actual` never passes."""
+    actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))
+    scale = np.max(np.abs(expected), where=np.isfinite(expected), initial=0.0)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tol * scale, err_msg=name)
