@@ -2,7 +2,23 @@
 
 from importlib.metadata import version as _version
 
+from . import losses as losses, reference as reference
+from ._distillation import (
+    distillation_loss as distillation_loss,
+    distillation_loss_with_metrics as distillation_loss_with_metrics,
+)
+from ._divergences import (
+    AlphaDivergence as AlphaDivergence,
+    ForwardKL as ForwardKL,
+    JensenShannon as JensenShannon,
+    ReverseKL as ReverseKL,
+    SkewForwardKL as SkewForwardKL,
+    SkewReverseKL as SkewReverseKL,
+    SymmetricKL as SymmetricKL,
+    TotalVariation as TotalVariation,
+)
 from ._kl_div import kl_div as kl_div, KLDivLoss as KLDivLoss
+from ._metrics import DistillationMetrics as DistillationMetrics
 
 
 __version__ = _version("jaxkl")

@@ -1,0 +1,173 @@
+"""Distillation losses: the public functions."""
+
+import inspect
+from typing import Any, TypedDict, Unpack
+
+import jax
+import jax.numpy as jnp
+
+from ._divergences import Divergence
+from ._engine import weighted_loss
+from ._metrics import DistillationMetrics
+from ._numerics import zero_unless
+from ._problem import IGNORED_LABEL, prepare, Reduction
+from ._tile import weigh
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of every distillation loss."""
+
+    divergence: Divergence
+    temperature: Any
+    teacher_temperature: Any
+    t_squared: bool
+    labels: Any
+    alpha: Any
+    label_smoothing: Any
+    z_loss: Any
+    where: Any
+    weights: Any
+    vocab_size: int | None
+    differentiate_teacher: bool
+    reduction: Reduction
+    normalizer: Any
+    tile: int | None
+
+
+def public_signature(f):
+    """Shows the keyword arguments of `prepare`, with their defaults, as `f`'s."""
+    signature = inspect.signature(prepare)
+    shown = [p for p in signature.parameters.values() if p.name != "statistics"]
+    f.__signature__ = inspect.Signature(shown)
+    return f
+
+
+@public_signature
+def distillation_loss(student, teacher, **options: Unpack[Options]) -> jax.Array:
+    r"""Loss of a student that learns from a teacher.
+
+    With $p = \mathrm{softmax}(t / T_t)$, $q = \mathrm{softmax}(s / T)$ and $D$ the
+    `divergence` of $q$ from $p$, a token's loss is
+
+    $$ \ell = \alpha\,T^2 D + (1 - \alpha)\,\mathrm{CE} + z\,\mathrm{lse}(s)^2, $$
+
+    where the cross-entropy CE, to `labels`, and lse, the log-sum-exp, are at temperature
+    1. For the default divergence, $D = \mathrm{KL}(p \,\|\, q)$ and
+    $\partial D / \partial s = (q - p) / T$.
+
+    Statistics are in float32 or more; gradients are computed in the forward pass, a tile
+    of tokens at a time, and no `[tokens, vocab]` array is held beside the arguments and
+    their gradients. Second order (`jax.hessian`, reverse over reverse) works; forward
+    mode (`jax.jvp`, `jax.linearize`) is for `jaxkl.reference.distillation_loss`.
+
+    Columns where both logits are `-inf` are as if absent. A token with $q = 0 < p$ has an
+    infinite forward KL, and the formula's finite gradient.
+
+    Args:
+      student: Logits $s$, `[..., vocab]`.
+      teacher: Logits $t$, `[..., vocab]`, with the same leading shape. A constant unless
+        `differentiate_teacher`.
+      divergence: $D$: one of the catalogue, or any hashable, elementwise callable
+        `(log_p, log_q) -> f`, of which $D$ is the sum over the vocabulary.
+      temperature: $T > 0$, a scalar or `[...]`. Differentiable.
+      teacher_temperature: $T_t$, likewise; None: the same as `temperature`.
+      t_squared: Whether to multiply $D$ by $T^2$, as Hinton et al. do, so that gradients
+        keep their size when the temperature changes. TRL and Liger do not.
+      labels: Integer classes, `[...]`; -100 leaves out the CE of a token. Outside this
+        range it is an error, or a NaN loss where the values are traced.
+      alpha: $\alpha$ in [0, 1]. Below 1, `labels` are needed. A constant.
+      label_smoothing: In [0, 1]: this share of each label is spread evenly over the
+        vocabulary. A constant.
+      z_loss: $z \ge 0$. A constant.
+      where: Tokens that count, bool `[...]`. Others have no influence, even if their
+        logits are NaN.
+      weights: Weight $w$ of each token, float `[...]`. Differentiable.
+      vocab_size: Number of columns that are vocabulary. Those from there on are padding,
+        in either model, and their gradient is 0.
+      differentiate_teacher: Whether the teacher's logits get their gradient, instead of
+        0.
+      reduction: `"none"`: $w \ell$ for each token; `"sum"`: $\sum w \ell$; `"mean"`:
+        $\sum w \ell / \sum w$, and 0 without any weight.
+      normalizer: Divides the sum in place of $\sum w$ in `"mean"`: for example the
+        number of tokens on all devices, or of all micro-batches. A constant.
+      tile: Tokens to take at a time. None: chosen by device and vocabulary.
+
+    Returns:
+      The loss, float64 if an argument is, else float32: `[...]` if `reduction="none"`,
+      else a scalar. Gradients have their argument's dtype.
+
+    Raises:
+      TypeError: For an argument of a wrong type or dtype.
+      ValueError: For shapes that do not fit and, where it is known, a value out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> student, teacher = jnp.array([0.0, 0.0]), jnp.array([0.0, jnp.log(3.0)])
+      >>> print(f"{jaxkl.distillation_loss(student, teacher):.4f}")
+      0.1308
+
+    References:
+      Hinton, Vinyals, Dean. [Distilling the Knowledge in a Neural
+      Network](https://arxiv.org/abs/1503.02531), 2015.
+    """
+    problem = prepare(student, teacher, **options)
+    loss, _, _ = weighted_loss(problem.spec, problem.operands)
+    return loss if problem.spec.reduce else loss.reshape(problem.shape)
+
+
+@public_signature
+def distillation_loss_with_metrics(
+    student, teacher, **options: Unpack[Options]
+) -> tuple[jax.Array, DistillationMetrics]:
+    """`distillation_loss`, and what one logs beside it, from the same pass.
+
+    Args:
+      student: See `distillation_loss`, as for every argument.
+      teacher: Likewise.
+      **options: Likewise.
+
+    Returns:
+      The loss, and `DistillationMetrics`: the form for
+      `jax.value_and_grad(..., has_aux=True)`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> student, teacher = jnp.array([0.0, 0.0]), jnp.array([0.0, jnp.log(3.0)])
+      >>> loss, metrics = jaxkl.distillation_loss_with_metrics(student, teacher)
+      >>> print(f"{metrics.student_entropy:.4f} {metrics.top1_agreement}")
+      0.6931 0.0
+    """
+    problem = prepare(student, teacher, statistics=True, **options)
+    loss, terms, statistics = weighted_loss(problem.spec, problem.operands)
+    loss = loss if problem.spec.reduce else loss.reshape(problem.shape)
+    return loss, _metrics(problem, terms, statistics)
+
+
+def _metrics(problem, terms, statistics) -> DistillationMetrics:
+    weight = jax.lax.stop_gradient(problem.weight)
+
+    def mean(x, weight=weight):
+        total = jnp.sum(weight)
+        return zero_unless(
+            total != 0, jnp.sum(weigh(weight, x)) / jnp.where(total != 0, total, 1)
+        )
+
+    cross_entropy = None
+    if terms.label is not None:
+        cross_entropy = terms.label
+        if terms.uniform is not None:
+            smoothing = jnp.asarray(problem.label_smoothing, weight.dtype)
+            cross_entropy = (1 - smoothing) * terms.label + weigh(
+                smoothing, terms.uniform
+            )
+        labelled = zero_unless(problem.operands.labels != IGNORED_LABEL, weight)
+        cross_entropy = mean(cross_entropy, labelled)
+    return DistillationMetrics(
+        divergence=mean(terms.divergence),
+        kl=mean(statistics.kl),
+        cross_entropy=cross_entropy,
+        student_entropy=mean(statistics.student_entropy),
+        teacher_entropy=mean(statistics.teacher_entropy),
+        top1_agreement=mean(statistics.top1_agreement),
+        weight=jnp.sum(weight),
+    )

@@ -1,0 +1,241 @@
+r"""The catalogue of divergences: elementwise functions of two log-probabilities.
+
+A divergence is a callable `(log_p, log_q) -> f`, with `p` the teacher and `q` the
+student; a token's divergence is the sum of `f` over the vocabulary. That is all it is:
+a user's own function of this form works wherever these do.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from ._terms import alpha_term, kl_term, log_mixture, log_ratio_of
+
+
+Divergence = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def _forward_kl(log_p, log_q):
+    return kl_term(log_p, log_q, log_ratio_of(log_p, log_q))
+
+
+def _check_number(name, value, low, high, *, open_low=False, open_high=False):
+    """Parameters are Python numbers: they are part of the compiled program."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        kind = type(value).__name__
+        raise TypeError(f"`{name}` must be a Python number, got {value!r} ({kind}).")
+    above = value > low if open_low else value >= low
+    below = value < high if open_high else value <= high
+    if not (above and below):
+        interval = f"{'(' if open_low else '['}{low}, {high}{')' if open_high else ']'}"
+        raise ValueError(f"`{name}` must be in {interval}, got {value}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardKL:
+    r"""Forward KL divergence $\mathrm{KL}(p \,\|\, q)$ of the student from the teacher.
+
+    $$ D = \sum_v p_v \log \frac{p_v}{q_v}
+         = \sum_v p_v\,(e^{r_v} - 1 - r_v), \qquad r = \log q - \log p, \qquad
+       \frac{\partial D}{\partial z} = q - p. $$
+
+    Covers the modes of the teacher (mean-seeking). Infinite where $q = 0 < p$, with the
+    formula's finite gradient there; terms with $p = 0$ are 0.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> p, q = jnp.array([0.25, 0.75]), jnp.array([0.5, 0.5])
+      >>> print(f"{jaxkl.ForwardKL()(jnp.log(p), jnp.log(q)).sum():.4f}")
+      0.1308
+
+    References:
+      Hinton, Vinyals, Dean. [Distilling the Knowledge in a Neural
+      Network](https://arxiv.org/abs/1503.02531), 2015.
+    """
+
+    def __call__(self, log_p, log_q):
+        return _forward_kl(log_p, log_q)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReverseKL:
+    r"""Reverse KL divergence $\mathrm{KL}(q \,\|\, p)$ of the teacher from the student.
+
+    $$ D = \sum_v q_v \log \frac{q_v}{p_v}, \qquad
+       \frac{\partial D}{\partial z} = q\,(\log q - \log p - D). $$
+
+    Seeks a mode of the teacher. Infinite where $p = 0 < q$.
+
+    References:
+      Gu, Dong, Wei, Huang. [MiniLLM: Knowledge Distillation of Large Language
+      Models](https://arxiv.org/abs/2306.08543), 2023.
+    """
+
+    def __call__(self, log_p, log_q):
+        return _forward_kl(log_q, log_p)
+
+
+@dataclasses.dataclass(frozen=True)
+class SymmetricKL:
+    r"""$w\,\mathrm{KL}(p \,\|\, q) + (1 - w)\,\mathrm{KL}(q \,\|\, p)$.
+
+    Jeffreys' divergence is twice its value at `weight=0.5`.
+
+    Args:
+      weight: $w$ in [0, 1].
+
+    References:
+      Jeffreys. [An invariant form for the prior probability in estimation
+      problems](https://doi.org/10.1098/rspa.1946.0056), 1946.
+    """
+
+    weight: float = 0.5
+
+    def __post_init__(self):
+        _check_number("weight", self.weight, 0, 1)
+
+    def __call__(self, log_p, log_q):
+        # An end of the interval leaves out the other term, which may be infinite.
+        if self.weight == 1:
+            return _forward_kl(log_p, log_q)
+        if self.weight == 0:
+            return _forward_kl(log_q, log_p)
+        forward, reverse = _forward_kl(log_p, log_q), _forward_kl(log_q, log_p)
+        return self.weight * forward + (1 - self.weight) * reverse
+
+
+@dataclasses.dataclass(frozen=True)
+class JensenShannon:
+    r"""Generalised Jensen-Shannon divergence, with the weights of TRL and Liger.
+
+    $$ m = \beta p + (1 - \beta) q, \qquad
+       D = \beta\,\mathrm{KL}(p \,\|\, m) + (1 - \beta)\,\mathrm{KL}(q \,\|\, m). $$
+
+    Always finite. It tends to 0 as $\beta$ tends to 0 or 1, and so is no interpolation
+    of the two KL divergences; divided by $\beta (1 - \beta)$ it is one:
+    $\mathrm{KL}(p \,\|\, q)$ at 0 and $\mathrm{KL}(q \,\|\, p)$ at 1.
+
+    Args:
+      beta: $\beta$ in (0, 1); in [0, 1] if `normalized`.
+      normalized: Whether to divide by $\beta (1 - \beta)$.
+
+    References:
+      Agarwal et al. [On-Policy Distillation of Language
+      Models](https://arxiv.org/abs/2306.13649), 2023.
+    """
+
+    beta: float = 0.5
+    normalized: bool = False
+
+    def __post_init__(self):
+        if not isinstance(self.normalized, bool):
+            raise TypeError(f"`normalized` must be a bool, got {self.normalized!r}.")
+        ends = not self.normalized
+        _check_number("beta", self.beta, 0, 1, open_low=ends, open_high=ends)
+
+    def __call__(self, log_p, log_q):
+        beta = self.beta
+        if beta == 0:
+            return _forward_kl(log_p, log_q)
+        if beta == 1:
+            return _forward_kl(log_q, log_p)
+        log_m, log_m_over_p, log_m_over_q = log_mixture(log_p, log_q, beta)
+        p_term = kl_term(log_p, log_m, log_m_over_p)
+        q_term = kl_term(log_q, log_m, log_m_over_q)
+        if self.normalized:
+            return p_term / (1 - beta) + q_term / beta
+        return beta * p_term + (1 - beta) * q_term
+
+
+@dataclasses.dataclass(frozen=True)
+class SkewForwardKL:
+    r"""Skewed forward KL, $\mathrm{KL}(p \,\|\, \alpha p + (1 - \alpha) q)$.
+
+    Finite for $\alpha > 0$, with a bounded gradient.
+
+    Args:
+      alpha: $\alpha$ in [0, 1); at 0 it is `ForwardKL`.
+
+    References:
+      Ko, Kim, Chen, Yun. [DistiLLM: Towards Streamlined Distillation for Large Language
+      Models](https://arxiv.org/abs/2402.03898), 2024.
+    """
+
+    alpha: float = 0.1
+
+    def __post_init__(self):
+        _check_number("alpha", self.alpha, 0, 1, open_high=True)
+
+    def __call__(self, log_p, log_q):
+        if self.alpha == 0:
+            return _forward_kl(log_p, log_q)
+        log_m, log_m_over_p, _ = log_mixture(log_p, log_q, self.alpha)
+        return kl_term(log_p, log_m, log_m_over_p)
+
+
+@dataclasses.dataclass(frozen=True)
+class SkewReverseKL:
+    r"""Skewed reverse KL, $\mathrm{KL}(q \,\|\, (1 - \alpha) p + \alpha q)$.
+
+    Finite for $\alpha > 0$, with a bounded gradient.
+
+    Args:
+      alpha: $\alpha$ in [0, 1); at 0 it is `ReverseKL`.
+
+    References:
+      Ko, Kim, Chen, Yun. [DistiLLM: Towards Streamlined Distillation for Large Language
+      Models](https://arxiv.org/abs/2402.03898), 2024.
+    """
+
+    alpha: float = 0.1
+
+    def __post_init__(self):
+        _check_number("alpha", self.alpha, 0, 1, open_high=True)
+
+    def __call__(self, log_p, log_q):
+        return SkewForwardKL(self.alpha)(log_q, log_p)
+
+
+@dataclasses.dataclass(frozen=True)
+class TotalVariation:
+    r"""Total variation distance $\tfrac12 \sum_v |p_v - q_v|$, in [0, 1].
+
+    Its gradient is taken as 0 where $p_v = q_v$.
+
+    References:
+      Wen, Li, Du, Mou. [f-Divergence Minimization for Sequence-Level Knowledge
+      Distillation](https://arxiv.org/abs/2307.15190), 2023.
+    """
+
+    def __call__(self, log_p, log_q):
+        return jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)) / 2
+
+
+@dataclasses.dataclass(frozen=True)
+class AlphaDivergence:
+    r"""Amari's alpha-divergence.
+
+    $$ D = \frac{\sum_v p_v^\alpha q_v^{1 - \alpha} - 1}{\alpha (\alpha - 1)}, $$
+
+    with its limits $\mathrm{KL}(p \,\|\, q)$ at 1 and $\mathrm{KL}(q \,\|\, p)$ at 0; four
+    times the squared Hellinger distance at ½.
+
+    Args:
+      alpha: $\alpha$, any finite number. From 1 on, $D$ is infinite where $q = 0 < p$;
+        up to 0, where $p = 0 < q$.
+
+    References:
+      Amari. [Differential-Geometrical Methods in
+      Statistics](https://doi.org/10.1007/978-1-4612-5056-2), 1985.
+    """
+
+    alpha: float
+
+    def __post_init__(self):
+        limit = float("inf")
+        _check_number("alpha", self.alpha, -limit, limit, open_low=True, open_high=True)
+
+    def __call__(self, log_p, log_q):
+        return alpha_term(log_p, log_q, float(self.alpha))

@@ -1,0 +1,173 @@
+"""The one core: walks over tiles of tokens, with the gradient in the forward pass.
+
+    loss = Σ_tokens Σ_terms weight · term(teacher, student)
+
+Reductions, masks, T² and mixing factors are all in the weights when they get here, and
+so are known before the backward pass: the forward rule computes the gradients with the
+loss, a tile at a time, and keeps those alone, and the backward rule multiplies by the
+incoming cotangent. Where the cotangents are per token, it runs the tiles again instead.
+"""
+
+import dataclasses
+import functools as ft
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ._tile import Operands, run_tile, Spec, Tile, weighted_sum
+
+
+_TILE_BYTES = 2 * 2**20  # of one tile's logits: they stay in a CPU's cache
+
+
+@ft.partial(jax.jit, static_argnums=0)
+def weighted_loss(spec: Spec, operands: Operands):
+    """`Σ weight · term`, a scalar or `[B]`, with the terms and statistics, `[B]` each.
+
+    Terms and statistics are constants to differentiation.
+    """
+    loss, terms, statistics = _weighted_loss(spec, operands)
+    return loss, jax.lax.stop_gradient(terms), jax.lax.stop_gradient(statistics)
+
+
+@ft.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weighted_loss(spec, operands):
+    return _outputs(spec, operands, _run(spec, operands, _nothing(operands)))
+
+
+def _weighted_loss_fwd(spec, primals):
+    is_primal = lambda x: isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
+    operands = jax.tree.map(lambda x: x.value, primals, is_leaf=is_primal)
+    wanted = jax.tree.map(lambda x: x.perturbed, primals, is_leaf=is_primal)
+    if _must_wait(spec, operands, wanted):
+        result = _run(spec, operands, _nothing(operands))
+        res = operands, None, _Static(wanted)
+    else:
+        result = _run(spec, operands, wanted)
+        res = None, result.gradients, _Static(wanted)
+    return _outputs(spec, operands, result), res
+
+
+def _weighted_loss_bwd(spec, res, cotangents):
+    operands, gradients, wanted = res
+    g, _, _ = cotangents
+    if isinstance(g, jax.custom_derivatives.SymbolicZero):
+        return (None,)
+    if gradients is None:
+        weights = jax.tree.map(lambda weight: weight * g, operands.weights)
+        scaled = operands._replace(weights=weights)
+        gradients = _run(spec, scaled, wanted.value).gradients
+        # The gradient to a weight is its term, which has not seen the cotangent.
+        weights = jax.tree.map(lambda term: term * g, gradients.weights)
+        return (gradients._replace(weights=weights),)
+    return (jax.tree.map(lambda x: (x.astype(g.dtype) * g).astype(x.dtype), gradients),)
+
+
+_weighted_loss.defvjp(_weighted_loss_fwd, _weighted_loss_bwd, symbolic_zeros=True)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    value: Any
+
+
+def _nothing(operands):
+    return jax.tree.map(lambda _: False, operands)
+
+
+def _must_wait(spec, operands, wanted):
+    """Whether gradients need the cotangent first: one a token, or a float16 loss scale,
+    without which a gradient of a mean may underflow."""
+    is_half = lambda x, want: want and x.dtype == jnp.float16
+    return not spec.reduce or any(
+        jax.tree.leaves(jax.tree.map(is_half, operands, wanted))
+    )
+
+
+def _outputs(spec, operands, result):
+    loss = weighted_sum(operands.weights, result.terms)
+    return jnp.sum(loss) if spec.reduce else loss, result.terms, result.statistics
+
+
+def _run(spec: Spec, operands: Operands, wanted: Operands) -> Tile:
+    """All tiles, and those gradients that are wanted.
+
+    Dense logits are taken whole on accelerators, where XLA fuses all into passes over
+    them, and in blocks that stay in cache on a CPU.
+    """
+    tokens = operands.weights.divergence.shape[0]
+    whole = ft.partial(_run_whole, spec, wanted)
+    if spec.tile is None and not isinstance(tokens, int):  # symbolic, for `jax.export`
+        return whole(operands)
+    tile = spec.tile or max(1, _TILE_BYTES // (spec.vocab_size * spec.dtype.itemsize))
+    if tile >= tokens:
+        return whole(operands)
+    tiles = ft.partial(_run_tiles, spec, wanted, tile)
+    if spec.tile is not None:
+        return tiles(operands)
+    return jax.lax.platform_dependent(operands, cpu=tiles, default=whole)
+
+
+def _run_whole(spec, wanted, operands):
+    result = run_tile(
+        spec, operands, jnp.full_like(operands.weights.divergence, True, bool)
+    )
+    gradients = jax.tree.map(
+        lambda want, d: d if want else None, wanted, result.gradients
+    )
+    return result._replace(gradients=_rounded(operands, gradients))
+
+
+def _run_tiles(spec, wanted, tile, operands):
+    tokens = operands.weights.divergence.shape[0]
+    is_shared = _shared(operands)
+
+    def run(i):
+        # The last tile starts early enough to be full. It writes some tokens again, the
+        # same; `live` keeps them from being added again.
+        start = jnp.minimum(i * tile, tokens - tile)
+        live = start + jnp.arange(tile) >= i * tile
+        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, tile)
+        result = run_tile(spec, operands.map_tokens(cut), live)
+        pick = lambda shared: jax.tree.map(
+            lambda want, of_all, d: d if want and of_all == shared else None,
+            wanted,
+            is_shared,
+            result.gradients,
+        )
+        return start, result._replace(gradients=pick(False)), pick(True)
+
+    def step(carry, i):
+        start, result, shared = run(i)
+        write = lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, start, 0)
+        results, totals = carry
+        return (
+            jax.tree.map(write, results, result),
+            jax.tree.map(jnp.add, totals, shared),
+        ), None
+
+    # Zeros made like an operand vary over a mesh, in `shard_map`, as the operands do.
+    zeros = ft.partial(jax.lax.full_like, operands.weights.divergence, 0)
+    _, result, shared = jax.eval_shape(run, 0)
+    results = jax.tree.map(lambda x: zeros(x.dtype, (tokens, *x.shape[1:])), result)
+    totals = jax.tree.map(lambda x: zeros(x.dtype, x.shape), shared)
+    (results, totals), _ = jax.lax.scan(
+        step, (results, totals), jnp.arange(-(-tokens // tile))
+    )
+    join = lambda of_all, row, total: total if of_all else row
+    gradients = jax.tree.map(join, is_shared, results.gradients, totals)
+    return results._replace(gradients=_rounded(operands, gradients))
+
+
+def _shared(operands):
+    """Which arrays all tokens share."""
+    flags = jax.tree.map(lambda _: False, operands)
+    of = lambda source: source.map_fields(lambda name, _: name in source.shared)
+    return flags._replace(student=of(operands.student), teacher=of(operands.teacher))
+
+
+def _rounded(operands, gradients):
+    cast = lambda x, d: None if d is None else d.astype(x.dtype)
+    return jax.tree.map(cast, operands, gradients)

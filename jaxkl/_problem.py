@@ -1,0 +1,271 @@
+"""From the arguments of a distillation loss to the operands of the engine.
+
+All that reduces, masks or mixes is folded into one weight per token and term, so that
+autodiff does the rest: the gradients of weights, temperature² and the normaliser are
+those of the few lines in `_term_weights`.
+"""
+
+from collections.abc import Hashable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import _checks as check
+from ._compat import to_varying, varying_axes
+from ._divergences import Divergence, ForwardKL
+from ._numerics import loss_dtype, zero_unless
+from ._sources import Logits, Source
+from ._tile import Operands, Spec, Terms
+
+
+IGNORED_LABEL = -100
+REDUCTIONS = ("none", "sum", "mean")
+
+Reduction = Literal["none", "sum", "mean"]
+
+
+class Problem(NamedTuple):
+    """A validated loss, with its tokens flattened to one axis."""
+
+    spec: Spec
+    operands: Operands
+    weight: jax.Array  # [B], before the normaliser
+    label_smoothing: Any
+    shape: tuple[int, ...]  # of the tokens
+
+
+def prepare(
+    student,
+    teacher,
+    *,
+    divergence: Divergence = ForwardKL(),
+    temperature=1.0,
+    teacher_temperature=None,
+    t_squared: bool = True,
+    labels=None,
+    alpha=1.0,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    where=None,
+    weights=None,
+    vocab_size: int | None = None,
+    differentiate_teacher: bool = False,
+    reduction: Reduction = "mean",
+    normalizer=None,
+    tile: int | None = None,
+    statistics: bool = False,
+) -> Problem:
+    check.one_of("reduction", reduction, REDUCTIONS)
+    t_squared = check.boolean("t_squared", t_squared)
+    tile = None if tile is None else check.positive_int("tile", tile)
+    student, shape = _source("student", student)
+    teacher, teacher_shape = _source("teacher", teacher)
+    if shape != teacher_shape:
+        raise ValueError(
+            "`student` and `teacher` must have the same batch shape, got "
+            f"{shape} and {teacher_shape}."
+        )
+    vocab_size = _vocab_size(vocab_size, student, teacher)
+    if not check.boolean("differentiate_teacher", differentiate_teacher):
+        teacher = jax.lax.stop_gradient(teacher)
+
+    temperature = _temperature("temperature", temperature, shape)
+    if teacher_temperature is None:
+        teacher_temperature = temperature
+    else:
+        name = "teacher_temperature"
+        teacher_temperature = _temperature(name, teacher_temperature, shape)
+    weights = None if weights is None else check.float_array("weights", weights)
+    floats = [x for x in (temperature, teacher_temperature, weights) if x is not None]
+    dtype = loss_dtype(*floats, *jax.tree.leaves((student, teacher)))
+    flat = lambda x: None if x is None else x.astype(dtype).reshape(-1)
+    temperature, teacher_temperature = flat(temperature), flat(teacher_temperature)
+    check_divergence(divergence, dtype)
+
+    mask, weight = _mask_and_weight(where, weights, shape, dtype)
+    labels = None if labels is None else _labels(labels, shape, vocab_size)
+    term_weights = _term_weights(
+        _normalized(weight, reduction, normalizer),
+        temperature if t_squared else None,
+        labels,
+        vocab_size=vocab_size,
+        alpha=check.scalar("alpha", alpha, 0, 1),
+        label_smoothing=check.scalar("label_smoothing", label_smoothing, 0, 1),
+        z_loss=check.scalar("z_loss", z_loss, 0),
+        statistics=statistics,
+    )
+    if mask is not None:
+        term_weights = jax.tree.map(lambda w: zero_unless(mask, w), term_weights)
+    operands = Operands(
+        student, teacher, term_weights, temperature, teacher_temperature, labels, mask
+    )
+    spec = Spec(divergence, vocab_size, dtype, reduction != "none", statistics, tile)
+    return Problem(spec, _alike(operands), weight, label_smoothing, shape)
+
+
+def _source(name, x) -> tuple[Source, tuple[int, ...]]:
+    x = check.float_array(name, x)
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"`{name}` must be logits [..., vocab], got shape {x.shape}.")
+    return Logits(x.reshape(-1, x.shape[-1])), x.shape[:-1]
+
+
+def _vocab_size(vocab_size, student, teacher):
+    widths = student.width, teacher.width
+    if vocab_size is None:
+        if widths[0] != widths[1]:
+            raise ValueError(
+                "`student` and `teacher` must have the same vocabulary, got "
+                f"{widths[0]} and {widths[1]} columns; with padding columns, pass "
+                "`vocab_size`."
+            )
+        return widths[0]
+    vocab_size = check.positive_int("vocab_size", vocab_size)
+    if vocab_size > min(widths):
+        raise ValueError(
+            f"`vocab_size` must be at most the columns of `student`, {widths[0]}, and "
+            f"of `teacher`, {widths[1]}, got {vocab_size}."
+        )
+    return vocab_size
+
+
+def _temperature(name, value, shape):
+    """`shape`, or None for exactly 1."""
+    if isinstance(value, bool):
+        raise TypeError(f"`{name}` must be a number, got {value}.")
+    if isinstance(value, int | float):
+        check.in_range(name, value, 0, positive=True)
+        return None if value == 1 else jnp.full(shape, float(value), jnp.float32)
+    value = check.float_array(name, value)
+    if value.ndim:
+        check.of_shape(name, value, shape, "no shape or the batch shape")
+    if not check.is_traced(value):
+        check.in_range(name, value, 0, positive=True)
+    return jnp.broadcast_to(value, shape)
+
+
+def _mask_and_weight(where, weights, shape, dtype):
+    mask = None
+    weight = jnp.ones(shape, dtype)
+    if weights is not None:
+        weight = check.of_shape("weights", weights, shape, "the batch shape").astype(
+            dtype
+        )
+    if where is not None:
+        mask = jnp.asarray(where)
+        if mask.dtype != jnp.bool_:
+            raise TypeError(f"`where` must be bool, got {mask.dtype.name}.")
+        mask = check.of_shape("where", mask, shape, "the batch shape").reshape(-1)
+    weight = weight.reshape(-1)
+    return mask, weight if mask is None else zero_unless(mask, weight)
+
+
+def _labels(labels, shape, vocab_size):
+    labels = jnp.asarray(labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"`labels` must be integers, got {labels.dtype.name}.")
+    check.of_shape("labels", labels, shape, "the batch shape")
+    if not check.is_traced(labels):
+        known = np.asarray(labels)
+        bad = (known != IGNORED_LABEL) & ((known < 0) | (known >= vocab_size))
+        if bad.any():
+            raise ValueError(
+                f"`labels` must be in [0, {vocab_size}), or {IGNORED_LABEL} for no "
+                f"label, got {known[bad][0]}."
+            )
+    return labels.reshape(-1).astype(jnp.int32)
+
+
+def _normalized(weight, reduction, normalizer):
+    if reduction != "mean":
+        if normalizer is not None:
+            raise ValueError(
+                '`normalizer` must be None unless `reduction` is "mean", got '
+                f"{normalizer!r} with {reduction!r}."
+            )
+        return weight
+    if normalizer is None:
+        total = jnp.sum(weight)
+    else:
+        total = check.scalar("normalizer", normalizer, 0, positive=True)
+        total = jax.lax.stop_gradient(jnp.asarray(total, weight.dtype))
+    # No weight at all: a loss of 0, with no gradient.
+    return zero_unless(total != 0, weight / jnp.where(total != 0, total, 1))
+
+
+def _term_weights(
+    weight,
+    temperature,
+    labels,
+    *,
+    vocab_size,
+    alpha,
+    label_smoothing,
+    z_loss,
+    statistics,
+) -> Terms:
+    """`weight · (α T² D + (1-α) CE + z_loss lse²)`, as a weight for each term."""
+    has_cross_entropy = statistics or check.is_traced(alpha) or alpha != 1
+    if labels is None and not check.is_traced(alpha) and alpha != 1:
+        raise ValueError(f"`alpha` must be 1 without `labels`, got {alpha}.")
+    alpha, smoothing, z_weight = (
+        jax.lax.stop_gradient(jnp.asarray(x, weight.dtype))
+        for x in (alpha, label_smoothing, z_loss)
+    )
+    divergence = weight * alpha
+    if temperature is not None:
+        # A token without weight may hold NaN: keep its divergence off temperature's
+        # gradient.
+        squared = temperature * temperature
+        divergence *= jnp.where(weight != 0, squared, jax.lax.stop_gradient(squared))
+    label = uniform = lse_squared = None
+    if labels is not None and has_cross_entropy:
+        valid = (labels >= 0) & (labels < vocab_size)
+        label = zero_unless(labels != IGNORED_LABEL, weight * (1 - alpha))
+        # Under `jit` a label out of range can not raise: it makes the loss NaN.
+        label = jnp.where(valid | (labels == IGNORED_LABEL), label, jnp.nan)
+        if check.is_traced(label_smoothing) or label_smoothing != 0:
+            label, uniform = label * (1 - smoothing), label * smoothing
+    if check.is_traced(z_loss) or z_loss != 0:
+        lse_squared = weight * z_weight
+    return Terms(divergence, label, uniform, lse_squared)
+
+
+def _alike(operands: Operands) -> Operands:
+    """Inside `shard_map`, all operands vary over the same mesh axes.
+
+    The cast of a replicated array is where its gradient is summed over devices.
+    """
+    leaves = jax.tree.leaves(operands)
+    axes = frozenset[str]().union(*map(varying_axes, leaves))
+    return jax.tree.map(lambda x: to_varying(x, axes), operands)
+
+
+def check_divergence(divergence: Any, dtype) -> None:
+    """That it is a pure elementwise function, and a static argument."""
+    name = "`divergence`"
+    if isinstance(divergence, type):
+        made = f"{divergence.__name__}()"
+        raise TypeError(f"{name} must be an instance, such as {made}, got the class.")
+    if not callable(divergence):
+        raise TypeError(f"{name} must be callable, got {divergence!r}.")
+    if type(divergence).__module__ == ForwardKL.__module__:
+        return
+    if not isinstance(divergence, Hashable):
+        raise TypeError(f"{name} must be hashable, got {divergence!r}.")
+    arg = jax.ShapeDtypeStruct((2, 3), dtype)
+    jaxpr = jax.make_jaxpr(divergence)(arg, arg)
+    if any(map(check.is_traced, jaxpr.consts)):
+        raise ValueError(
+            f"{name} must not close over traced values, as {divergence!r} does: make "
+            "them Python numbers."
+        )
+    out = jaxpr.out_avals
+    if [(x.shape, x.dtype) for x in out] != [(arg.shape, arg.dtype)]:
+        got = ", ".join(f"{x.dtype.name}{list(x.shape)}" for x in out)
+        raise ValueError(
+            f"{name} must be elementwise: of two {arg.dtype.name}[2, 3] it must make "
+            f"one, got {got}."
+        )

@@ -1,0 +1,130 @@
+r"""Elementwise terms of which divergences are made, without cancellation.
+
+With $r = \log q - \log p$, the textbook integrand of $\mathrm{KL}(p \,\|\, q)$ is
+$-p\,r$: terms of both signs and of first order in $r$, whose sum is of second order.
+Near student = teacher a float32 sum of them is noise. As $\sum_v (q_v - p_v) = 0$,
+
+$$ \mathrm{KL}(p \,\|\, q) = \sum_v p_v\,(e^{r_v} - 1 - r_v), $$
+
+where every term is non-negative and of second order. All terms here are of that form:
+never negative, relatively accurate near student = teacher, and exactly 0 with a zero
+gradient where the two are equal. Derivatives are written out, as those of the branches
+would cancel again; `0 log 0 = 0` holds in both.
+"""
+
+import functools as ft
+import math
+
+import jax
+import jax.numpy as jnp
+
+from ._numerics import zero_unless
+
+
+_NEAR = 0.5  # |r| below which `e^r - 1 - r` is summed as a series
+
+
+def _series(r, coefficient):
+    """`Σ_k coefficient(k) r^k / (k + 2)!`, to the last bits for `|r| < _NEAR`."""
+    terms = 8 if r.dtype == jnp.float32 else 15
+    total = jnp.zeros_like(r)
+    for k in reversed(range(terms)):
+        total = total * r + coefficient(k) / math.factorial(k + 2)
+    return total
+
+
+def _near(log_ratio, limit=_NEAR):
+    """Whether the log-ratio is small, and its value there."""
+    near = jnp.abs(log_ratio) < limit
+    return near, zero_unless(near, log_ratio)
+
+
+def log_ratio_of(log_p, log_q):
+    """`log q - log p`; 0 where both are `-inf`: an outcome that neither model has."""
+    absent = (log_p == -jnp.inf) & (log_q == -jnp.inf)
+    return zero_unless(~absent, log_q - log_p)
+
+
+@jax.custom_jvp
+def kl_term(log_p, log_q, log_ratio):
+    """`p (e^r - 1 - r)` with `r = log_ratio = log q - log p`: summed, KL(p ‖ q).
+
+    `log_ratio` is an argument because a caller may know it better than the difference
+    of two rounded logarithms.
+    """
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    near, r = _near(log_ratio)
+    p_log_ratio = p * zero_unless(p > 0, log_ratio)
+    return jnp.where(near, p * r * r * _series(r, lambda k: 1.0), q - p - p_log_ratio)
+
+
+@kl_term.defjvp
+def _kl_term_jvp(primals, tangents):
+    # ∂/∂log q = p (e^r - 1), ∂/∂log p = -p r: these two are the whole derivative.
+    (log_p, log_q, log_ratio), (d_log_p, d_log_q, _) = primals, tangents
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    near, r = _near(log_ratio)
+    p_log_ratio = p * zero_unless(p > 0, log_ratio)
+    p_expm1 = jnp.where(near, p * (r + r * r * _series(r, lambda k: 1.0)), q - p)
+    return kl_term(*primals), p_expm1 * d_log_q - p_log_ratio * d_log_p
+
+
+@ft.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def log_mixture(log_p, log_q, beta):
+    """`log m`, `log(m / p)` and `log(m / q)` of `m = β p + (1 - β) q`, β in (0, 1)."""
+    r = log_ratio_of(log_p, log_q)
+    up = r > 0
+    # The larger of p and q is factored out; log1p and expm1 keep small differences.
+    gain = jnp.log1p(jnp.where(up, beta, 1 - beta) * jnp.expm1(-jnp.abs(r)))
+    log_m = jnp.where(up, log_q, log_p) + gain
+    return log_m, gain + zero_unless(up, r), gain - zero_unless(~up, r)
+
+
+@log_mixture.defjvp
+def _log_mixture_jvp(beta, primals, tangents):
+    (log_p, log_q), (d_log_p, d_log_q) = primals, tangents
+    # The share of q in the mixture, (1 - β) q / m.
+    share = jax.nn.sigmoid(log_ratio_of(log_p, log_q) + math.log((1 - beta) / beta))
+    d_ratio = d_log_q - d_log_p
+    d_log_m = (1 - share) * d_log_p + share * d_log_q
+    tangent = d_log_m, share * d_ratio, (share - 1) * d_ratio
+    return log_mixture(log_p, log_q, beta), tangent
+
+
+def _excess(log_x, log_y, c):
+    """`(x^(1-c) y^c - x) / c`, which tends to `x (log y - log x)` at c = 0."""
+    x = jnp.exp(log_x)
+    r = log_ratio_of(log_x, log_y)
+    if c == 0:
+        return x * zero_unless(x > 0, r)
+    near, cr = _near(c * r, 1.0)
+    absent = (log_x == -jnp.inf) & (log_y == -jnp.inf)
+    # One factor alone drops out at exponent 0: 0^0 = 1, as the limit has it.
+    log_power = (1 - c) * log_x + c * log_y if c != 1 else log_y
+    power = jnp.exp(jnp.where(absent, -jnp.inf, log_power))
+    return jnp.where(near, x * jnp.expm1(cr), power - x) / c
+
+
+@ft.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def alpha_term(log_p, log_q, alpha):
+    """`(α p + (1-α) q - p^α q^(1-α)) / (α (1-α))`: KL(p ‖ q) at 1, KL(q ‖ p) at 0."""
+    beta = 1 - alpha
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    limit = _NEAR / max(1.0, abs(alpha), abs(beta))
+    near, r = _near(log_ratio_of(log_p, log_q), limit)
+    # Σ_k (1 + β + … + β^k) r^k / (k + 2)!, in which no small α or β is divided by.
+    series = p * r * r * _series(r, lambda k: sum(beta**j for j in range(k + 1)))
+    if abs(alpha) >= abs(beta):
+        far = (q - p - _excess(log_p, log_q, beta)) / alpha
+    else:
+        far = (p - q - _excess(log_q, log_p, alpha)) / beta
+    return jnp.where(near, series, far)
+
+
+@alpha_term.defjvp
+def _alpha_term_jvp(alpha, primals, tangents):
+    # ∂/∂log q = (q - p^α q^(1-α)) / α and ∂/∂log p = (p - p^α q^(1-α)) / (1-α).
+    (log_p, log_q), (d_log_p, d_log_q) = primals, tangents
+    f_q = -_excess(log_q, log_p, alpha)
+    f_p = -_excess(log_p, log_q, 1 - alpha)
+    return alpha_term(log_p, log_q, alpha), f_q * d_log_q + f_p * d_log_p

@@ -1,0 +1,183 @@
+r"""The mathematics of one tile of tokens: terms of the loss and their gradients.
+
+With $z = s/T$, $\log q = z - \mathrm{lse}(z)$ and $D = \sum_v f(\log p_v, \log q_v)$,
+
+$$ \frac{\partial D}{\partial z} = f_q - q \sum_v f_q, \qquad
+   f_q = \frac{\partial f}{\partial \log q}, $$
+
+and likewise for the teacher.
+"""
+
+import dataclasses
+import functools as ft
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ._divergences import Divergence, ForwardKL
+from ._numerics import log_softmax, zero_unless
+
+
+class Terms(NamedTuple):
+    """Terms of a token's loss, `[B]` each, or their weights. None: not part of it.
+
+    All but the first are of the student at temperature 1.
+    """
+
+    divergence: Any
+    label: Any = None  # -log q[label]
+    uniform: Any = None  # -mean_v log q_v, for label smoothing
+    lse_squared: Any = None
+
+
+class Statistics(NamedTuple):
+    """What metrics report beside the terms, at temperature 1, `[B]` each."""
+
+    kl: jax.Array
+    student_entropy: jax.Array
+    teacher_entropy: jax.Array
+    top1_agreement: jax.Array
+
+
+class Operands(NamedTuple):
+    """All arrays of a loss. Those that are no source are `[B]`."""
+
+    student: Any  # Source
+    teacher: Any  # Source
+    weights: Terms
+    student_temperature: Any = None  # None: 1
+    teacher_temperature: Any = None
+    labels: Any = None  # -1: none
+    mask: Any = None  # tokens that may be looked at
+
+    def map_tokens(self, f):
+        student, teacher, *rest = self
+        sources = student.map_tokens(f), teacher.map_tokens(f)
+        return Operands(*sources, *jax.tree.map(f, rest))
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """All that is not an array."""
+
+    divergence: Divergence
+    vocab_size: int
+    dtype: jnp.dtype
+    reduce: bool = True  # sum over tokens
+    statistics: bool = False
+    tile: int | None = None
+
+
+class Tile(NamedTuple):
+    terms: Terms
+    statistics: Statistics | None
+    gradients: Operands  # of Σ weight · term; shared arrays: summed over the tile
+
+
+def run_tile(spec: Spec, x: Operands, live: jax.Array) -> Tile:
+    """All about a tile: the caller keeps what it wants, and XLA drops the rest.
+
+    `live`, `[B]`, are the tokens to count in the gradients of shared arrays.
+    """
+    if x.mask is not None:
+        student, teacher = x.student.mask_tokens(x.mask), x.teacher.mask_tokens(x.mask)
+        x = x._replace(student=student, teacher=teacher)
+    all_s, all_t = x.student.logits(spec.dtype), x.teacher.logits(spec.dtype)
+    s, t = all_s[:, : spec.vocab_size], all_t[:, : spec.vocab_size]
+    log_p, _ = log_softmax(t, x.teacher_temperature)
+    log_q, _ = log_softmax(s, x.student_temperature)
+    plain_log_q, lse = log_softmax(s)
+
+    f, pull = jax.vjp(spec.divergence, log_p, log_q)
+    f_p, f_q = pull(jnp.ones_like(f))
+    hit = _is_label(x.labels, f)
+    terms = Terms(
+        divergence=jnp.sum(f, axis=-1),
+        label=-jnp.sum(zero_unless(hit, plain_log_q), axis=-1),
+        uniform=-jnp.mean(plain_log_q, axis=-1),
+        lse_squared=lse * lse,
+    )
+    terms = _present(x.weights, terms)
+
+    d_s, d_student_temperature = _d_logits(x.weights, f_q, log_q, x.student_temperature)
+    d_t, d_teacher_temperature = _d_logits(x.weights, f_p, log_p, x.teacher_temperature)
+    d_s += _d_plain_logits(x.weights, plain_log_q, lse, hit)
+    live &= ft.reduce(jnp.logical_or, [w != 0 for w in jax.tree.leaves(x.weights)])
+    gradients = x._replace(
+        student=x.student.pull(all_s, _widen(d_s, all_s), live),
+        teacher=x.teacher.pull(all_t, _widen(d_t, all_t), live),
+        weights=terms,
+        student_temperature=d_student_temperature,
+        teacher_temperature=d_teacher_temperature,
+    )
+    statistics = (
+        _statistics(log_softmax(t)[0], plain_log_q) if spec.statistics else None
+    )
+    return Tile(terms, statistics, gradients)
+
+
+def weigh(weight, x):
+    """`weight · x`, exactly 0 where the weight is, whatever `x` holds there."""
+    return zero_unless(weight != 0, weight * x)
+
+
+def weighted_sum(weights: Terms, terms: Terms):
+    """The loss of each token, `[B]`."""
+    return sum(jax.tree.leaves(jax.tree.map(weigh, weights, terms)))
+
+
+def _present(weights, terms):
+    return Terms(
+        *(None if w is None else x for w, x in zip(weights, terms, strict=True))
+    )
+
+
+def _is_label(labels, like):
+    """`[B, V]`: one True in a row with a label. (A gather would not shard.)"""
+    column = jax.lax.broadcasted_iota(jnp.int32, like.shape, 1)
+    return jnp.zeros_like(like, bool) if labels is None else column == labels[:, None]
+
+
+def _d_logits(weights, f_q, log_q, temperature):
+    """Gradients of `weight · Σ_v f` to the logits, `[B, V]`, and temperature, `[B]`."""
+    inner = f_q - jnp.exp(log_q) * jnp.sum(f_q, axis=-1, keepdims=True)
+    weight = weights.divergence
+    if temperature is None:
+        return weigh(weight[:, None], inner), None
+    weight = weight / temperature
+    # ∂D/∂T = -Σ inner · z / T; as Σ inner = 0, log q may stand for z, with fewer digits
+    # to cancel. Where `inner` is 0, z may be infinite.
+    d_temperature = -jnp.sum(zero_unless(inner != 0, inner * log_q), axis=-1)
+    return weigh(weight[:, None], inner), weigh(weight, d_temperature)
+
+
+def _d_plain_logits(weights, log_q, lse, hit):
+    """Gradient of the terms at temperature 1 to the student's logits, `[B, V]` or 0."""
+    parts = []
+    q = jnp.exp(log_q)
+    if weights.label is not None:
+        parts.append(weigh(weights.label[:, None], q - hit.astype(q.dtype)))
+    if weights.uniform is not None:
+        parts.append(weigh(weights.uniform[:, None], q - 1 / q.shape[-1]))
+    if weights.lse_squared is not None:
+        parts.append(weigh((2 * weights.lse_squared * lse)[:, None], q))
+    return sum(parts)
+
+
+def _widen(d_logits, logits):
+    """Padding columns, which no term has seen, get a zero gradient."""
+    return jnp.pad(d_logits, ((0, 0), (0, logits.shape[-1] - d_logits.shape[-1])))
+
+
+def _statistics(log_p, log_q):
+    entropy = lambda log_x: (
+        -jnp.sum(jnp.exp(log_x) * zero_unless(log_x > -jnp.inf, log_x), axis=-1)
+    )
+    agree = jnp.argmax(log_p, axis=-1) == jnp.argmax(log_q, axis=-1)
+    return Statistics(
+        kl=jnp.sum(ForwardKL()(log_p, log_q), axis=-1),
+        student_entropy=entropy(log_q),
+        teacher_entropy=entropy(log_p),
+        top1_agreement=agree.astype(log_q.dtype),
+    )

@@ -1,0 +1,342 @@
+"""KL losses in optax's conventions: summed over `axis`, unreduced over the batch.
+
+The first three are drop-ins for the functions of the same name in `optax.losses`. They
+take what optax takes and return what optax returns, except where optax returns NaN:
+`0 log 0` is 0 here, in value and gradient. And losses are at least float32: half
+precision is converted before the logarithm, not rounded after every operation.
+"""
+
+import functools as ft
+import math
+import operator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+from jax.typing import ArrayLike
+
+
+Axis = int | tuple[int, ...] | None
+
+
+def kl_divergence(
+    log_predictions: ArrayLike,
+    targets: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    r"""KL divergence $\mathrm{KL}(t \,\|\, q)$ of predictions $q$ from targets $t$.
+
+    With $\log q$ = `log_predictions` and $t$ = `targets`, taken as given,
+
+    $$ \ell = \sum_v t_v \, (\log t_v - \log q_v), \qquad
+       \partial \ell / \partial \log q_v = -t_v, \qquad
+       \partial \ell / \partial t_v = \log t_v + 1 - \log q_v. $$
+
+    - Where $t_v = 0$ the term is 0, also if $\log q_v$ is `-inf`, and so is its
+      gradient with respect to $t_v$. The latter is a convention, as the true slope
+      tends to $-\infty$: a zero target is left alone.
+    - Where $q_v = 0 < t_v$ the value is `inf` and the gradient $-t_v$ is finite.
+    - Nothing is normalised: where the predictions sum to more than the targets, the
+      loss can be negative. So the sum is the plain one above, rounded at the size of
+      its terms. For nearly equal distributions `generalized_kl_divergence` is accurate,
+      and so is `softmax_kl_divergence`, which starts from logits.
+    - NaN in either input is passed on. Forward mode and second order work.
+
+    Args:
+      log_predictions: Logarithms of the predicted probabilities, `[..., vocab]`.
+      targets: Target probabilities, nonnegative, of a shape that broadcasts with it.
+      axis: Axis or axes to sum over. All of them if None.
+      where: Elements to include: bool, broadcast to the shape of the inputs. The others
+        add exactly 0 to value and gradients, even if they hold NaN or inf.
+
+    Returns:
+      The loss, `[...]`: float64 if an input is float64, else float32. Gradients have
+      the dtype of their own input.
+
+    Raises:
+      TypeError: If an input is not floating point, `where` not bool, `axis` not int.
+      ValueError: If shapes do not broadcast, or `axis` is out of bounds or repeated.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> log_predictions = jnp.log(jnp.array([0.25, 0.75]))
+      >>> loss = kl_divergence(log_predictions, jnp.array([0.5, 0.5]))
+      >>> print(f"{loss:.4f}")  # log(2) / 2 + log(2/3) / 2
+      0.1438
+      >>> loss = kl_divergence(log_predictions, jnp.array([1.0, 0.0]))
+      >>> print(f"{loss:.4f}")  # log(4)
+      1.3863
+
+    References:
+      Kullback and Leibler. [On Information and
+      Sufficiency](https://www.jstor.org/stable/2236703), 1951.
+
+      DeepMind. [optax.losses.kl_divergence](https://optax.readthedocs.io/en/latest/api/losses.html).
+    """
+    args = {"log_predictions": log_predictions, "targets": targets}
+    return _divergence(_kl, 0.0, args, axis, where)
+
+
+def kl_divergence_with_log_targets(
+    log_predictions: ArrayLike,
+    log_targets: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    r"""KL divergence $\mathrm{KL}(t \,\|\, q)$, of targets given as logarithms.
+
+    With $\log q$ = `log_predictions` and $\log t$ = `log_targets`, taken as given,
+
+    $$ \ell = \sum_v t_v \, (\log t_v - \log q_v), \qquad
+       \partial \ell / \partial \log q_v = -t_v, \qquad
+       \partial \ell / \partial \log t_v = t_v \, (\log t_v + 1 - \log q_v). $$
+
+    Where $t_v = 0$, that is `log_targets` is `-inf` or its exponential underflows, term
+    and gradients are 0, which is their limit, also if $\log q_v$ is `-inf`. Otherwise
+    as `kl_divergence`.
+
+    Args:
+      log_predictions: Logarithms of the predicted probabilities, `[..., vocab]`.
+      log_targets: Logarithms of the target probabilities, of a shape that broadcasts
+        with it.
+      axis: Axis or axes to sum over. All of them if None.
+      where: Elements to include: bool, broadcast to the shape of the inputs. The others
+        add exactly 0 to value and gradients, even if they hold NaN or inf.
+
+    Returns:
+      The loss, `[...]`: float64 if an input is float64, else float32. Gradients have
+      the dtype of their own input.
+
+    Raises:
+      TypeError: If an input is not floating point, `where` not bool, `axis` not int.
+      ValueError: If shapes do not broadcast, or `axis` is out of bounds or repeated.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> log_predictions = jnp.log(jnp.array([0.25, 0.75]))
+      >>> log_targets = jnp.array([0.0, -jnp.inf])
+      >>> loss = kl_divergence_with_log_targets(log_predictions, log_targets)
+      >>> print(f"{loss:.4f}")  # log(4)
+      1.3863
+
+    References:
+      Kullback and Leibler. [On Information and
+      Sufficiency](https://www.jstor.org/stable/2236703), 1951.
+
+      DeepMind. [optax.losses.kl_divergence_with_log_targets](https://optax.readthedocs.io/en/latest/api/losses.html).
+    """
+    args = {"log_predictions": log_predictions, "log_targets": log_targets}
+    return _divergence(_kl_log_targets, -math.inf, args, axis, where)
+
+
+def generalized_kl_divergence(
+    log_predictions: ArrayLike,
+    targets: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    r"""KL divergence of unnormalised predictions $q$ from unnormalised targets $t$.
+
+    The Bregman divergence of $x \log x - x$. With $\log q$ = `log_predictions` and
+    $t$ = `targets`,
+
+    $$ \ell = \sum_v t_v \, (\log t_v - \log q_v) - t_v + q_v, \qquad
+       \partial \ell / \partial \log q_v = q_v - t_v, \qquad
+       \partial \ell / \partial t_v = \log t_v - \log q_v. $$
+
+    Every term is nonnegative, and is evaluated as $t_v \, (e^r - 1 - r)$ with
+    $r = \log q_v - \log t_v$, without cancellation: the loss is never below 0, and
+    accurate however close $q$ and $t$ are. If both sum to one it is the KL divergence.
+
+    Where $t_v = 0$ the term is $q_v$. Its gradient with respect to $t_v$ is 0 there, a
+    convention, as the true slope tends to $-\infty$. Otherwise as `kl_divergence`.
+
+    Args:
+      log_predictions: Logarithms of the predictions, `[..., vocab]`.
+      targets: Targets, nonnegative, of a shape that broadcasts with it.
+      axis: Axis or axes to sum over. All of them if None.
+      where: Elements to include: bool, broadcast to the shape of the inputs. The others
+        add exactly 0 to value and gradients, even if they hold NaN or inf.
+
+    Returns:
+      The loss, `[...]`: float64 if an input is float64, else float32. Gradients have
+      the dtype of their own input.
+
+    Raises:
+      TypeError: If an input is not floating point, `where` not bool, `axis` not int.
+      ValueError: If shapes do not broadcast, or `axis` is out of bounds or repeated.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> log_predictions = jnp.log(jnp.array([1.0, 3.0]))
+      >>> loss = generalized_kl_divergence(log_predictions, jnp.array([2.0, 0.0]))
+      >>> print(f"{loss:.4f}")  # (2 log(2) - 2 + 1) + 3
+      3.3863
+
+    References:
+      Bregman. [The relaxation method of finding the common point of convex
+      sets](https://doi.org/10.1016/0041-5553(67)90040-7), 1967.
+
+      DeepMind. [optax.losses.generalized_kl_divergence](https://optax.readthedocs.io/en/latest/api/losses.html).
+    """
+    args = {"log_predictions": log_predictions, "targets": targets}
+    return _divergence(_generalized_kl, 0.0, args, axis, where)
+
+
+def _divergence(term, zero_target, args, axis, where):
+    """Validates, and sums `term` over `axis` where `where` holds."""
+    (x, y), shape, axes, where = _check(args, axis, where)
+    static = dict(term=term, zero_target=zero_target, shape=shape, axes=axes)
+    return _sum(x, y, where, **static)
+
+
+def _check(args, axis, where):
+    """The arguments as arrays, the shape they broadcast to, the axes counted from 0."""
+    args = {name: jnp.asarray(x) for name, x in args.items()}
+    for name, x in args.items():
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"`{name}` must be floating point, got {x.dtype}.")
+    try:
+        shape = jnp.broadcast_shapes(*(x.shape for x in args.values()))
+    except ValueError:
+        names = " and ".join(f"`{name}`" for name in args)
+        shapes = " and ".join(str(x.shape) for x in args.values())
+        msg = f"{names} must have shapes that broadcast, got {shapes}."
+        raise ValueError(msg) from None
+    if where is not None:
+        where = jnp.asarray(where)
+        if where.dtype != bool:
+            raise TypeError(f"`where` must be bool, got {where.dtype}.")
+        try:
+            # An axis of size 1 may grow, as in optax; a new one would shift `axis`.
+            grown = jnp.broadcast_shapes(shape, where.shape)
+            if len(grown) != len(shape):
+                raise ValueError
+        except ValueError:
+            msg = f"`where` must broadcast to shape {shape}, got {where.shape}."
+            raise ValueError(msg) from None
+        shape = grown
+    return tuple(args.values()), shape, _check_axis(axis, len(shape)), where
+
+
+def _check_axis(axis, ndim):
+    if axis is None:
+        return tuple(range(ndim))
+    try:
+        axes = tuple(map(operator.index, axis if isinstance(axis, tuple) else (axis,)))
+    except TypeError:
+        msg = f"`axis` must be an int, a tuple of ints or None, got {axis!r}."
+        raise TypeError(msg) from None
+    if any(not -ndim <= i < ndim for i in axes):
+        msg = f"`axis` must be in [-{ndim}, {ndim}) for {ndim} dimensions, got {axis}."
+        raise ValueError(msg)
+    axes = tuple(i % ndim for i in axes)
+    if len(set(axes)) != len(axes):
+        raise ValueError(f"`axis` must not repeat an axis, got {axis}.")
+    return axes
+
+
+@ft.partial(jax.jit, static_argnames=("term", "zero_target", "shape", "axes"))
+def _sum(log_predictions, targets, where, *, term, zero_target, shape, axes):
+    # Convert before broadcasting: a broadcast operand's gradient is summed in float32.
+    dtypes = {log_predictions.dtype, targets.dtype}
+    dtype = jnp.float64 if np.dtype("float64") in dtypes else jnp.float32
+    log_predictions = jnp.broadcast_to(log_predictions.astype(dtype), shape)
+    targets = jnp.broadcast_to(targets.astype(dtype), shape)
+    if where is not None:
+        # The operands, not the term: 0 * NaN is NaN in the backward pass.
+        where = jnp.broadcast_to(where, shape)
+        log_predictions = jnp.where(where, log_predictions, -jnp.inf)
+        targets = jnp.where(where, targets, zero_target)
+    return jnp.sum(term(log_predictions, targets), axis=axes)
+
+
+# The terms. They have a `custom_jvp`, not a `custom_vjp`: optax's losses have a forward
+# mode and a drop-in may not lose it. The slopes are plain JAX, so all orders exist.
+
+
+def _defslopes(term, slopes):
+    """Sets the derivative of `term` to `slopes(x, y)`, with respect to x and y."""
+
+    def jvp(primals, tangents):
+        # An input that is not differentiated comes as a symbolic zero, and costs
+        # nothing. Nor does it make a NaN, as 0 would if its slope is infinite.
+        pairs = zip(slopes(*primals), tangents, strict=True)
+        terms = [slope * d for slope, d in pairs if not isinstance(d, SymbolicZero)]
+        return term(*primals), ft.reduce(operator.add, terms)
+
+    term.defjvp(jvp, symbolic_zeros=True)
+
+
+def _log_ratio(log_predictions, targets):
+    """log t - log q; finite where t = 0, if log q is finite or -inf."""
+    zero = targets == 0
+    # Only -inf is replaced, so that NaN in the predictions still reaches the loss.
+    drop = zero & (log_predictions == -jnp.inf)
+    return jnp.log(jnp.where(zero, 1, targets)) - jnp.where(drop, 0, log_predictions)
+
+
+@jax.custom_jvp
+def _kl(log_predictions, targets):
+    return targets * _log_ratio(log_predictions, targets)
+
+
+def _kl_slopes(log_predictions, targets):
+    slope = jnp.where(targets == 0, 0, _log_ratio(log_predictions, targets) + 1)
+    return -targets, slope
+
+
+_defslopes(_kl, _kl_slopes)
+
+
+def _log_target_ratio(log_predictions, log_targets):
+    """t, and log t - log q as `_log_ratio`."""
+    targets = jnp.exp(log_targets)
+    zero = targets == 0
+    drop = zero & (log_predictions == -jnp.inf)
+    log_ratio = jnp.where(zero, 0, log_targets) - jnp.where(drop, 0, log_predictions)
+    return targets, log_ratio
+
+
+@jax.custom_jvp
+def _kl_log_targets(log_predictions, log_targets):
+    targets, log_ratio = _log_target_ratio(log_predictions, log_targets)
+    return targets * log_ratio
+
+
+def _kl_log_targets_slopes(log_predictions, log_targets):
+    targets, log_ratio = _log_target_ratio(log_predictions, log_targets)
+    return -targets, targets * (log_ratio + 1)
+
+
+_defslopes(_kl_log_targets, _kl_log_targets_slopes)
+
+
+def _near(log_predictions, targets):
+    """r = log q - log t, where it is small, and r with the other places zeroed."""
+    r = -_log_ratio(log_predictions, targets)
+    near = (jnp.abs(r) < 1) & (targets != 0)
+    return r, near, jnp.where(near, r, 0)
+
+
+@jax.custom_jvp
+def _generalized_kl(log_predictions, targets):
+    r, near, r_near = _near(log_predictions, targets)
+    # e^r - 1 - r = r²/2 (1 + r/3 (1 + r/4 (1 + ...))), to the last bit for |r| < 1.
+    series = jnp.ones_like(r)
+    for n in range(20 if r.dtype == jnp.float64 else 12, 2, -1):
+        series = 1 + r_near / n * series
+    series = targets * (r_near * r_near / 2 * series)
+    return jnp.where(near, series, jnp.exp(log_predictions) - targets - targets * r)
+
+
+def _generalized_kl_slopes(log_predictions, targets):
+    r, near, r_near = _near(log_predictions, targets)
+    difference = jnp.exp(log_predictions) - targets
+    slope = jnp.where(near, targets * jnp.expm1(r_near), difference)
+    return slope, jnp.where(targets == 0, 0, -r)
+
+
+_defslopes(_generalized_kl, _generalized_kl_slopes)

@@ -1,0 +1,126 @@
+"""The losses in plain JAX: no custom rule, no tiles.
+
+The specification that one can read, and the versions for forward mode (`jax.jvp`,
+`jax.linearize`), which a `custom_vjp` refuses.
+"""
+
+from typing import Unpack
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.scipy.special import xlogy
+from jax.typing import ArrayLike
+
+from ._distillation import Options, public_signature
+from ._numerics import zero_unless
+from ._problem import prepare
+from ._torch import (
+    check_arrays,
+    check_reduction,
+    legacy_reduction,
+    reduce_loss,
+    result_dtype,
+    widen,
+)
+
+
+def kl_div(
+    input: ArrayLike,
+    target: ArrayLike,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> Array:
+    r"""`jaxkl.kl_div` in plain JAX: the same arguments, values and warnings.
+
+    Plain autodiff gives the same gradients, in forward mode too, NaN for NaN, with two
+    exceptions. A negative `target` has a NaN gradient even where the cotangent is 0
+    (PyTorch: 0). The second derivative $1 / t$ of `target` is formed from $t^{-2}$, so
+    in float32 it is lost below about 1e-19. Autodiff also keeps more residuals.
+
+    Args:
+      input: See `jaxkl.kl_div`, as for every argument.
+      target: Probabilities, or their logarithms if `log_target`.
+      size_average: Deprecated.
+      reduce: Deprecated.
+      reduction: `"none"`, `"sum"`, `"mean"` or `"batchmean"`.
+      log_target: Whether `target` holds logarithms.
+
+    Returns:
+      The loss: a scalar, or of the broadcast shape for `"none"`.
+
+    Example:
+      At q = p, moving probability mass changes KL(p ‖ q) to second order only:
+
+      >>> import jax, jax.numpy as jnp
+      >>> loss = lambda q: kl_div(jnp.log(q), jnp.full(2, 0.5), reduction="sum")
+      >>> value, slope = jax.jvp(loss, (jnp.full(2, 0.5),), (jnp.array([1.0, -1.0]),))
+      >>> print(f"{value:.1f} {slope:.1f}")
+      0.0 0.0
+    """
+    if size_average is None and reduce is None:
+        total = check_reduction(reduction)
+    else:
+        total = legacy_reduction(size_average, reduce)
+    input, target = check_arrays(input, target, log_target)
+    log_q, t = widen(input, target)
+    if log_target:
+        loss = jnp.exp(t) * (t - log_q)
+    else:
+        loss = xlogy(t, t) - t * log_q
+    loss = reduce_loss(loss, input, total, reduction == "batchmean")
+    return loss.astype(result_dtype(input, target))
+
+
+@public_signature
+def distillation_loss(student, teacher, **options: Unpack[Options]) -> Array:
+    r"""`jaxkl.distillation_loss` in plain JAX: the same arguments and values.
+
+    All logits are held at once; `tile` is ignored. Forward mode works, and plain
+    autodiff gives the same gradients, but makes NaN of singular logits
+
+    - in a token of weight 0 that holds NaN (`where` does drop it);
+    - of a temperature, where a logit is `-inf`.
+
+    Args:
+      student: See `jaxkl.distillation_loss`, as for every argument.
+      teacher: Likewise.
+      **options: Likewise.
+
+    Returns:
+      The loss: a scalar, or `[...]` for `reduction="none"`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> teacher = jnp.array([0.0, jnp.log(3.0)])
+      >>> loss = lambda student: distillation_loss(student, teacher)
+      >>> value, slope = jax.jvp(loss, (jnp.zeros(2),), (jnp.array([0.0, 1.0]),))
+      >>> print(f"{value:.4f} {slope:.4f}")
+      0.1308 -0.2500
+    """
+    spec, x, *_, shape = prepare(student, teacher, **options)
+    student, teacher = x.student, x.teacher
+    if x.mask is not None:
+        student, teacher = student.mask_tokens(x.mask), teacher.mask_tokens(x.mask)
+    s = student.logits(spec.dtype)[:, : spec.vocab_size]
+    t = teacher.logits(spec.dtype)[:, : spec.vocab_size]
+    log_q = jax.nn.log_softmax(_over(s, x.student_temperature), axis=-1)
+    log_p = jax.nn.log_softmax(_over(t, x.teacher_temperature), axis=-1)
+    plain_log_q = jax.nn.log_softmax(s, axis=-1)
+
+    loss = x.weights.divergence * jnp.sum(spec.divergence(log_p, log_q), axis=-1)
+    if x.weights.label is not None:
+        is_label = jnp.arange(spec.vocab_size) == x.labels[:, None]
+        label = -jnp.sum(zero_unless(is_label, plain_log_q), axis=-1)
+        loss += x.weights.label * label
+    if x.weights.uniform is not None:
+        loss += x.weights.uniform * -jnp.mean(plain_log_q, axis=-1)
+    if x.weights.lse_squared is not None:
+        loss += x.weights.lse_squared * jax.nn.logsumexp(s, axis=-1) ** 2
+    return jnp.sum(loss) if spec.reduce else loss.reshape(shape)
+
+
+def _over(logits, temperature):
+    return logits if temperature is None else logits / temperature[:, None]
