@@ -51,28 +51,28 @@ def distillation_loss(student, teacher, **options: Unpack[Options]) -> jax.Array
 
     $$ \ell = \alpha\,T^2 D + (1 - \alpha)\,\mathrm{CE} + z\,\mathrm{lse}(s)^2, $$
 
-    where the cross-entropy CE, to `labels`, and lse, the log-sum-exp, are at temperature
-    1. For the default divergence, $D = \mathrm{KL}(p \,\|\, q)$ and
+    where the cross-entropy to `labels`, CE, and the log-sum-exp, lse, are at
+    temperature 1. For the default divergence, $D = \mathrm{KL}(p \,\|\, q)$ and
     $\partial D / \partial s = (q - p) / T$.
 
-    Statistics are in float32 or more; gradients are computed in the forward pass, a tile
-    of tokens at a time, and no `[tokens, vocab]` array is held beside the arguments and
-    their gradients. Second order (`jax.hessian`, reverse over reverse) works; forward
-    mode (`jax.jvp`, `jax.linearize`) is for `jaxkl.reference.distillation_loss`.
+    Statistics are in float32 or more. Gradients are computed in the forward pass, a
+    tile of tokens at a time, and no `[tokens, vocab]` array is held beside the
+    arguments and their gradients. Second order (`jax.hessian`, reverse over reverse)
+    works; forward mode (`jax.jvp`, `jax.linearize`) is for `jaxkl.reference.distillation_loss`.
 
-    Columns where both logits are `-inf` are as if absent. A token with $q = 0 < p$ has an
-    infinite forward KL, and the formula's finite gradient.
+    Columns where both logits are `-inf` are as if absent. A token with $q = 0 < p$ has
+    an infinite forward KL, and the formula's finite gradient.
 
     Args:
       student: Logits $s$, `[..., vocab]`.
-      teacher: Logits $t$, `[..., vocab]`, with the same leading shape. A constant unless
-        `differentiate_teacher`.
+      teacher: Logits $t$, `[..., vocab]`, with the same leading shape. A constant
+        unless `differentiate_teacher`.
       divergence: $D$: one of the catalogue, or any hashable, elementwise callable
         `(log_p, log_q) -> f`, of which $D$ is the sum over the vocabulary.
       temperature: $T > 0$, a scalar or `[...]`. Differentiable.
       teacher_temperature: $T_t$, likewise; None: the same as `temperature`.
-      t_squared: Whether to multiply $D$ by $T^2$, as Hinton et al. do, so that gradients
-        keep their size when the temperature changes. TRL and Liger do not.
+      t_squared: Whether to multiply $D$ by $T^2$, as Hinton et al. do, so that
+        gradients keep their size when the temperature changes. TRL and Liger do not.
       labels: Integer classes, `[...]`; -100 leaves out the CE of a token. Outside this
         range it is an error, or a NaN loss where the values are traced.
       alpha: $\alpha$ in [0, 1]. Below 1, `labels` are needed. A constant.
@@ -82,8 +82,8 @@ def distillation_loss(student, teacher, **options: Unpack[Options]) -> jax.Array
       where: Tokens that count, bool `[...]`. Others have no influence, even if their
         logits are NaN.
       weights: Weight $w$ of each token, float `[...]`. Differentiable.
-      vocab_size: Number of columns that are vocabulary. Those from there on are padding,
-        in either model, and their gradient is 0.
+      vocab_size: Number of columns that are vocabulary. Those from there on are
+        padding, in either model, and their gradient is 0.
       differentiate_teacher: Whether the teacher's logits get their gradient, instead of
         0.
       reduction: `"none"`: $w \ell$ for each token; `"sum"`: $\sum w \ell$; `"mean"`:
@@ -98,7 +98,7 @@ def distillation_loss(student, teacher, **options: Unpack[Options]) -> jax.Array
 
     Raises:
       TypeError: For an argument of a wrong type or dtype.
-      ValueError: For shapes that do not fit and, where it is known, a value out of range.
+      ValueError: For shapes that do not fit and, where known, values out of range.
 
     Example:
       >>> import jax.numpy as jnp

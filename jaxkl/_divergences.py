@@ -219,8 +219,8 @@ class AlphaDivergence:
 
     $$ D = \frac{\sum_v p_v^\alpha q_v^{1 - \alpha} - 1}{\alpha (\alpha - 1)}, $$
 
-    with its limits $\mathrm{KL}(p \,\|\, q)$ at 1 and $\mathrm{KL}(q \,\|\, p)$ at 0; four
-    times the squared Hellinger distance at ½.
+    with its limits $\mathrm{KL}(p \,\|\, q)$ at 1 and $\mathrm{KL}(q \,\|\, p)$ at 0.
+    At ½ it is four times the squared Hellinger distance.
 
     Args:
       alpha: $\alpha$, any finite number. From 1 on, $D$ is infinite where $q = 0 < p$;

@@ -27,7 +27,8 @@ def weighted_loss(spec: Spec, operands: Operands):
 
     Terms and statistics are constants to differentiation.
     """
-    loss, terms, statistics = _weighted_loss(spec, operands)
+    outputs: Any = _weighted_loss(spec, operands)
+    loss, terms, statistics = outputs
     return loss, jax.lax.stop_gradient(terms), jax.lax.stop_gradient(statistics)
 
 

@@ -15,7 +15,7 @@ class DistillationMetrics(NamedTuple):
     """Mean divergence at the given temperatures, without the T² factor."""
 
     kl: jax.Array
-    r"""Mean $\mathrm{KL}(p \,\|\, q)$ at temperature 1, teacher $p$, student $q$, in nats."""
+    r"""Mean $\mathrm{KL}(p \,\|\, q)$ of the student at temperature 1, in nats."""
 
     cross_entropy: jax.Array | None
     """Mean cross-entropy to the labels, label smoothing included, over the weight of
