@@ -18,7 +18,13 @@ from ._divergences import (
     TotalVariation as TotalVariation,
 )
 from ._kl_div import kl_div as kl_div, KLDivLoss as KLDivLoss
+from ._linear_head import LinearHead as LinearHead
 from ._metrics import DistillationMetrics as DistillationMetrics
+from ._sparse import (
+    sampled_teacher as sampled_teacher,
+    SparseTeacher as SparseTeacher,
+    top_k_teacher as top_k_teacher,
+)
 
 
 __version__ = _version("jaxkl")

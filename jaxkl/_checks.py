@@ -16,6 +16,11 @@ def is_traced(x) -> bool:
     return isinstance(x, jax.core.Tracer)
 
 
+def is_number(x) -> bool:
+    """A Python number: part of the program, not of its arguments."""
+    return isinstance(x, int | float) and not isinstance(x, bool)
+
+
 def float_array(name: str, x) -> jax.Array:
     try:
         x = jnp.asarray(x)
@@ -27,6 +32,13 @@ def float_array(name: str, x) -> jax.Array:
             f"`{name}` must be floating-point, one of {', '.join(FLOAT_DTYPES)}; "
             f"got {x.dtype.name}."
         )
+    return x
+
+
+def int_array(name: str, x) -> jax.Array:
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise TypeError(f"`{name}` must be integers, got {x.dtype.name}.")
     return x
 
 
@@ -66,6 +78,21 @@ def scalar(name: str, value, low: float, high: float = math.inf, *, positive=Fal
     if not is_traced(value):
         in_range(name, value, low, high, positive=positive)
     return value
+
+
+def temperature(name, value, shape):
+    """`shape`, or None for exactly 1."""
+    if isinstance(value, bool):
+        raise TypeError(f"`{name}` must be a number, got {value}.")
+    if isinstance(value, int | float):
+        in_range(name, value, 0, positive=True)
+        return None if value == 1 else jnp.full(shape, float(value), jnp.float32)
+    value = float_array(name, value)
+    if value.ndim:
+        of_shape(name, value, shape, "no shape or the batch shape")
+    if not is_traced(value):
+        in_range(name, value, 0, positive=True)
+    return jnp.broadcast_to(value, shape)
 
 
 def in_range(name: str, value, low: float, high: float = math.inf, *, positive=False):

@@ -15,10 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ._compat import varying_axes
 from ._tile import Operands, run_tile, Spec, Tile, weighted_sum
 
 
-_TILE_BYTES = 2 * 2**20  # of one tile's logits: they stay in a CPU's cache
+_MIB = 2**20
 
 
 @ft.partial(jax.jit, static_argnums=0)
@@ -93,28 +94,37 @@ def _outputs(spec, operands, result):
 
 
 def _run(spec: Spec, operands: Operands, wanted: Operands) -> Tile:
-    """All tiles, and those gradients that are wanted.
-
-    Dense logits are taken whole on accelerators, where XLA fuses all into passes over
-    them, and in blocks that stay in cache on a CPU.
-    """
+    """All tokens, and those gradients that are wanted."""
     tokens = operands.weights.divergence.shape[0]
-    whole = ft.partial(_run_whole, spec, wanted)
-    if spec.tile is None and not isinstance(tokens, int):  # symbolic, for `jax.export`
-        return whole(operands)
-    tile = spec.tile or max(1, _TILE_BYTES // (spec.vocab_size * spec.dtype.itemsize))
-    if tile >= tokens:
-        return whole(operands)
-    tiles = ft.partial(_run_tiles, spec, wanted, tile)
+
+    def tiled(tile_bytes):
+        tile = spec.tile
+        if tile is None:
+            tile = tile_bytes // (spec.vocab_size * spec.dtype.itemsize)
+            tile = max(1, tile // 8 * 8 if tile > 8 else tile)
+        if tile >= tokens:
+            return ft.partial(_run_whole, spec, wanted)
+        return ft.partial(_run_tiles, spec, wanted, tile)
+
+    dense = operands.student.is_dense and operands.teacher.is_dense
     if spec.tile is not None:
-        return tiles(operands)
-    return jax.lax.platform_dependent(operands, cpu=tiles, default=whole)
+        return tiled(None)(operands)
+    if not isinstance(tokens, int):  # symbolic, for `jax.export`
+        return _run_whole(spec, wanted, operands)
+    if dense:
+        # XLA fuses all into passes over the logits on accelerators; not on a CPU, where
+        # a few rows at a time stay in cache.
+        on_cpu, elsewhere = tiled(2 * _MIB), ft.partial(_run_whole, spec, wanted)
+    else:
+        on_cpu, elsewhere = tiled(32 * _MIB), tiled(256 * _MIB)
+    if on_cpu.func is elsewhere.func is _run_whole:
+        return elsewhere(operands)
+    return jax.lax.platform_dependent(operands, cpu=on_cpu, default=elsewhere)
 
 
 def _run_whole(spec, wanted, operands):
-    result = run_tile(
-        spec, operands, jnp.full_like(operands.weights.divergence, True, bool)
-    )
+    live = jnp.full_like(operands.weights.divergence, True, bool)
+    result = run_tile(spec, operands, live)
     gradients = jax.tree.map(
         lambda want, d: d if want else None, wanted, result.gradients
     )
@@ -123,43 +133,103 @@ def _run_whole(spec, wanted, operands):
 
 def _run_tiles(spec, wanted, tile, operands):
     tokens = operands.weights.divergence.shape[0]
+    tiles = _Strided if _can_stride(operands) else _Blocks
+    tiles = tiles(tokens, tile)
     is_shared = _shared(operands)
+    inputs = operands.map_tokens(tiles.arrange)
 
     def run(i):
-        # The last tile starts early enough to be full. It writes some tokens again, the
-        # same; `live` keeps them from being added again.
-        start = jnp.minimum(i * tile, tokens - tile)
-        live = start + jnp.arange(tile) >= i * tile
-        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, tile)
-        result = run_tile(spec, operands.map_tokens(cut), live)
+        result = run_tile(
+            spec, inputs.map_tokens(ft.partial(tiles.read, i)), tiles.live(i)
+        )
         pick = lambda shared: jax.tree.map(
             lambda want, of_all, d: d if want and of_all == shared else None,
             wanted,
             is_shared,
             result.gradients,
         )
-        return start, result._replace(gradients=pick(False)), pick(True)
+        return result._replace(gradients=pick(False)), pick(True)
 
     def step(carry, i):
-        start, result, shared = run(i)
-        write = lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, start, 0)
         results, totals = carry
-        return (
-            jax.tree.map(write, results, result),
-            jax.tree.map(jnp.add, totals, shared),
-        ), None
+        result, shared = run(i)
+        results = jax.tree.map(ft.partial(tiles.write, i), results, result)
+        return (results, jax.tree.map(jnp.add, totals, shared)), None
 
     # Zeros made like an operand vary over a mesh, in `shard_map`, as the operands do.
     zeros = ft.partial(jax.lax.full_like, operands.weights.divergence, 0)
-    _, result, shared = jax.eval_shape(run, 0)
-    results = jax.tree.map(lambda x: zeros(x.dtype, (tokens, *x.shape[1:])), result)
+    result, shared = jax.eval_shape(run, 0)
+    results = jax.tree.map(lambda x: zeros(x.dtype, tiles.shape + x.shape[1:]), result)
     totals = jax.tree.map(lambda x: zeros(x.dtype, x.shape), shared)
     (results, totals), _ = jax.lax.scan(
-        step, (results, totals), jnp.arange(-(-tokens // tile))
+        step, (results, totals), jnp.arange(tiles.count)
     )
+    results = jax.tree.map(tiles.restore, results)
     join = lambda of_all, row, total: total if of_all else row
     gradients = jax.tree.map(join, is_shared, results.gradients, totals)
     return results._replace(gradients=_rounded(operands, gradients))
+
+
+class _Blocks:
+    """Consecutive tokens. The last tile starts early enough to be full: it writes some
+    tokens again, the same, and `live` keeps them from being added again."""
+
+    def __init__(self, tokens, tile):
+        self.tokens, self.tile = tokens, tile
+        self.count = -(-tokens // tile)
+        self.shape = (tokens,)
+
+    def _start(self, i):
+        return jnp.minimum(i * self.tile, self.tokens - self.tile)
+
+    def arrange(self, x):
+        return x
+
+    def read(self, i, x):
+        return jax.lax.dynamic_slice_in_dim(x, self._start(i), self.tile)
+
+    def write(self, i, x, y):
+        return jax.lax.dynamic_update_slice_in_dim(x, y, self._start(i), 0)
+
+    def live(self, i):
+        return self._start(i) + jnp.arange(self.tile) >= i * self.tile
+
+    def restore(self, x):
+        return x
+
+
+class _Strided:
+    """Every `count`-th token: a token axis that the partitioner has sharded stays so
+    inside each tile, where a block would have to be gathered. Padded at the end."""
+
+    def __init__(self, tokens, tile):
+        self.tokens, self.tile = tokens, tile
+        self.count = -(-tokens // tile)
+        self.shape = (tile, self.count)
+
+    def arrange(self, x):
+        rest = ((0, 0),) * (x.ndim - 1)
+        x = jnp.pad(x, ((0, self.tile * self.count - self.tokens), *rest))
+        return x.reshape(self.shape + x.shape[1:])
+
+    def read(self, i, x):
+        return jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False)
+
+    def write(self, i, x, y):
+        return jax.lax.dynamic_update_index_in_dim(x, y, i, 1)
+
+    def live(self, i):
+        return jnp.arange(self.tile) * self.count + i < self.tokens
+
+    def restore(self, x):
+        return x.reshape(-1, *x.shape[2:])[: self.tokens]
+
+
+def _can_stride(operands):
+    """Not where a copy of dense logits is at stake, nor in `shard_map`, whose tokens are
+    local already."""
+    dense = operands.student.is_dense or operands.teacher.is_dense
+    return not dense and not varying_axes(operands.weights.divergence)
 
 
 def _shared(operands):

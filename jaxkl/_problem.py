@@ -5,6 +5,7 @@ autodiff does the rest: the gradients of weights, temperature² and the normalis
 those of the few lines in `_term_weights`.
 """
 
+import dataclasses
 from collections.abc import Hashable
 from typing import Any, Literal, NamedTuple
 
@@ -15,8 +16,10 @@ import numpy as np
 from . import _checks as check
 from ._compat import to_varying, varying_axes
 from ._divergences import Divergence, ForwardKL
+from ._linear_head import LinearHead
 from ._numerics import loss_dtype, zero_unless
 from ._sources import Logits, Source
+from ._sparse import check_columns, check_tail, SparseTeacher
 from ._tile import Operands, Spec, Terms
 
 
@@ -58,6 +61,7 @@ def prepare(
     statistics: bool = False,
 ) -> Problem:
     check.one_of("reduction", reduction, REDUCTIONS)
+    check_divergence(divergence)
     t_squared = check.boolean("t_squared", t_squared)
     tile = None if tile is None else check.positive_int("tile", tile)
     student, shape = _source("student", student)
@@ -71,18 +75,32 @@ def prepare(
     if not check.boolean("differentiate_teacher", differentiate_teacher):
         teacher = jax.lax.stop_gradient(teacher)
 
-    temperature = _temperature("temperature", temperature, shape)
+    if isinstance(teacher, SparseTeacher):
+        if teacher_temperature is not None:
+            raise ValueError(
+                "`teacher_temperature` must be None with a SparseTeacher, whose "
+                f"log-probabilities have theirs already; got {teacher_temperature!r}."
+            )
+        if differentiate_teacher:
+            raise ValueError(
+                "`differentiate_teacher` must be False with a SparseTeacher, which is a "
+                "constant."
+            )
+        teacher = check_columns(teacher, vocab_size)
+        check_tail(divergence, teacher)
+        teacher_temperature = 1.0
+
+    temperature = check.temperature("temperature", temperature, shape)
     if teacher_temperature is None:
         teacher_temperature = temperature
     else:
         name = "teacher_temperature"
-        teacher_temperature = _temperature(name, teacher_temperature, shape)
+        teacher_temperature = check.temperature(name, teacher_temperature, shape)
     weights = None if weights is None else check.float_array("weights", weights)
     floats = [x for x in (temperature, teacher_temperature, weights) if x is not None]
     dtype = loss_dtype(*floats, *jax.tree.leaves((student, teacher)))
     flat = lambda x: None if x is None else x.astype(dtype).reshape(-1)
     temperature, teacher_temperature = flat(temperature), flat(teacher_temperature)
-    check_divergence(divergence, dtype)
 
     mask, weight = _mask_and_weight(where, weights, shape, dtype)
     labels = None if labels is None else _labels(labels, shape, vocab_size)
@@ -106,14 +124,47 @@ def prepare(
 
 
 def _source(name, x) -> tuple[Source, tuple[int, ...]]:
-    x = check.float_array(name, x)
-    if x.ndim == 0 or x.shape[-1] == 0:
-        raise ValueError(f"`{name}` must be logits [..., vocab], got shape {x.shape}.")
-    return Logits(x.reshape(-1, x.shape[-1])), x.shape[:-1]
+    """The source with its tokens flattened, and their shape."""
+    if isinstance(x, LinearHead):
+        hidden = check.float_array(f"{name}.hidden", x.hidden)
+        kernel = check.float_array(f"{name}.kernel", x.kernel)
+        if hidden.ndim == 0 or kernel.ndim != 2 or kernel.shape[0] != hidden.shape[-1]:
+            raise ValueError(
+                f"`{name}.hidden` must be [..., hidden] and `{name}.kernel` [hidden, "
+                f"vocab], got {hidden.shape} and {kernel.shape}."
+            )
+        bias = x.bias
+        if bias is not None:
+            bias = check.float_array(f"{name}.bias", bias)
+            check.of_shape(f"{name}.bias", bias, kernel.shape[1:], "the shape [vocab]")
+        x = dataclasses.replace(x, hidden=hidden, kernel=kernel, bias=bias)
+        first = hidden
+    elif isinstance(x, SparseTeacher):
+        if name == "student":
+            raise TypeError(
+                "`student` must be logits or a LinearHead, got SparseTeacher."
+            )
+        indices = check.int_array(f"{name}.indices", x.indices)
+        log_probs = check.float_array(f"{name}.log_probs", x.log_probs)
+        if indices.ndim == 0 or indices.shape != log_probs.shape:
+            raise ValueError(
+                f"`{name}.indices` and `{name}.log_probs` must both be [..., k], got "
+                f"{indices.shape} and {log_probs.shape}."
+            )
+        x = dataclasses.replace(x, indices=indices, log_probs=log_probs)
+        first = indices
+    else:
+        first = check.float_array(name, x)
+        if first.ndim == 0:
+            raise ValueError(f"`{name}` must be logits [..., vocab], got a scalar.")
+        x = Logits(first)
+    if x.width == 0:
+        raise ValueError(f"`{name}` must have a vocabulary of at least 1, got 0.")
+    return x.map_tokens(lambda x: x.reshape(-1, x.shape[-1])), first.shape[:-1]
 
 
 def _vocab_size(vocab_size, student, teacher):
-    widths = student.width, teacher.width
+    widths = student.width, teacher.width or student.width
     if vocab_size is None:
         if widths[0] != widths[1]:
             raise ValueError(
@@ -129,21 +180,6 @@ def _vocab_size(vocab_size, student, teacher):
             f"of `teacher`, {widths[1]}, got {vocab_size}."
         )
     return vocab_size
-
-
-def _temperature(name, value, shape):
-    """`shape`, or None for exactly 1."""
-    if isinstance(value, bool):
-        raise TypeError(f"`{name}` must be a number, got {value}.")
-    if isinstance(value, int | float):
-        check.in_range(name, value, 0, positive=True)
-        return None if value == 1 else jnp.full(shape, float(value), jnp.float32)
-    value = check.float_array(name, value)
-    if value.ndim:
-        check.of_shape(name, value, shape, "no shape or the batch shape")
-    if not check.is_traced(value):
-        check.in_range(name, value, 0, positive=True)
-    return jnp.broadcast_to(value, shape)
 
 
 def _mask_and_weight(where, weights, shape, dtype):
@@ -163,9 +199,7 @@ def _mask_and_weight(where, weights, shape, dtype):
 
 
 def _labels(labels, shape, vocab_size):
-    labels = jnp.asarray(labels)
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"`labels` must be integers, got {labels.dtype.name}.")
+    labels = check.int_array("labels", labels)
     check.of_shape("labels", labels, shape, "the batch shape")
     if not check.is_traced(labels):
         known = np.asarray(labels)
@@ -243,7 +277,7 @@ def _alike(operands: Operands) -> Operands:
     return jax.tree.map(lambda x: to_varying(x, axes), operands)
 
 
-def check_divergence(divergence: Any, dtype) -> None:
+def check_divergence(divergence: Any) -> None:
     """That it is a pure elementwise function, and a static argument."""
     name = "`divergence`"
     if isinstance(divergence, type):
@@ -255,7 +289,7 @@ def check_divergence(divergence: Any, dtype) -> None:
         return
     if not isinstance(divergence, Hashable):
         raise TypeError(f"{name} must be hashable, got {divergence!r}.")
-    arg = jax.ShapeDtypeStruct((2, 3), dtype)
+    arg = jax.ShapeDtypeStruct((2, 3), jnp.float32)
     jaxpr = jax.make_jaxpr(divergence)(arg, arg)
     if any(map(check.is_traced, jaxpr.consts)):
         raise ValueError(

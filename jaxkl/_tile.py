@@ -83,17 +83,18 @@ def run_tile(spec: Spec, x: Operands, live: jax.Array) -> Tile:
     if x.mask is not None:
         student, teacher = x.student.mask_tokens(x.mask), x.teacher.mask_tokens(x.mask)
         x = x._replace(student=student, teacher=teacher)
-    all_s, all_t = x.student.logits(spec.dtype), x.teacher.logits(spec.dtype)
-    s, t = all_s[:, : spec.vocab_size], all_t[:, : spec.vocab_size]
-    log_p, _ = log_softmax(t, x.teacher_temperature)
+    s = x.student.logits(spec.dtype, spec.vocab_size)
+    t = x.teacher.logits(spec.dtype, spec.vocab_size)
+    log_p = x.teacher.log_p(t, x.teacher_temperature)
     log_q, _ = log_softmax(s, x.student_temperature)
     plain_log_q, lse = log_softmax(s)
 
-    f, pull = jax.vjp(spec.divergence, log_p, log_q)
-    f_p, f_q = pull(jnp.ones_like(f))
-    hit = _is_label(x.labels, f)
+    compare = ft.partial(x.teacher.compare, spec.divergence)
+    divergence, pull = jax.vjp(compare, log_p, log_q)
+    f_p, f_q = pull(jnp.ones_like(divergence))
+    hit = _is_label(x.labels, log_q)
     terms = Terms(
-        divergence=jnp.sum(f, axis=-1),
+        divergence=divergence,
         label=-jnp.sum(zero_unless(hit, plain_log_q), axis=-1),
         uniform=-jnp.mean(plain_log_q, axis=-1),
         lse_squared=lse * lse,
@@ -105,15 +106,15 @@ def run_tile(spec: Spec, x: Operands, live: jax.Array) -> Tile:
     d_s += _d_plain_logits(x.weights, plain_log_q, lse, hit)
     live &= ft.reduce(jnp.logical_or, [w != 0 for w in jax.tree.leaves(x.weights)])
     gradients = x._replace(
-        student=x.student.pull(all_s, _widen(d_s, all_s), live),
-        teacher=x.teacher.pull(all_t, _widen(d_t, all_t), live),
+        student=x.student.pull(s, d_s, live),
+        teacher=x.teacher.pull(t, d_t, live),
         weights=terms,
         student_temperature=d_student_temperature,
         teacher_temperature=d_teacher_temperature,
     )
-    statistics = (
-        _statistics(log_softmax(t)[0], plain_log_q) if spec.statistics else None
-    )
+    statistics = None
+    if spec.statistics:
+        statistics = _statistics(x.teacher, x.teacher.log_p(t, None), plain_log_q)
     return Tile(terms, statistics, gradients)
 
 
@@ -165,18 +166,13 @@ def _d_plain_logits(weights, log_q, lse, hit):
     return sum(parts)
 
 
-def _widen(d_logits, logits):
-    """Padding columns, which no term has seen, get a zero gradient."""
-    return jnp.pad(d_logits, ((0, 0), (0, logits.shape[-1] - d_logits.shape[-1])))
-
-
-def _statistics(log_p, log_q):
+def _statistics(teacher, log_p, log_q):
     entropy = lambda log_x: (
         -jnp.sum(jnp.exp(log_x) * zero_unless(log_x > -jnp.inf, log_x), axis=-1)
     )
     agree = jnp.argmax(log_p, axis=-1) == jnp.argmax(log_q, axis=-1)
     return Statistics(
-        kl=jnp.sum(ForwardKL()(log_p, log_q), axis=-1),
+        kl=teacher.compare(ForwardKL(), log_p, log_q),
         student_entropy=entropy(log_q),
         teacher_entropy=entropy(log_p),
         top1_agreement=agree.astype(log_q.dtype),

@@ -104,15 +104,15 @@ def distillation_loss(student, teacher, **options: Unpack[Options]) -> Array:
     student, teacher = x.student, x.teacher
     if x.mask is not None:
         student, teacher = student.mask_tokens(x.mask), teacher.mask_tokens(x.mask)
-    s = student.logits(spec.dtype)[:, : spec.vocab_size]
-    t = teacher.logits(spec.dtype)[:, : spec.vocab_size]
+    s = student.logits(spec.dtype, spec.vocab_size)
+    t = teacher.logits(spec.dtype, spec.vocab_size)
     log_q = jax.nn.log_softmax(_over(s, x.student_temperature), axis=-1)
-    log_p = jax.nn.log_softmax(_over(t, x.teacher_temperature), axis=-1)
+    log_p = teacher.log_p(t, x.teacher_temperature)
     plain_log_q = jax.nn.log_softmax(s, axis=-1)
 
-    loss = x.weights.divergence * jnp.sum(spec.divergence(log_p, log_q), axis=-1)
+    loss = x.weights.divergence * teacher.compare(spec.divergence, log_p, log_q)
     if x.weights.label is not None:
-        is_label = jnp.arange(spec.vocab_size) == x.labels[:, None]
+        is_label = jnp.arange(spec.vocab_size)[None, :] == x.labels[:, None]
         label = -jnp.sum(zero_unless(is_label, plain_log_q), axis=-1)
         loss += x.weights.label * label
     if x.weights.uniform is not None:

@@ -1,0 +1,124 @@
+"""A source whose logits are made, a tile at a time, from hidden states and a head."""
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from . import _checks as check
+from ._numerics import zero_unless
+from ._sources import Source, widen
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LinearHead(Source):
+    r"""A language model's head, in place of its logits: they are never all in memory.
+
+    $$ \mathrm{logits} = c \tanh(x / c), \qquad
+       x = \mathrm{scale} \cdot (\mathrm{hidden} \cdot \mathrm{kernel}) + \mathrm{bias}, $$
+
+    or $x$ itself if `softcap` $c$ is None. A pytree: gradients go to the three arrays. A
+    loss and its gradients cost the two products of each tile that any loss costs, once:
+    the logits, and for the student `d hidden` and `d kernel`. An array that is not
+    differentiated (under `jax.lax.stop_gradient`, or no argument of `jax.grad`) costs
+    nothing.
+
+    Products accumulate in float32 and take bf16 operands as they are; `d kernel` and
+    `d bias` are summed over tokens in float32 and rounded once to their array's dtype.
+
+    Args:
+      hidden: Input of the head, `[..., hidden]`.
+      kernel: `[hidden, vocab]`, as Flax has it; pass `embedding.T` if it is tied.
+      bias: `[vocab]`, or None.
+      softcap: Bound of the logits, as in Gemma 2. A Python number > 0, or None.
+      scale: Factor of the product. A Python number.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> head = jaxkl.LinearHead(jnp.ones((1, 2)), jnp.array([[0.0, 0.0], [0.0, 1.0]]))
+      >>> print(f"{jaxkl.distillation_loss(jnp.zeros((1, 2)), head):.4f}")
+      0.1110
+    """
+
+    hidden: Any
+    kernel: Any
+    bias: Any = None
+    softcap: float | None = dataclasses.field(
+        default=None, kw_only=True, metadata={"static": True}
+    )
+    scale: float = dataclasses.field(
+        default=1.0, kw_only=True, metadata={"static": True}
+    )
+
+    shared: ClassVar[frozenset[str]] = frozenset({"kernel", "bias"})
+
+    def __post_init__(self):
+        for name, number in (("softcap", self.softcap), ("scale", self.scale)):
+            if number is not None and not check.is_number(number):
+                raise TypeError(f"`{name}` must be a Python number, got {number!r}.")
+        if self.softcap is not None:
+            check.in_range("softcap", self.softcap, 0, positive=True)
+        check.in_range("scale", self.scale, -math.inf)
+
+    @property
+    def width(self):
+        return self.kernel.shape[-1]
+
+    def logits(self, dtype, vocab_size):
+        x = _dot(self.hidden, self.kernel, (1, 0), dtype) * self.scale
+        if self.bias is not None:
+            x += self.bias.astype(dtype)[None, :]
+        if self.softcap is not None:
+            x = self.softcap * jnp.tanh(x / self.softcap)
+        return x[:, :vocab_size]
+
+    def pull(self, logits, d_logits, live):
+        if self.softcap is not None:
+            share = logits / self.softcap
+            d_logits *= 1 - share * share
+        d_x = widen(d_logits, self.kernel.shape[-1])
+        d_bias = None
+        if self.bias is not None:
+            d_bias = jnp.sum(zero_unless(live[:, None], d_x), axis=0)
+        d_product = _as_operand(d_x * self.scale, self.hidden, self.kernel)
+        dtype = d_logits.dtype
+        d_hidden = _dot(d_product, self.kernel, (1, 1), dtype)
+        # A token without weight may hold NaN, and 0 · NaN is NaN.
+        hidden = zero_unless(live[:, None], self.hidden)
+        d_product = zero_unless(live[:, None], d_product)
+        d_kernel = _dot(hidden, d_product, (0, 0), dtype)
+        return dataclasses.replace(
+            self,
+            hidden=d_hidden.astype(self.hidden.dtype),
+            kernel=d_kernel,
+            bias=d_bias,
+        )
+
+
+def _dot(x, y, axes, dtype):
+    """The product over one axis of each, accumulated and returned in `dtype`."""
+    common = _common(x, y)
+    return jax.lax.dot_general(
+        x.astype(common),
+        y.astype(common),
+        (((axes[0],), (axes[1],)), ((), ())),
+        preferred_element_type=dtype,
+    )
+
+
+def _common(x, y):
+    """The narrowest of the dtypes that hold both."""
+    if x.dtype == y.dtype:
+        return x.dtype
+    double = jnp.float64 in (x.dtype, y.dtype)
+    return jnp.dtype(jnp.float64 if double else jnp.float32)
+
+
+def _as_operand(d_product, hidden, kernel):
+    """The gradient as an operand beside `hidden` and `kernel`: bf16 if they are, for the
+    speed; never float16, in which the gradient of a mean would underflow."""
+    common = _common(hidden, kernel)
+    return d_product if common == jnp.float16 else d_product.astype(common)

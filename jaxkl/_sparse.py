@@ -1,0 +1,256 @@
+"""Teachers given by a few columns of each row: top-k lists and samples."""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from . import _checks as check
+from ._divergences import ForwardKL
+from ._numerics import log_softmax, loss_dtype, zero_unless
+from ._sources import Source
+
+
+Tail = Literal["renormalize", "drop", "bucket", "uniform"]
+TAILS = ("renormalize", "drop", "bucket", "uniform")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SparseTeacher(Source):
+    r"""A teacher known by the log-probabilities of `k` columns in each row.
+
+    Let $L$ be the listed columns, $p$ their probabilities and
+    $\rho = 1 - \sum_L p$ the rest of the mass. The tail says what becomes of it:
+
+    - `"renormalize"`: the listed mass is scaled to 1 and $p = 0$ elsewhere, so any
+      unnormalised values will do. Biased, and refused by divergences that are infinite
+      where $p = 0 < q$, `ReverseKL` among them.
+    - `"drop"`: $\sum_L p \log (p / q)$, columns outside $L$ left out. `ForwardKL` only.
+      Its value may be negative.
+    - `"bucket"`: the rest is one more outcome, of probability $\rho$ in the teacher and
+      $1 - \sum_L q$ in the student.
+    - `"uniform"`: $\rho$ is spread evenly over the columns outside $L$.
+
+    The log-probabilities are at the teacher's temperature already: `temperature` of a
+    loss divides the student's logits only. They are constants to differentiation. With
+    all columns listed, each tail gives the loss of the dense teacher.
+
+    Args:
+      indices: Columns, integers `[..., k]`. -1 is an empty slot; columns that are
+        repeated add up.
+      log_probs: Their log-probabilities, `[..., k]`.
+      tail: What becomes of the mass that is not listed.
+
+    References:
+      Anshumann et al. [Sparse Logit Sampling: Accelerating Knowledge Distillation in
+      LLMs](https://arxiv.org/abs/2503.16870), 2025.
+    """
+
+    indices: Any
+    log_probs: Any
+    tail: Tail = dataclasses.field(
+        default="renormalize", kw_only=True, metadata={"static": True}
+    )
+
+    def __post_init__(self):
+        check.one_of("tail", self.tail, TAILS)
+
+    @property
+    def width(self):
+        return None
+
+    def logits(self, dtype, vocab_size):
+        """Log-probabilities, -inf outside the list: logits whose softmax renormalises."""
+        shape = (self.indices.shape[0], vocab_size)
+        at = self._slots(vocab_size)
+        log_probs = jnp.where(self.indices < 0, -jnp.inf, self.log_probs.astype(dtype))
+        # The largest of a column, then the sum relative to it: exact for a single one.
+        top = jnp.full(shape, -jnp.inf, dtype).at[at].max(log_probs, mode="drop")
+        top_here = top.at[at].get(mode="fill", fill_value=-jnp.inf)
+        share = zero_unless(log_probs > -jnp.inf, jnp.exp(log_probs - top_here))
+        total = jnp.zeros(shape, dtype).at[at].add(share, mode="drop")
+        listed = top + jnp.log(jnp.maximum(total, 1))
+        if self.tail != "uniform":
+            return listed
+        outside = ~self._listed(shape)
+        number = jnp.sum(outside, axis=-1, keepdims=True, dtype=dtype)
+        rest = _log(_rest(listed)[:, None] / jnp.maximum(number, 1))
+        return jnp.where(outside, rest, listed)
+
+    def pull(self, logits, d_logits, live):
+        return self.map_fields(lambda _, x: jnp.zeros_like(x))  # a constant
+
+    def log_p(self, logits, temperature):
+        normalized = self.tail in ("renormalize", "uniform")
+        return super().log_p(logits, temperature) if normalized else logits
+
+    def compare(self, divergence, log_p, log_q):
+        if self.tail in ("renormalize", "uniform"):
+            return super().compare(divergence, log_p, log_q)
+        listed = self._listed(log_p.shape)
+        if self.tail == "drop":
+            # The listed masses do not sum to 1: the form without cancellation does not
+            # hold, and the plain one is right.
+            p = jnp.exp(log_p)
+            return jnp.sum(p * zero_unless(p > 0, log_p - log_q), axis=-1)
+        inside = divergence(zero_unless(listed, log_p), zero_unless(listed, log_q))
+        log_p_rest = _log(zero_unless(~listed.all(axis=-1), _rest(log_p)))
+        log_q_rest = _log(jnp.sum(zero_unless(~listed, jnp.exp(log_q)), axis=-1))
+        outside = divergence(log_p_rest[:, None], log_q_rest[:, None])[:, 0]
+        return jnp.sum(zero_unless(listed, inside), axis=-1) + outside
+
+    def _slots(self, vocab_size):
+        """Where the slots point, empty ones out of bounds."""
+        rows = jnp.arange(self.indices.shape[0])[:, None]
+        return rows, jnp.where(self.indices < 0, vocab_size, self.indices)
+
+    def _listed(self, shape):
+        at = self._slots(shape[-1])
+        return jnp.zeros(shape, bool).at[at].set(True, mode="drop")
+
+
+def _rest(log_p):
+    """The mass that is not listed, `[B]`."""
+    return jnp.maximum(1 - jnp.sum(jnp.exp(log_p), axis=-1), 0)
+
+
+def _log(x):
+    """`log x`; `-inf`, with a gradient of 0, at 0."""
+    return jnp.where(x > 0, jnp.log(jnp.where(x > 0, x, 1)), -jnp.inf)
+
+
+def check_columns(teacher: SparseTeacher, vocab_size: int) -> SparseTeacher:
+    """That the columns exist. Where they are traced, one that does not makes NaN."""
+    bad = (teacher.indices < -1) | (teacher.indices >= vocab_size)
+    if not check.is_traced(bad):
+        if bad.any():
+            raise ValueError(
+                f"`teacher.indices` must be in [0, {vocab_size}), or -1 for an empty "
+                f"slot, got {teacher.indices[bad][0]}."
+            )
+        return teacher
+    any_bad = bad.any(axis=-1, keepdims=True)
+    log_probs = jnp.where(any_bad, jnp.nan, teacher.log_probs)
+    return dataclasses.replace(teacher, log_probs=log_probs)
+
+
+def check_tail(divergence, teacher: SparseTeacher) -> None:
+    """That the divergence has a meaning on the teacher's tail."""
+    if teacher.tail == "drop" and not isinstance(divergence, ForwardKL):
+        raise ValueError(
+            f'`divergence` must be ForwardKL() with tail="drop", got {divergence!r}.'
+        )
+    if teacher.tail != "renormalize":
+        return
+    with jax.ensure_compile_time_eval():
+        f = divergence(jnp.full((1, 1), -jnp.inf), jnp.log(jnp.full((1, 1), 0.5)))
+        finite = bool(jnp.isfinite(f).all())
+    if not finite:
+        raise ValueError(
+            f"`divergence` {divergence!r} is not finite where p = 0, as it is outside "
+            'the list with tail="renormalize". Take tail="bucket" or "uniform", or a '
+            "divergence that is finite there, such as ForwardKL, SkewForwardKL, "
+            "JensenShannon or TotalVariation."
+        )
+
+
+def top_k_teacher(
+    logits, k: int, *, temperature=1.0, tail: Tail = "bucket"
+) -> SparseTeacher:
+    r"""The `k` most likely columns of each row, $\mathrm{softmax}(t / T)$ there.
+
+    The probabilities are those of the whole softmax: they sum to less than 1, and `tail`
+    says what becomes of the rest.
+
+    Args:
+      logits: Logits $t$, `[..., vocab]`.
+      k: Columns to keep, at most `vocab`.
+      temperature: $T > 0$, a scalar or `[...]`.
+      tail: See `SparseTeacher`.
+
+    Returns:
+      A `SparseTeacher` of int32 `[..., k]` and float32 `[..., k]` (float64 if an
+      argument is), the most likely first.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> teacher = jaxkl.top_k_teacher(jnp.log(jnp.array([0.2, 0.5, 0.3])), 2)
+      >>> print(teacher.indices, jnp.exp(teacher.log_probs))
+      [1 2] [0.5 0.3]
+    """
+    log_probs = _log_probs(logits, temperature)
+    k = check.positive_int("k", k)
+    if k > log_probs.shape[-1]:
+        raise ValueError(f"`k` must be at most vocab, {log_probs.shape[-1]}, got {k}.")
+    values, indices = jax.lax.top_k(log_probs, k)
+    return SparseTeacher(indices, values, tail=tail)
+
+
+def sampled_teacher(key, logits, num_samples: int, *, temperature=1.0) -> SparseTeacher:
+    r"""Columns drawn from each row's $p = \mathrm{softmax}(t / T)$, with replacement.
+
+    A column drawn $n$ times has $\hat p = n / \mathrm{num\_samples}$, so that
+    $\mathbb{E}[\hat p] = p$: the expected gradient of a forward KL is that of the dense
+    teacher, which no top-k list has. Rows are independent.
+
+    Args:
+      key: A JAX random key.
+      logits: Logits $t$, `[..., vocab]`.
+      num_samples: Draws for each row.
+      temperature: $T > 0$, a scalar or `[...]`.
+
+    Returns:
+      A `SparseTeacher` of `[..., num_samples]`, whose tail is `"renormalize"`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> logits = jnp.log(jnp.array([0.2, 0.8]))
+      >>> teacher = jaxkl.sampled_teacher(jax.random.key(0), logits, 1000)
+      >>> print(f"{(teacher.indices == 1).mean():.1f}")
+      0.8
+
+    References:
+      Anshumann et al. [Sparse Logit Sampling: Accelerating Knowledge Distillation in
+      LLMs](https://arxiv.org/abs/2503.16870), 2025.
+    """
+    num_samples = check.positive_int("num_samples", num_samples)
+    p = jnp.exp(_log_probs(logits, temperature))
+    # Two draws, of a group of columns and of one in it: float32 uniforms have 24 bits,
+    # too few for the rare columns of a large vocabulary.
+    *shape, vocab = p.shape
+    group = math.isqrt(vocab - 1) + 1
+    p = p.reshape(-1, vocab)
+    p = jnp.pad(p, ((0, 0), (0, -vocab % group))).reshape(p.shape[0], -1, group)
+    outer, inner = jax.random.uniform(key, (2, p.shape[0], num_samples), p.dtype)
+    groups = _draw(p.sum(axis=-1), outer)
+    columns = jax.vmap(lambda p, at, u: _draw(p[at], u[:, None])[:, 0])(
+        p, groups, inner
+    )
+    indices = (groups * group + columns).reshape(*shape, num_samples)
+    log_probs = jnp.full_like(indices, -math.log(num_samples), dtype=p.dtype)
+    return SparseTeacher(indices, log_probs)
+
+
+def _draw(weights, uniform):
+    """Columns of `weights`, `[N, V]`, by the inverse of their distribution, `[N, S]`."""
+    total = jnp.cumsum(weights, axis=-1)
+    # Below the last step even when rounded, so that no column of weight 0 is drawn.
+    level = jnp.minimum(uniform * total[:, -1:], jnp.nextafter(total[:, -1:], 0))
+    search = jax.vmap(lambda total, level: jnp.searchsorted(total, level, side="right"))
+    return search(total, level).astype(jnp.int32)
+
+
+def _log_probs(logits, temperature):
+    """Of `logits / temperature`, in at least float32."""
+    logits = check.float_array("logits", logits)
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"`logits` must be [..., vocab], got shape {logits.shape}.")
+    temperature = check.temperature("temperature", temperature, logits.shape[:-1])
+    dtype = loss_dtype(logits, temperature)
+    flat = logits.reshape(-1, logits.shape[-1]).astype(dtype)
+    if temperature is not None:
+        temperature = temperature.astype(dtype).reshape(-1)
+    return log_softmax(flat, temperature).log_probs.reshape(logits.shape)
