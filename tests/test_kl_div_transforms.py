@@ -1,0 +1,247 @@
+"""`kl_div` under JAX's transformations, on meshes of 8 devices, and exported."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from scipy.special import log_softmax
+
+import jaxkl
+from jaxkl import kl_div, reference
+
+from .helpers import assert_close
+
+
+both = pytest.mark.parametrize("log_target", [False, True])
+
+
+def loss(x, t, log_target=False):
+    return kl_div(x, t, reduction="batchmean", log_target=log_target)
+
+
+def closed_form(x, t, log_target):
+    """Gradients of `loss` by `x` and `t`."""
+    x, t = np.asarray(x, np.float64), np.asarray(t, np.float64)
+    if log_target:
+        return -np.exp(t) / len(x), np.exp(t) * (t - x + 1) / len(x)
+    return -t / len(x), (np.log(t) + 1 - x) / len(x)
+
+
+@pytest.fixture
+def arrays(rng):
+    def make(log_target=False, shape=(8, 6)):
+        x, t = log_softmax(rng.normal(size=(2, *shape)), axis=-1).astype(np.float32)
+        return jnp.asarray(x), jnp.asarray(t if log_target else np.exp(t))
+
+    return make
+
+
+@both
+def test_vmap(arrays, log_target):
+    x, t = arrays(log_target)
+    f = functools.partial(kl_div, reduction="sum", log_target=log_target)
+    expected = kl_div(x, t, reduction="none", log_target=log_target).sum(-1)
+    assert_close(jax.vmap(f)(x, t), expected, 1e-6)
+    over_one = jax.vmap(f, in_axes=(0, None))(x, t[0])
+    assert_close(over_one[0], expected[0], 1e-6)
+    d_x, d_t = jax.vmap(jax.grad(f, argnums=(0, 1)))(x, t)
+    expected_x, expected_t = closed_form(x, t, log_target)
+    assert_close(d_x, len(x) * expected_x, 1e-5)
+    assert_close(d_t, len(x) * expected_t, 1e-5)
+
+
+@both
+def test_scan_of_grad(arrays, log_target):
+    x, t = arrays(log_target)
+    grad = jax.grad(loss, argnums=(0, 1))
+
+    def step(total, xt):
+        d_x, d_t = grad(*xt, log_target=log_target)
+        return total + d_x.sum(), d_t
+
+    total, d_t = jax.jit(lambda *xt: jax.lax.scan(step, 0.0, xt))(
+        x.reshape(4, 2, 6), t.reshape(4, 2, 6)
+    )
+    # A step is a batch of 2, where `closed_form` divides by 8.
+    expected_x, expected_t = closed_form(x, t, log_target)
+    assert_close(total, 4 * expected_x.sum(), 1e-5)
+    assert_close(d_t, 4 * expected_t.reshape(4, 2, 6), 1e-5)
+
+
+@both
+def test_checkpoint_and_grad_of_scan(arrays, log_target):
+    x, t = arrays(log_target)
+
+    @jax.checkpoint
+    def step(total, xt):
+        return total + loss(*xt, log_target=log_target), None
+
+    f = lambda x, t: jax.lax.scan(step, 0.0, (x[:, None], t[:, None]))[0] / 8
+    d_x, d_t = jax.jit(jax.grad(f, argnums=(0, 1)))(x, t)
+    expected_x, expected_t = closed_form(x, t, log_target)
+    assert_close(d_x, expected_x, 1e-5)
+    assert_close(d_t, expected_t, 1e-5)
+
+
+@both
+def test_jacrev_and_hessian(arrays, log_target):
+    x, t = arrays(log_target, (2, 3))
+    f = functools.partial(kl_div, reduction="none", log_target=log_target)
+    d_x, d_t = jax.jacrev(f, argnums=(0, 1))(x, t)
+    diagonal = np.eye(6).reshape(2, 3, 2, 3)
+    expected_x, expected_t = closed_form(x, t, log_target)
+    assert_close(d_x, 2 * expected_x * diagonal, 1e-5)
+    assert_close(d_t, 2 * expected_t * diagonal, 1e-5)
+    f = functools.partial(loss, log_target=log_target)
+    t_ = np.asarray(t, np.float64)
+    d_tt = np.exp(t_) * (t_ - np.asarray(x) + 2) / 2 if log_target else 1 / t_ / 2
+    d_xt = -np.exp(t_) / 2 if log_target else -np.ones((2, 3)) / 2
+    grad = jax.grad(f, argnums=(0, 1))
+    for outer in (jax.jacfwd, jax.jacrev):
+        hessian = jax.jit(outer(grad, argnums=(0, 1)))(x, t)
+        np.testing.assert_array_equal(hessian[0][0], np.zeros((2, 3, 2, 3)))
+        assert_close(hessian[0][1], d_xt * diagonal, 1e-5)
+        assert_close(hessian[1][0], d_xt * diagonal, 1e-5)
+        assert_close(hessian[1][1], d_tt * diagonal, 1e-5)
+
+
+def test_forward_mode_is_for_the_reference(arrays):
+    x, t = arrays()
+    f = functools.partial(kl_div, reduction="sum")
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(f, (x, t), (x, t))
+    f = functools.partial(reference.kl_div, reduction="sum")
+    _, slope = jax.jvp(f, (x, t), (x, t))
+    expected_x, expected_t = closed_form(x, t, False)
+    assert_close(slope, 8 * (expected_x * x + expected_t * t).sum(), 1e-5)
+
+
+def test_traces_once(arrays):
+    x, t = arrays()
+    traces = []
+
+    @jax.jit
+    def f(x, t):
+        traces.append(x)
+        return jax.grad(loss)(x, t)
+
+    f(x, t)
+    f(x + 1, t)
+    assert len(traces) == 1
+    compiled = jaxkl._kl_div._kl_div
+    loss(x, t)
+    before = compiled._cache_size()
+    loss(x + 1, t)
+    assert compiled._cache_size() == before > 0
+
+
+@both
+def test_saves_only_the_arguments(arrays, log_target):
+    x, t = (a.astype(jnp.bfloat16) for a in arrays(log_target, (64, 32)))
+    pull = jax.vjp(functools.partial(loss, log_target=log_target), x, t[:1])[1]
+    saved = [a for a in jax.tree.leaves(pull) if a.size > 1]
+    assert sorted((a.shape, a.dtype.name) for a in saved) == [
+        ((1, 32), "bfloat16"),
+        ((64, 32), "bfloat16"),
+    ]
+
+
+@pytest.mark.parametrize("size", [100_000])
+def test_value_has_no_elementwise_temporary(size):
+    x = jax.ShapeDtypeStruct((4, size), jnp.bfloat16)
+    compiled = jax.jit(functools.partial(loss, log_target=True)).lower(x, x).compile()
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < size  # a fraction of one [4, size] array
+
+
+@both
+@pytest.mark.parametrize(
+    "dtype, reduction",
+    [("bfloat16", "none"), ("float32", "mean"), ("bfloat16", "batchmean")],
+)
+@pytest.mark.filterwarnings("ignore:.*not the KL")
+def test_export_with_symbolic_shapes(arrays, dtype, reduction, log_target):
+    x, t = (a.astype(dtype) for a in arrays(log_target))
+    b, v = jax.export.symbolic_shape("b, v")
+    f = functools.partial(kl_div, reduction=reduction, log_target=log_target)
+
+    @jax.jit
+    def run(x, t):
+        value, pull = jax.vjp(f, x, t)
+        return value, *pull(jnp.ones_like(value))
+
+    arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape in ((b, v), (1, v))]
+    platforms = ("cpu", "tpu", "cuda")
+    exported = jax.export.export(run, platforms=platforms)(*arguments)
+    assert exported.platforms == platforms
+    restored = jax.export.deserialize(exported.serialize())
+    for rows in (3, 8):
+        actual, expected = (g(x[:rows], t[:1]) for g in (restored.call, run))
+        for a, e in zip(actual, expected, strict=True):
+            assert a.dtype == e.dtype == dtype
+            assert_close(a, e, 1e-6 if dtype == "float32" else 1e-2)
+
+
+# -- Meshes
+
+
+def mesh_of(axis_type):
+    return jax.make_mesh((8,), ("d",), axis_types=(axis_type,))
+
+
+@both
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("replicated", ["none", "input", "target"])
+def test_shard_map(arrays, replicated, check_vma, log_target):
+    # Rows over 8 devices; a replicated argument is one row for all of them.
+    x, t = arrays(log_target)
+    specs = [P("d"), P("d")]
+    if replicated != "none":
+        i = ("input", "target").index(replicated)
+        specs[i] = P()
+        x, t = (a[:1] if i == j else a for j, a in enumerate((x, t)))
+    f = functools.partial(kl_div, reduction="sum", log_target=log_target)
+
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh_of(AxisType.Auto),
+        in_specs=tuple(specs),
+        out_specs=P(),
+        check_vma=check_vma,
+    )
+    def sharded(x, t):
+        return jax.lax.psum(f(x, t), "d")
+
+    run = lambda g: jax.jit(jax.value_and_grad(g, argnums=(0, 1)))(x, t)
+    (value, grads), (value_, grads_) = run(sharded), run(f)
+    assert_close(value, value_, 1e-6)
+    for grad, grad_ in zip(grads, grads_, strict=True):
+        assert grad.shape == grad_.shape
+        assert_close(grad, grad_, 1e-5)
+
+
+@both
+@pytest.mark.parametrize("reduction", ["none", "sum", "batchmean"])
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_arrays(arrays, axis_type, reduction, log_target):
+    x, t = arrays(log_target)
+    f = functools.partial(kl_div, reduction=reduction, log_target=log_target)
+    value, pull = jax.vjp(f, x, t[:1])
+    expected = value, *pull(jnp.ones_like(value))
+    mesh = mesh_of(axis_type)
+    with jax.set_mesh(mesh):
+        x = jax.device_put(x, NamedSharding(mesh, P("d")))
+        t = jax.device_put(t, NamedSharding(mesh, P()))[:1]
+
+        @jax.jit
+        def run(x, t):
+            value, pull = jax.vjp(f, x, t)
+            return value, *pull(jnp.ones_like(value))
+
+        actual = run(x, t)
+    assert actual[1].sharding.spec[0] == "d"
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a, e, 1e-5)
