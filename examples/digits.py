@@ -336,17 +336,17 @@ def parse_arguments():
         ("steps", 2000, integer(1, 10**6), f"minibatches of {BATCH} per student"),
         ("seed", 0, integer(0, 2**30), "the first seed"),
         ("seeds", 8, integer(2, 1000), "how many seeds; a spread needs two"),
-        ("out", Path("out/digits"), Path, "folder for the picture and the numbers"),
+        ("output", Path("out/digits"), Path, "folder for the picture and the numbers"),
     ):
         parser.add_argument(f"--{name}", default=default, type=convert, help=text)
     kinds = dict(choices=DIVERGENCES, default="forward-kl")
     parser.add_argument("--divergence", help="of student from teacher", **kinds)
     args = parser.parse_args()
     try:  # now, not after the training
-        args.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()
+        args.output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.output).close()
     except OSError as error:
-        parser.error(f"argument --out: cannot write there: {error}")
+        parser.error(f"argument --output: cannot write there: {error}")
     return args
 
 
@@ -358,8 +358,8 @@ def main():
     if not np.isfinite(kl).all():
         sys.exit("digits.py: a student's held-out KL to the teacher is not finite")
     numbers = report(args, teacher_accuracy, accuracy[-1], kl[-1])
-    settings = vars(args) | {"out": str(args.out)}
-    metrics, picture = args.out / "metrics.json", args.out / "curves.png"
+    settings = vars(args) | {"output": str(args.output)}
+    metrics, picture = args.output / "metrics.json", args.output / "digits.png"
     metrics.write_text(json.dumps({"settings": settings} | numbers, indent=1) + "\n")
     draw(picture, args, teacher_accuracy, times, accuracy, kl)
     print(f"Wrote {metrics} and {picture}")

@@ -39,7 +39,7 @@ def check_digits(result, out):
     table = result.stdout.split(" held-out images;")[1].split("Wrote")[0]
     assert max(map(len, table.splitlines())) <= 80
     assert str(out / "metrics.json") in result.stdout
-    assert str(out / "curves.png") in result.stdout
+    assert str(out / "digits.png") in result.stdout
 
     numbers = json.loads((out / "metrics.json").read_text())
     assert tuple(numbers["rows"]) == ROWS
@@ -91,18 +91,18 @@ def check_picture(path, colours):
 def test_digits_small(tmp_path, digits):
     out = tmp_path / "deep" / "out"
     options = "--steps 30 --seeds 2 --seed 7 --labels 60".split()
-    numbers = check_digits(run(EXAMPLES / "digits.py", *options, "--out", out), out)
+    numbers = check_digits(run(EXAMPLES / "digits.py", *options, "--output", out), out)
     assert numbers["settings"]["labels"] == 60 and numbers["settings"]["seed"] == 7
     assert [row["labels"] for row in numbers["rows"].values()] == [1297, 60, 60, 60]
     assert [row["images"] for row in numbers["rows"].values()] == [1297, 60, 60, 1297]
     assert numbers["rows"]["teacher"]["accuracy"]["mean"] > 95
-    check_picture(out / "curves.png", digits.COLOURS.values())
+    check_picture(out / "digits.png", digits.COLOURS.values())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("divergence", ["forward-kl", "reverse-kl", "jensen-shannon"])
 def test_digits_shows_the_known_effect(tmp_path, divergence):
-    options = ("--divergence", divergence, "--out", tmp_path)
+    options = ("--divergence", divergence, "--output", tmp_path)
     result = run(EXAMPLES / "digits.py", *options)
     numbers = check_digits(result, tmp_path)
     difference = numbers["differences"]["distilled, all images - labels alone"]
@@ -114,7 +114,7 @@ def test_digits_shows_the_known_effect(tmp_path, divergence):
 @pytest.mark.slow
 def test_digits_without_weight_for_the_teacher_is_labels_alone(tmp_path):
     options = "--alpha 0 --steps 30 --seeds 2".split()
-    result = run(EXAMPLES / "digits.py", *options, "--out", tmp_path)
+    result = run(EXAMPLES / "digits.py", *options, "--output", tmp_path)
     rows = check_digits(result, tmp_path)["rows"]
     assert rows["labels alone"]["kl"] == rows["distilled, same images"]["kl"]
     assert "distillation did NOT beat labels alone" in result.stdout
@@ -161,7 +161,7 @@ def test_digits_words_follow_the_numbers(digits, capsys, gain, words):
 )
 def test_digits_bad_option(digits, monkeypatch, capsys, tmp_path, option, value):
     out = tmp_path / "out"
-    arguments = ["digits.py", f"{option}={value}", "--out", str(out)]
+    arguments = ["digits.py", f"{option}={value}", "--output", str(out)]
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit) as exit:
         digits.main()
@@ -173,9 +173,9 @@ def test_digits_bad_option(digits, monkeypatch, capsys, tmp_path, option, value)
 
 def test_digits_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
-    result = run(EXAMPLES / "digits.py", "--out", tmp_path / "file" / "out")
+    result = run(EXAMPLES / "digits.py", "--output", tmp_path / "file" / "out")
     assert result.returncode == 2
-    assert "argument --out: cannot write there" in result.stderr
+    assert "argument --output: cannot write there" in result.stderr
     assert "Traceback" not in result.stderr
 
 
