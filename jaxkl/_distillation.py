@@ -58,23 +58,25 @@ def distillation_loss(student, teacher, **options: Unpack[Options]) -> jax.Array
     Statistics are in float32 or more. Gradients are computed in the forward pass, a
     tile of tokens at a time, and no `[tokens, vocab]` array is held beside the
     arguments and their gradients. Second order (`jax.hessian`, reverse over reverse)
-    works; forward mode (`jax.jvp`, `jax.linearize`) is for `jaxkl.reference.distillation_loss`.
+    works. For forward mode (`jax.jvp`, `jax.linearize`) there is
+    `jaxkl.reference.distillation_loss`.
 
     Columns where both logits are `-inf` are as if absent. A token with $q = 0 < p$ has
     an infinite forward KL, and the formula's finite gradient.
 
     Args:
-      student: Logits $s$, `[..., vocab]`.
-      teacher: Logits $t$, `[..., vocab]`, with the same leading shape. A constant
-        unless `differentiate_teacher`.
+      student: Logits $s$, `[..., vocab]`, or a `LinearHead` that makes them.
+      teacher: Logits $t$, `[..., vocab]`, with the same leading shape, a `LinearHead`,
+        or a `SparseTeacher`. A constant unless `differentiate_teacher`.
       divergence: $D$: one of the catalogue, or any hashable, elementwise callable
         `(log_p, log_q) -> f`, of which $D$ is the sum over the vocabulary.
       temperature: $T > 0$, a scalar or `[...]`. Differentiable.
       teacher_temperature: $T_t$, likewise; None: the same as `temperature`.
       t_squared: Whether to multiply $D$ by $T^2$, as Hinton et al. do, so that
         gradients keep their size when the temperature changes. TRL and Liger do not.
-      labels: Integer classes, `[...]`; -100 leaves out the CE of a token. Outside this
-        range it is an error, or a NaN loss where the values are traced.
+      labels: Integer classes, `[...]`; -100 leaves out the CE of a token, which still
+        counts in the mean. Others out of range are an error, or a NaN loss where the
+        values are traced.
       alpha: $\alpha$ in [0, 1]. Below 1, `labels` are needed. A constant.
       label_smoothing: In [0, 1]: this share of each label is spread evenly over the
         vocabulary. A constant.
@@ -84,8 +86,8 @@ def distillation_loss(student, teacher, **options: Unpack[Options]) -> jax.Array
       weights: Weight $w$ of each token, float `[...]`. Differentiable.
       vocab_size: Number of columns that are vocabulary. Those from there on are
         padding, in either model, and their gradient is 0.
-      differentiate_teacher: Whether the teacher's logits get their gradient, instead of
-        0.
+      differentiate_teacher: Whether the teacher's arrays get their gradient too, as in
+        mutual learning, instead of 0.
       reduction: `"none"`: $w \ell$ for each token; `"sum"`: $\sum w \ell$; `"mean"`:
         $\sum w \ell / \sum w$, and 0 without any weight.
       normalizer: Divides the sum in place of $\sum w$ in `"mean"`: for example the

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from ._compat import varying_axes
 from ._tile import Operands, run_tile, Spec, Tile, weighted_sum
+from ._tiles import Blocks, Strided
 
 
 _MIB = 2**20
@@ -96,29 +97,28 @@ def _outputs(spec, operands, result):
 def _run(spec: Spec, operands: Operands, wanted: Operands) -> Tile:
     """All tokens, and those gradients that are wanted."""
     tokens = operands.weights.divergence.shape[0]
+    whole = ft.partial(_run_whole, spec, wanted)
+    if not isinstance(tokens, int) and spec.tile is None:  # symbolic, in `jax.export`
+        return whole(operands)
 
-    def tiled(tile_bytes):
-        tile = spec.tile
-        if tile is None:
-            tile = tile_bytes // (spec.vocab_size * spec.dtype.itemsize)
-            tile = max(1, tile // 8 * 8 if tile > 8 else tile)
-        if tile >= tokens:
-            return ft.partial(_run_whole, spec, wanted)
-        return ft.partial(_run_tiles, spec, wanted, tile)
+    def tiled(tile):
+        return whole if tile >= tokens else ft.partial(_run_tiles, spec, wanted, tile)
 
-    dense = operands.student.is_dense and operands.teacher.is_dense
+    def fitting(tile_bytes):
+        tile = tile_bytes // (spec.vocab_size * spec.dtype.itemsize)
+        return tiled(tile // 8 * 8 or max(tile, 1))
+
     if spec.tile is not None:
-        return tiled(None)(operands)
-    if not isinstance(tokens, int):  # symbolic, for `jax.export`
-        return _run_whole(spec, wanted, operands)
-    if dense:
-        # XLA fuses all into passes over the logits on accelerators; not on a CPU, where
-        # a few rows at a time stay in cache.
-        on_cpu, elsewhere = tiled(2 * _MIB), ft.partial(_run_whole, spec, wanted)
+        return tiled(spec.tile)(operands)
+    if operands.student.is_dense and operands.teacher.is_dense:
+        # Accelerators: XLA fuses all into passes over the logits. CPU: not so, and a few
+        # rows at a time stay in cache.
+        on_cpu, elsewhere = fitting(2 * _MIB), whole
     else:
-        on_cpu, elsewhere = tiled(32 * _MIB), tiled(256 * _MIB)
-    if on_cpu.func is elsewhere.func is _run_whole:
-        return elsewhere(operands)
+        # Accelerators: each tile reads and writes the sum of `d kernel`, so make few.
+        on_cpu, elsewhere = fitting(32 * _MIB), fitting(256 * _MIB)
+    if on_cpu is elsewhere:
+        return whole(operands)
     return jax.lax.platform_dependent(operands, cpu=on_cpu, default=elsewhere)
 
 
@@ -133,8 +133,7 @@ def _run_whole(spec, wanted, operands):
 
 def _run_tiles(spec, wanted, tile, operands):
     tokens = operands.weights.divergence.shape[0]
-    tiles = _Strided if _can_stride(operands) else _Blocks
-    tiles = tiles(tokens, tile)
+    tiles = (Strided if _can_stride(operands) else Blocks)(tokens, tile)
     is_shared = _shared(operands)
     inputs = operands.map_tokens(tiles.arrange)
 
@@ -170,64 +169,8 @@ def _run_tiles(spec, wanted, tile, operands):
     return results._replace(gradients=_rounded(operands, gradients))
 
 
-class _Blocks:
-    """Consecutive tokens. The last tile starts early enough to be full: it writes some
-    tokens again, the same, and `live` keeps them from being added again."""
-
-    def __init__(self, tokens, tile):
-        self.tokens, self.tile = tokens, tile
-        self.count = -(-tokens // tile)
-        self.shape = (tokens,)
-
-    def _start(self, i):
-        return jnp.minimum(i * self.tile, self.tokens - self.tile)
-
-    def arrange(self, x):
-        return x
-
-    def read(self, i, x):
-        return jax.lax.dynamic_slice_in_dim(x, self._start(i), self.tile)
-
-    def write(self, i, x, y):
-        return jax.lax.dynamic_update_slice_in_dim(x, y, self._start(i), 0)
-
-    def live(self, i):
-        return self._start(i) + jnp.arange(self.tile) >= i * self.tile
-
-    def restore(self, x):
-        return x
-
-
-class _Strided:
-    """Every `count`-th token: a token axis that the partitioner has sharded stays so
-    inside each tile, where a block would have to be gathered. Padded at the end."""
-
-    def __init__(self, tokens, tile):
-        self.tokens, self.tile = tokens, tile
-        self.count = -(-tokens // tile)
-        self.shape = (tile, self.count)
-
-    def arrange(self, x):
-        rest = ((0, 0),) * (x.ndim - 1)
-        x = jnp.pad(x, ((0, self.tile * self.count - self.tokens), *rest))
-        return x.reshape(self.shape + x.shape[1:])
-
-    def read(self, i, x):
-        return jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False)
-
-    def write(self, i, x, y):
-        return jax.lax.dynamic_update_index_in_dim(x, y, i, 1)
-
-    def live(self, i):
-        return jnp.arange(self.tile) * self.count + i < self.tokens
-
-    def restore(self, x):
-        return x.reshape(-1, *x.shape[2:])[: self.tokens]
-
-
 def _can_stride(operands):
-    """Not where a copy of dense logits is at stake, nor in `shard_map`, whose tokens are
-    local already."""
+    """Not where it would copy dense logits, nor in `shard_map`: tokens are local there."""
     dense = operands.student.is_dense or operands.teacher.is_dense
     return not dense and not varying_axes(operands.weights.divergence)
 

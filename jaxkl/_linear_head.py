@@ -18,11 +18,13 @@ class LinearHead(Source):
     r"""A language model's head, in place of its logits: they are never all in memory.
 
     $$ \mathrm{logits} = c \tanh(x / c), \qquad
-       x = \mathrm{scale} \cdot (\mathrm{hidden} \cdot \mathrm{kernel}) + \mathrm{bias}, $$
+       x = \mathrm{scale} \cdot (\mathrm{hidden} \cdot \mathrm{kernel})
+           + \mathrm{bias}, $$
 
-    or $x$ itself if `softcap` $c$ is None. A pytree: gradients go to the three arrays. A
-    loss and its gradients cost the two products of each tile that any loss costs, once:
-    the logits, and for the student `d hidden` and `d kernel`. An array that is not
+    or $x$ itself if `softcap` $c$ is None. A pytree, whose three arrays get gradients.
+
+    A loss of two heads and its gradients cost four matrix products: the logits of
+    each, `d hidden` and `d kernel`; nothing is computed twice. An array that is not
     differentiated (under `jax.lax.stop_gradient`, or no argument of `jax.grad`) costs
     nothing.
 
@@ -78,14 +80,17 @@ class LinearHead(Source):
     def pull(self, logits, d_logits, live):
         if self.softcap is not None:
             share = logits / self.softcap
-            d_logits *= 1 - share * share
-        d_x = widen(d_logits, self.kernel.shape[-1])
+            slope = 1 - share * share
+            d_logits = zero_unless(d_logits != 0, d_logits * slope)
+        # Padding columns of the kernel may hold NaN too.
+        used = self.kernel[:, : d_logits.shape[-1]]
+        d_x = widen(d_logits, self.width)
         d_bias = None
         if self.bias is not None:
             d_bias = jnp.sum(zero_unless(live[:, None], d_x), axis=0)
         d_product = _as_operand(d_x * self.scale, self.hidden, self.kernel)
         dtype = d_logits.dtype
-        d_hidden = _dot(d_product, self.kernel, (1, 1), dtype)
+        d_hidden = _dot(d_product[:, : used.shape[-1]], used, (1, 1), dtype)
         # A token without weight may hold NaN, and 0 · NaN is NaN.
         hidden = zero_unless(live[:, None], self.hidden)
         d_product = zero_unless(live[:, None], d_product)
@@ -118,7 +123,7 @@ def _common(x, y):
 
 
 def _as_operand(d_product, hidden, kernel):
-    """The gradient as an operand beside `hidden` and `kernel`: bf16 if they are, for the
+    """The gradient as an operand beside `hidden` and `kernel`: bf16 if they are, for
     speed; never float16, in which the gradient of a mean would underflow."""
     common = _common(hidden, kernel)
     return d_product if common == jnp.float16 else d_product.astype(common)

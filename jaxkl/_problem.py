@@ -83,8 +83,8 @@ def prepare(
             )
         if differentiate_teacher:
             raise ValueError(
-                "`differentiate_teacher` must be False with a SparseTeacher, which is a "
-                "constant."
+                "`differentiate_teacher` must be False with a SparseTeacher, which is "
+                "a constant."
             )
         teacher = check_columns(teacher, vocab_size)
         check_tail(divergence, teacher)

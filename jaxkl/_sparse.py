@@ -63,7 +63,7 @@ class SparseTeacher(Source):
         return None
 
     def logits(self, dtype, vocab_size):
-        """Log-probabilities, -inf outside the list: logits whose softmax renormalises."""
+        """Log-probabilities, -inf outside the list: a softmax renormalises them."""
         shape = (self.indices.shape[0], vocab_size)
         at = self._slots(vocab_size)
         log_probs = jnp.where(self.indices < 0, -jnp.inf, self.log_probs.astype(dtype))
@@ -124,6 +124,11 @@ def _log(x):
 
 def check_columns(teacher: SparseTeacher, vocab_size: int) -> SparseTeacher:
     """That the columns exist. Where they are traced, one that does not makes NaN."""
+    # Narrow and unsigned dtypes hold neither -1 nor, in general, the vocabulary's size.
+    indices = teacher.indices
+    if indices.dtype != jnp.int64:
+        indices = indices.astype(jnp.int32)
+    teacher = dataclasses.replace(teacher, indices=indices)
     bad = (teacher.indices < -1) | (teacher.indices >= vocab_size)
     if not check.is_traced(bad):
         if bad.any():
@@ -162,8 +167,8 @@ def top_k_teacher(
 ) -> SparseTeacher:
     r"""The `k` most likely columns of each row, $\mathrm{softmax}(t / T)$ there.
 
-    The probabilities are those of the whole softmax: they sum to less than 1, and `tail`
-    says what becomes of the rest.
+    The probabilities are those of the whole softmax: they sum to less than 1, and
+    `tail` says what becomes of the rest.
 
     Args:
       logits: Logits $t$, `[..., vocab]`.
@@ -235,8 +240,11 @@ def sampled_teacher(key, logits, num_samples: int, *, temperature=1.0) -> Sparse
 
 
 def _draw(weights, uniform):
-    """Columns of `weights`, `[N, V]`, by the inverse of their distribution, `[N, S]`."""
-    total = jnp.cumsum(weights, axis=-1)
+    """Columns of `weights`, `[N, V]`, by inverting their distribution: `[N, S]`."""
+    # A parallel sum may round two neighbours apart, and a column of weight 0 must not
+    # have a step of its own.
+    total = zero_unless(weights > 0, jnp.cumsum(weights, axis=-1))
+    total = jax.lax.cummax(total, axis=1)
     # Below the last step even when rounded, so that no column of weight 0 is drawn.
     level = jnp.minimum(uniform * total[:, -1:], jnp.nextafter(total[:, -1:], 0))
     search = jax.vmap(lambda total, level: jnp.searchsorted(total, level, side="right"))

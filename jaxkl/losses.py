@@ -4,17 +4,26 @@ The first three are drop-ins for the functions of the same name in `optax.losses
 take what optax takes and return what optax returns, except where optax returns NaN:
 `0 log 0` is 0 here, in value and gradient. And losses are at least float32: half
 precision is converted before the logarithm, not rounded after every operation.
+
+The softmax forms start from logits. They are `jaxkl.distillation_loss` with any class
+axis, class masks and a differentiable teacher.
 """
 
+import dataclasses
 import functools as ft
 import math
 import operator
+from collections.abc import Hashable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
+
+from . import _checks as check
+from ._distillation import distillation_loss
+from ._divergences import Divergence, ForwardKL
+from ._numerics import loss_dtype
 
 
 Axis = int | tuple[int, ...] | None
@@ -185,6 +194,187 @@ def generalized_kl_divergence(
     return _divergence(_generalized_kl, 0.0, args, axis, where)
 
 
+def softmax_kl_divergence(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    temperature: ArrayLike = 1.0,
+) -> jax.Array:
+    r"""Forward KL divergence $\mathrm{KL}(p \,\|\, q)$, from logits.
+
+    The student is $q = \mathrm{softmax}(s / T)$ and the teacher
+    $p = \mathrm{softmax}(t / T)$, over `axis`:
+
+    $$ \ell = \sum_v p_v \, (\log p_v - \log q_v), \qquad
+       \partial \ell / \partial s_v = (q_v - p_v) / T, \qquad
+       \partial \ell / \partial t_v = p_v \, (\log p_v - \log q_v - \ell) / T. $$
+
+    The factor $T^2$ of Hinton et al. is *not* applied. The teacher is differentiated:
+    wrap a constant one in `jax.lax.stop_gradient`. Otherwise this is
+    `softmax_divergence` with `jaxkl.ForwardKL()`; the notes there hold.
+
+    Args:
+      student_logits: Unnormalised log-probabilities $s$, `[..., vocab]`.
+      teacher_logits: Unnormalised log-probabilities $t$, of a batch shape that
+        broadcasts with it.
+      axis: Axis or axes of the classes. All of them if None.
+      where: Classes to include: bool, broadcast to the shape of the logits.
+      temperature: $T > 0$, a scalar or of the loss's shape. Differentiable.
+
+    Returns:
+      The loss, `[...]`: float64 if an input is float64, else float32. Gradients have
+      the dtype of their own input.
+
+    Raises:
+      TypeError: If an input is not floating point, `where` not bool, `axis` not int.
+      ValueError: If shapes do not fit, `axis` is out of bounds or repeated, or
+        `temperature` is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> student, teacher = jnp.array([0.0, 0.0]), jnp.array([0.0, jnp.log(3.0)])
+      >>> loss = softmax_kl_divergence(student, teacher)
+      >>> print(f"{loss:.4f}")  # log(1/2) / 4 + 3/4 log(3/2)
+      0.1308
+
+    References:
+      Hinton, Vinyals, Dean. [Distilling the Knowledge in a Neural
+      Network](https://arxiv.org/abs/1503.02531), 2015.
+
+      Kullback and Leibler. [On Information and
+      Sufficiency](https://www.jstor.org/stable/2236703), 1951.
+    """
+    return softmax_divergence(
+        student_logits,
+        teacher_logits,
+        ForwardKL(),
+        axis,
+        where,
+        temperature=temperature,
+    )
+
+
+def softmax_divergence(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    divergence: Divergence,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    temperature: ArrayLike = 1.0,
+) -> jax.Array:
+    r"""Divergence $\sum_v f(\log p_v, \log q_v)$ of student $q$ from teacher $p$.
+
+    The student is $q = \mathrm{softmax}(s / T)$ and the teacher
+    $p = \mathrm{softmax}(t / T)$, over `axis`. The factor $T^2$ of Hinton et al. is
+    *not* applied. Gradients to both logits and to $T$ are true: wrap a constant teacher
+    in `jax.lax.stop_gradient`.
+
+    - `where` removes classes as if they were sliced away, from the softmax too,
+      whatever they hold: their gradients are exactly 0. With no class left the loss is
+      0. To drop whole rows, pass a mask that is constant along `axis`.
+    - A `-inf` logit is a class of probability 0.
+    - Second order works; there is no forward mode (`jax.jvp`), as it has a custom
+      reverse rule. `jaxkl.reference.distillation_loss` has one.
+
+    Args:
+      student_logits: Unnormalised log-probabilities $s$, `[..., vocab]`.
+      teacher_logits: Unnormalised log-probabilities $t$, of a batch shape that
+        broadcasts with it.
+      divergence: One of jaxkl's, such as `jaxkl.ReverseKL()`, or any elementwise
+        function $f$ of two arrays, $\log p$ of the teacher first. It sees no class
+        that `where` removes.
+      axis: Axis or axes of the classes. All of them if None.
+      where: Classes to include: bool, broadcast to the shape of the logits.
+      temperature: $T > 0$, a scalar or of the loss's shape. Differentiable.
+
+    Returns:
+      The loss, `[...]`: float64 if an input is float64, else float32. Gradients have
+      the dtype of their own input.
+
+    Raises:
+      TypeError: If an input is not floating point, `where` not bool, `axis` not int, or
+        `divergence` not callable or hashable.
+      ValueError: If shapes do not fit, `axis` is out of bounds or repeated,
+        `temperature` is not positive, or `divergence` is not elementwise.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> student, teacher = jnp.array([0.0, 0.0]), jnp.array([0.0, jnp.log(3.0)])
+      >>> squares = lambda log_p, log_q: (jnp.exp(log_p) - jnp.exp(log_q)) ** 2
+      >>> loss = softmax_divergence(student, teacher, squares)
+      >>> print(f"{loss:.4f}")  # (1/4 - 1/2)² + (3/4 - 1/2)²
+      0.1250
+    """
+    args = {"student_logits": student_logits, "teacher_logits": teacher_logits}
+    arrays, shape, axes, where = _check(args, axis, where)
+    for name, x in zip(args, arrays, strict=True):
+        padded = (1,) * (len(shape) - x.ndim) + x.shape
+        if any(padded[i] != shape[i] for i in axes):
+            msg = f"`{name}` must have every class along `axis` {axis}, those of shape "
+            raise ValueError(f"{msg}{shape}, got {x.shape}.")
+    dtype = loss_dtype(*arrays)
+    rest = tuple(i for i in range(len(shape)) if i not in axes)
+    batch = tuple(shape[i] for i in rest)
+    vocab = math.prod(shape[i] for i in axes)
+    if vocab == 0:
+        return jnp.zeros(batch, dtype)
+
+    def rows(x):
+        return jnp.transpose(x, rest + axes).reshape(*batch, vocab)
+
+    # Convert before broadcasting, as in `_sum`.
+    student, teacher = (
+        rows(x if x.shape == shape else jnp.broadcast_to(x.astype(dtype), shape))
+        for x in arrays
+    )
+    if where is not None:
+        where = rows(jnp.broadcast_to(where, shape))
+        student = jnp.where(where, student, -jnp.inf)
+        teacher = jnp.where(where, teacher, -jnp.inf)
+        where = jnp.any(where, axis=-1)
+        divergence = _of_possible_classes(divergence)
+    return distillation_loss(
+        student,
+        teacher,
+        divergence=divergence,
+        temperature=temperature,
+        t_squared=False,
+        where=where,
+        differentiate_teacher=True,
+        reduction="none",
+    )
+
+
+def _of_possible_classes(divergence: Divergence) -> Divergence:
+    """Hides classes removed from both models. jaxkl's own have 0 there already."""
+    if type(divergence).__module__ == ForwardKL.__module__:
+        return divergence
+    if isinstance(divergence, type) or not callable(divergence):
+        return divergence  # `distillation_loss` says what is wrong with it
+    return (
+        _OfPossibleClasses(divergence)
+        if isinstance(divergence, Hashable)
+        else divergence
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfPossibleClasses:
+    divergence: Divergence
+
+    def __call__(self, log_p, log_q):
+        removed = (log_p == -jnp.inf) & (log_q == -jnp.inf)
+        # Probabilities 1/2 and 1/4 instead, where no sensible function has a pole.
+        log_p = jnp.where(removed, -math.log(2), log_p)
+        log_q = jnp.where(removed, -math.log(4), log_q)
+        terms = self.divergence(log_p, log_q)
+        # `jnp.where` would broadcast: leave a wrong shape for `distillation_loss`.
+        return jnp.where(removed, 0, terms) if terms.shape == log_p.shape else terms
+
+
 def _divergence(term, zero_target, args, axis, where):
     """Validates, and sums `term` over `axis` where `where` holds."""
     (x, y), shape, axes, where = _check(args, axis, where)
@@ -194,10 +384,7 @@ def _divergence(term, zero_target, args, axis, where):
 
 def _check(args, axis, where):
     """The arguments as arrays, the shape they broadcast to, the axes counted from 0."""
-    args = {name: jnp.asarray(x) for name, x in args.items()}
-    for name, x in args.items():
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"`{name}` must be floating point, got {x.dtype}.")
+    args = {name: check.float_array(name, x) for name, x in args.items()}
     try:
         shape = jnp.broadcast_shapes(*(x.shape for x in args.values()))
     except ValueError:
@@ -241,8 +428,7 @@ def _check_axis(axis, ndim):
 @ft.partial(jax.jit, static_argnames=("term", "zero_target", "shape", "axes"))
 def _sum(log_predictions, targets, where, *, term, zero_target, shape, axes):
     # Convert before broadcasting: a broadcast operand's gradient is summed in float32.
-    dtypes = {log_predictions.dtype, targets.dtype}
-    dtype = jnp.float64 if np.dtype("float64") in dtypes else jnp.float32
+    dtype = loss_dtype(log_predictions, targets)
     log_predictions = jnp.broadcast_to(log_predictions.astype(dtype), shape)
     targets = jnp.broadcast_to(targets.astype(dtype), shape)
     if where is not None:
