@@ -111,8 +111,8 @@ def _run(spec: Spec, operands: Operands, wanted: Operands) -> Tile:
     if spec.tile is not None:
         return tiled(spec.tile)(operands)
     if operands.student.is_dense and operands.teacher.is_dense:
-        # Accelerators: XLA fuses all into passes over the logits. CPU: not so, and a few
-        # rows at a time stay in cache.
+        # Accelerators: XLA fuses all into passes over the logits. A CPU: not so, and
+        # there a few rows at a time stay in cache.
         on_cpu, elsewhere = fitting(2 * _MIB), whole
     else:
         # Accelerators: each tile reads and writes the sum of `d kernel`, so make few.
@@ -170,7 +170,7 @@ def _run_tiles(spec, wanted, tile, operands):
 
 
 def _can_stride(operands):
-    """Not where it would copy dense logits, nor in `shard_map`: tokens are local there."""
+    """Not where it would copy logits, nor in `shard_map`, where tokens are local."""
     dense = operands.student.is_dense or operands.teacher.is_dense
     return not dense and not varying_axes(operands.weights.divergence)
 

@@ -177,7 +177,7 @@ def _pointwise_fwd(input, target, log_target):
 def _pointwise_bwd(log_target, res, g):
     # The transpose of widening sums over what was broadcast, and then rounds.
     (input, target), unwiden = jax.vjp(widen, *res)
-    # Products are shared and ordered as in PyTorch's own rules: with 0, inf and NaN
+    # Products are shared and expanded as in PyTorch's own rules: with 0, inf and NaN
     # among the factors that decides the result, in second derivatives too.
     if log_target:
         prob = jnp.exp(target)

@@ -71,7 +71,7 @@ def prepare(
             "`student` and `teacher` must have the same batch shape, got "
             f"{shape} and {teacher_shape}."
         )
-    vocab_size = _vocab_size(vocab_size, student, teacher)
+    columns = _columns(vocab_size, student, teacher)
     if not check.boolean("differentiate_teacher", differentiate_teacher):
         teacher = jax.lax.stop_gradient(teacher)
 
@@ -86,7 +86,7 @@ def prepare(
                 "`differentiate_teacher` must be False with a SparseTeacher, which is "
                 "a constant."
             )
-        teacher = check_columns(teacher, vocab_size)
+        teacher = check_columns(teacher, columns)
         check_tail(divergence, teacher)
         teacher_temperature = 1.0
 
@@ -103,12 +103,12 @@ def prepare(
     temperature, teacher_temperature = flat(temperature), flat(teacher_temperature)
 
     mask, weight = _mask_and_weight(where, weights, shape, dtype)
-    labels = None if labels is None else _labels(labels, shape, vocab_size)
+    labels = None if labels is None else _labels(labels, shape, columns)
     term_weights = _term_weights(
         _normalized(weight, reduction, normalizer),
         temperature if t_squared else None,
         labels,
-        vocab_size=vocab_size,
+        vocab_size=columns,
         alpha=check.scalar("alpha", alpha, 0, 1),
         label_smoothing=check.scalar("label_smoothing", label_smoothing, 0, 1),
         z_loss=check.scalar("z_loss", z_loss, 0),
@@ -119,7 +119,7 @@ def prepare(
     operands = Operands(
         student, teacher, term_weights, temperature, teacher_temperature, labels, mask
     )
-    spec = Spec(divergence, vocab_size, dtype, reduction != "none", statistics, tile)
+    spec = Spec(divergence, columns, dtype, reduction != "none", statistics, tile)
     return Problem(spec, _alike(operands), weight, label_smoothing, shape)
 
 
@@ -163,7 +163,7 @@ def _source(name, x) -> tuple[Source, tuple[int, ...]]:
     return x.map_tokens(lambda x: x.reshape(-1, x.shape[-1])), first.shape[:-1]
 
 
-def _vocab_size(vocab_size, student, teacher):
+def _columns(vocab_size, student, teacher) -> int:
     widths = student.width, teacher.width or student.width
     if vocab_size is None:
         if widths[0] != widths[1]:
