@@ -1,0 +1,405 @@
+"""`distillation_loss` on dense logits: value and gradients against the oracle."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import jaxkl
+
+from . import oracle
+from .cases import (
+    assert_matches,
+    evaluate,
+    FORWARD,
+    over_all,
+    over_catalogue,
+    over_kinds,
+    rounded,
+    USER,
+)
+from .helpers import assert_close, TOLERANCE
+
+
+def _temperatures(kind, rng, shape):
+    per_token = lambda: jnp.asarray(rng.uniform(0.5, 3, size=shape), jnp.float32)
+    return {
+        "one": {},
+        "scalar": dict(temperature=jnp.float32(1.7)),
+        "token": dict(temperature=per_token()),
+        "separate": dict(temperature=jnp.float32(3), teacher_temperature=per_token()),
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "dtype, temperature",
+    [
+        ("float32", "one"),
+        ("float32", "scalar"),
+        ("float32", "token"),
+        ("float32", "separate"),
+        ("bfloat16", "scalar"),
+        ("float16", "separate"),
+    ],
+)
+@over_kinds
+def test_value_and_gradients_match_the_oracle(
+    rng, divergence, reference, dtype, temperature
+):
+    s, t = rounded(rng, (3, 5, 11), dtype), rounded(rng, (3, 5, 11), dtype)
+    arguments = _temperatures(temperature, rng, (3, 5))
+    assert_matches(s, t, (divergence, reference), **arguments)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("arguments", [{}, dict(teacher_temperature=1.25)])
+def test_temperature_as_a_python_number(rng, dtype, arguments):
+    s, t = rounded(rng, (3, 5, 11), dtype), rounded(rng, (3, 5, 11), dtype)
+    assert_matches(s, t, FORWARD, temperature=0.5, **arguments)
+
+
+@over_kinds
+def test_every_argument_at_once(rng, divergence, reference):
+    s, t = rounded(rng, (3, 5, 14)), rounded(rng, (3, 5, 12))
+    assert_matches(
+        s,
+        t,
+        (divergence, reference),
+        temperature=jnp.asarray(rng.uniform(0.5, 3, size=(3, 5)), jnp.float32),
+        teacher_temperature=jnp.float32(1.5),
+        weights=jnp.asarray(rng.uniform(0, 2, size=(3, 5)), jnp.float32),
+        where=jnp.asarray(rng.random((3, 5)) < 0.7),
+        labels=jnp.asarray(rng.choice([-100, 0, 3, 10], size=(3, 5))),
+        alpha=0.3,
+        label_smoothing=0.1,
+        z_loss=1e-2,
+        vocab_size=11,
+        tile=4,
+    )
+
+
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "float16")])
+def test_models_of_different_dtypes(rng, dtypes):
+    s, t = (rounded(rng, (4, 7), dtype) for dtype in dtypes)
+    weights = jnp.asarray(rng.uniform(0, 2, size=4), jnp.bfloat16)
+    assert_matches(s, t, FORWARD, temperature=2.0, weights=weights)
+
+
+@over_kinds
+def test_float64_under_x64(rng, divergence, reference):
+    with jax.enable_x64(True):
+        s, t = rounded(rng, (3, 5, 11), "float64"), rounded(rng, (3, 5, 11), "float64")
+        value, _ = assert_matches(
+            s,
+            t,
+            (divergence, reference),
+            temperature=jnp.asarray(rng.uniform(0.5, 3, size=(3, 5))),
+            labels=jnp.asarray(rng.integers(0, 11, size=(3, 5))),
+            alpha=0.5,
+            z_loss=0.01,
+        )
+    assert value.dtype == jnp.float64
+
+
+@pytest.mark.parametrize(
+    "wide",
+    ["student", "teacher", "temperature", "teacher_temperature", "weights", None],
+)
+def test_loss_is_float64_iff_a_float_argument_is(rng, wide):
+    with jax.enable_x64(True):
+        dtype = lambda name: jnp.float64 if name == wide else jnp.float32
+        one = lambda name: jnp.ones(4, dtype(name))
+        s, t = (
+            rounded(rng, (4, 7), dtype("student")),
+            rounded(rng, (4, 7), dtype("teacher")),
+        )
+        names = ("temperature", "teacher_temperature", "weights")
+        arguments = {name: one(name) for name in names}
+        value, grads = evaluate(s, t, **arguments)
+        assert value.dtype == (jnp.float64 if wide else jnp.float32)
+        assert {name: g.dtype for name, g in grads.items()} == {
+            name: dtype(name) for name in ("student", "teacher", *names)
+        }
+        assert jaxkl.distillation_loss(s, t, temperature=2.0).dtype == (
+            jnp.float64 if wide in ("student", "teacher") else jnp.float32
+        )
+
+
+@pytest.mark.parametrize("temperature", [2, 2.0, np.float32(2), np.float64(2)])
+def test_numpy_inputs_and_scalars(rng, temperature):
+    s, t = rng.normal(size=(2, 4, 7)).astype(np.float32)
+    value = jaxkl.distillation_loss(s, t, temperature=temperature)
+    assert value.dtype == jnp.float32
+    assert_close(value, oracle.distillation_loss(s, t, temperature=2).loss, 1e-6)
+
+
+# Sizes, batch shapes, tiles.
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 700, 1001])
+@pytest.mark.parametrize("tokens", [1, 7, 130])
+def test_odd_sizes(rng, tokens, vocab):
+    s, t = rounded(rng, (tokens, vocab)), rounded(rng, (tokens, vocab))
+    assert_matches(s, t, FORWARD)
+
+
+@over_all
+def test_odd_size_of_every_divergence(rng, divergence, reference):
+    s, t = rounded(rng, (7, 1001)), rounded(rng, (7, 1001))
+    temperatures = _temperatures("separate", rng, (7,))
+    assert_matches(s, t, (divergence, reference), **temperatures)
+
+
+@pytest.mark.parametrize("tile", [1, 3, 16, 64, 200])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_any_tile_gives_the_same_answer(rng, tile, reduction):
+    s, t = rounded(rng, (130, 7)), rounded(rng, (130, 7))
+    arguments = dict(
+        temperature=jnp.asarray(rng.uniform(0.5, 3, size=130), jnp.float32),
+        weights=jnp.asarray(rng.uniform(0, 2, size=130), jnp.float32),
+        where=jnp.asarray(rng.random(130) < 0.7),
+        labels=jnp.asarray(rng.integers(0, 7, size=130)),
+    )
+    g = rng.normal(size=130) if reduction == "none" else 1.0
+    g = np.asarray(g, np.float32)
+    assert_matches(
+        s,
+        t,
+        FORWARD,
+        tile=tile,
+        reduction=reduction,
+        alpha=0.5,
+        cotangent=g,
+        **arguments,
+    )
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (6,), (2, 3), (2, 1, 3)])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_batch_shapes(rng, shape, reduction):
+    s, t = rounded(rng, (*shape, 5)), rounded(rng, (*shape, 5))
+    weights = jnp.asarray(rng.uniform(1, 2, size=shape), jnp.float32)
+    value, _ = assert_matches(s, t, FORWARD, weights=weights, reduction=reduction)
+    assert value.shape == (shape if reduction == "none" else ())
+
+
+# Temperature and its square.
+
+
+@pytest.mark.parametrize("divergence", [FORWARD, USER], ids=["forward", "user"])
+def test_t_squared_is_the_students_and_optional(rng, divergence):
+    s, t = rounded(rng, (4, 7)), rounded(rng, (4, 7))
+    arguments = dict(temperature=jnp.float32(3), teacher_temperature=jnp.float32(2))
+    with_square, _ = assert_matches(s, t, divergence, **arguments)
+    without, _ = assert_matches(s, t, divergence, t_squared=False, **arguments)
+    assert_close(with_square, 9 * np.float64(without), 1e-6)
+
+
+# Labels, label smoothing, z-loss.
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
+def test_labels(rng, alpha, label_smoothing):
+    s, t = rounded(rng, (6, 7)), rounded(rng, (6, 7))
+    assert_matches(
+        s,
+        t,
+        FORWARD,
+        temperature=jnp.float32(2),
+        labels=jnp.array([0, 6, -100, 3, -100, 1]),
+        alpha=alpha,
+        label_smoothing=label_smoothing,
+        z_loss=0.02,
+    )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+def test_cross_entropy_matches_torch(rng, dtype, label_smoothing):
+    s, t = rounded(rng, (2, 4, 7), dtype), rounded(rng, (2, 4, 7), dtype)
+    labels = np.array([[0, 6, -100, 3], [2, -100, 1, 1]])
+    value, grads = evaluate(
+        s,
+        t,
+        labels=jnp.asarray(labels),
+        alpha=0.0,
+        temperature=4.0,  # has no part in the cross-entropy
+        label_smoothing=label_smoothing,
+        reduction="none",
+    )
+    x = torch.tensor(np.asarray(s, np.float64).reshape(8, 7), requires_grad=True)
+    expected = torch.nn.functional.cross_entropy(
+        x,
+        torch.tensor(labels.ravel()),
+        label_smoothing=label_smoothing,
+        reduction="none",
+    )
+    expected.sum().backward()
+    assert_close(value.ravel(), expected.detach(), 1e-6, "value")
+    assert_close(grads["student"].reshape(8, 7), x.grad, TOLERANCE[dtype][1], "grad")
+    assert not grads["teacher"].any()
+
+
+def test_a_label_of_minus_100_drops_only_its_cross_entropy(rng):
+    s, t = rounded(rng, (3, 7)), rounded(rng, (3, 7))
+    f = lambda **kw: evaluate(s, t, reduction="none", z_loss=0.1, **kw)[0]
+    got = f(labels=jnp.array([2, -100, 3]), alpha=0.25)
+    lse = jax.nn.logsumexp(s, -1) ** 2 / 10
+    assert_close(got[1], 0.25 * (f() - lse)[1] + lse[1], 1e-6)
+    # and it still counts in the mean
+    arguments = dict(labels=jnp.array([2, -100, 3]), alpha=0.25, z_loss=0.1)
+    assert_close(evaluate(s, t, **arguments)[0], got.mean(), 1e-6)
+
+
+def test_z_loss_is_of_the_student_at_temperature_one(rng):
+    s = rounded(rng, (5, 7))
+    f = lambda s: jaxkl.distillation_loss(
+        s, s, temperature=3.0, z_loss=0.5, reduction="sum"
+    )
+    plain = lambda s: 0.5 * jnp.sum(jax.nn.logsumexp(s, -1) ** 2)
+    value, grad = jax.value_and_grad(f)(s)
+    assert_close(value, plain(s), 1e-6)
+    # The teacher is the same array here: its own gradient must not leak in.
+    assert_close(grad, jax.grad(plain)(s), 1e-5)
+
+
+def test_traced_alpha_smoothing_and_z_loss(rng):
+    s, t = rounded(rng, (4, 7)), rounded(rng, (4, 7))
+    numbers = dict(alpha=0.25, label_smoothing=0.125, z_loss=0.0625)
+    traced = {name: jnp.float32(x) for name, x in numbers.items()}
+    labels = jnp.array([1, -100, 3, 0])
+    assert_matches(s, t, FORWARD, labels=labels, expect=numbers, **traced)
+
+
+# Reduction, where, weights, normalizer, vocab_size.
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_reductions(rng, reduction, masked, weighted):
+    s, t = rounded(rng, (3, 5, 7)), rounded(rng, (3, 5, 7))
+    arguments = {}
+    if masked:
+        arguments["where"] = jnp.asarray(rng.random((3, 5)) < 0.6)
+    if weighted:
+        weights = rng.choice([0, 0.5, 2, 3], size=(3, 5))
+        arguments["weights"] = jnp.asarray(weights, jnp.float32)
+    g = rng.normal(size=(3, 5) if reduction == "none" else ()).astype(np.float32)
+    value, grads = assert_matches(
+        s, t, FORWARD, reduction=reduction, cotangent=g, **arguments
+    )
+    if masked and reduction == "none":
+        assert not value[~arguments["where"]].any()
+    if masked:
+        assert not grads["student"][~arguments["where"]].any()
+
+
+@pytest.mark.parametrize("normalizer", [10, 2.5, jnp.float32(2.5)])
+def test_normalizer_replaces_the_weight(rng, normalizer):
+    s, t = rounded(rng, (6, 7)), rounded(rng, (6, 7))
+    weights = jnp.asarray(rng.uniform(0, 2, size=6), jnp.float32)
+    where = jnp.array([True, True, False, True, True, False])
+    assert_matches(s, t, FORWARD, where=where, weights=weights, normalizer=normalizer)
+
+
+@over_kinds
+def test_vocab_size_cuts_the_padding_of_both_models(rng, divergence, reference):
+    s, t = rng.normal(size=(4, 16)), rng.normal(size=(4, 20))
+    junk = np.array([np.nan, np.inf, -np.inf, 1e30, 0])
+    s[:, 11:] = junk
+    t[:, 11:16], t[:, 16:] = junk, 50.0
+    s, t = jnp.asarray(s, jnp.float32), jnp.asarray(t, jnp.float32)
+    arguments = dict(
+        temperature=jnp.float32(2),
+        labels=jnp.array([0, 10, 3, -100]),
+        label_smoothing=0.1,
+        alpha=0.5,
+        z_loss=0.1,
+    )
+    _, grads = assert_matches(s, t, (divergence, reference), vocab_size=11, **arguments)
+    assert not grads["student"][:, 11:].any() and not grads["teacher"][:, 11:].any()
+
+
+def test_vocab_size_may_equal_a_width(rng):
+    s, t = rounded(rng, (4, 7)), rounded(rng, (4, 9))
+    assert_matches(s, t, FORWARD, vocab_size=7)
+    assert_matches(s, t[:, :7], FORWARD, vocab_size=7)
+
+
+# Relations.
+
+
+@over_all
+def test_equal_models_have_exactly_no_loss_and_no_gradient(rng, divergence, reference):
+    s = rounded(rng, (5, 700), scale=3.0)
+    temperature = jnp.asarray(rng.uniform(0.5, 3, size=5), jnp.float32)
+    value, grads = evaluate(
+        s, s, divergence=divergence, temperature=temperature, reduction="none"
+    )
+    assert not value.any() and not grads["temperature"].any()
+    assert not grads["student"].any() and not grads["teacher"].any()
+
+
+@over_catalogue
+def test_never_negative(rng, divergence, reference):
+    t = rounded(rng, (64, 50), scale=2.0)
+    noise = 10 ** rng.uniform(-7, 0, size=(64, 1))
+    s = t + jnp.asarray(noise * rng.normal(size=(64, 50)), jnp.float32)
+    value, _ = evaluate(s, t, divergence=divergence, reduction="none")
+    assert (value >= 0).all() and value.any()
+
+
+def test_reverse_is_forward_with_the_models_exchanged(rng):
+    s, t = rounded(rng, (4, 7)), rounded(rng, (4, 7))
+    arguments = dict(temperature=2.0, reduction="none")
+    reverse, reverse_grads = evaluate(s, t, divergence=jaxkl.ReverseKL(), **arguments)
+    forward, grads = evaluate(t, s, divergence=jaxkl.ForwardKL(), **arguments)
+    assert_close(reverse, forward, 1e-6)
+    assert_close(reverse_grads["student"], grads["teacher"], 1e-6)
+    assert_close(reverse_grads["teacher"], grads["student"], 1e-6)
+    assert np.abs(reverse - evaluate(s, t, **arguments)[0]).max() > 1e-2
+
+
+def test_jensen_shannon_is_symmetric_at_a_half_only(rng):
+    s, t = rounded(rng, (4, 7)), rounded(rng, (4, 7))
+    f = lambda s, t, beta: evaluate(
+        s, t, divergence=jaxkl.JensenShannon(beta), reduction="none"
+    )[0]
+    assert_close(f(s, t, 0.5), f(t, s, 0.5), 1e-6)
+    assert_close(f(s, t, 0.2), f(t, s, 0.8), 1e-6)
+    assert np.abs(f(s, t, 0.2) - f(t, s, 0.2)).max() > 1e-3
+
+
+@over_kinds
+def test_a_shift_of_the_logits_changes_nothing(rng, divergence, reference):
+    # A grid on which the shifted logits are exact in float32.
+    s, t = (jnp.round(rounded(rng, (4, 7)) * 1024) / 1024 for _ in range(2))
+    shift = jnp.array([[64.0], [-32.0], [0.0], [8.0]])
+    s, t = jnp.stack([s, s + shift, s]), jnp.stack([t, t, t - shift])
+    value, grads = evaluate(s, t, divergence=divergence, reduction="none")
+    assert_close(value[1:], value[:1].repeat(2, 0), 1e-6)
+    assert_close(grads["student"][1:], grads["student"][:1].repeat(2, 0), 1e-5)
+
+
+@over_all
+def test_gradients_sum_to_zero_over_the_vocabulary(rng, divergence, reference):
+    s, t = rounded(rng, (7, 1001)), rounded(rng, (7, 1001))
+    temperatures = _temperatures("separate", rng, (7,))
+    _, grads = evaluate(s, t, divergence=divergence, **temperatures)
+    for grad in (grads["student"], grads["teacher"]):
+        total, size = grad.sum(-1), np.abs(grad).sum(-1)
+        assert (size > 0).all()
+        np.testing.assert_array_less(np.abs(total), 1e-5 * size)
+
+
+@over_kinds
+def test_temperature_divides_the_logits(rng, divergence, reference):
+    s, t = rounded(rng, (4, 7)), rounded(rng, (4, 7))
+    f = lambda s, t, T: evaluate(s, t, divergence=divergence, temperature=T)
+    value, grads = f(s, t, jnp.float32(4))
+    scaled, scaled_grads = f(s / 4, t / 4, jnp.float32(1))
+    assert_close(value, 16 * scaled, 1e-6)
+    assert_close(grads["student"], 4 * scaled_grads["student"], 1e-6)

@@ -1,0 +1,254 @@
+"""Bad input: each error names its argument, and nothing passes silently."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxkl
+import jaxkl.reference
+
+from .cases import rounded
+
+
+S = np.zeros((3, 5), np.float32)
+LABELS = np.zeros(3, int)
+INT_LOGITS = np.zeros((3, 5), int)
+
+VALUE_ERRORS = {
+    "0-d student": ("student", dict(student=np.float32(0))),
+    "0-d teacher": ("teacher", dict(teacher=np.float32(0))),
+    "token shapes differ": ("teacher", dict(teacher=np.zeros((4, 5), np.float32))),
+    "teacher of one token": ("teacher", dict(teacher=np.zeros((1, 5), np.float32))),
+    "teacher without tokens": ("teacher", dict(teacher=np.zeros(5, np.float32))),
+    "teacher of more axes": ("teacher", dict(teacher=np.zeros((1, 3, 5), np.float32))),
+    "wider teacher": ("vocab_size", dict(teacher=np.zeros((3, 6), np.float32))),
+    "wider student": ("vocab_size", dict(student=np.zeros((3, 6), np.float32))),
+    "vocab_size above both": ("vocab_size", dict(vocab_size=6)),
+    "vocab_size above one": (
+        "vocab_size",
+        dict(teacher=np.zeros((3, 4), np.float32), vocab_size=5),
+    ),
+    "vocab_size of 0": ("vocab_size", dict(vocab_size=0)),
+    "no vocabulary": (
+        "student",
+        dict(
+            student=np.zeros((3, 0), np.float32), teacher=np.zeros((3, 0), np.float32)
+        ),
+    ),
+    "reduction": ("reduction", dict(reduction="average")),
+    "batchmean": ("reduction", dict(reduction="batchmean")),
+    "reduction=None": ("reduction", dict(reduction=None)),
+    "temperature of 0": ("temperature", dict(temperature=0.0)),
+    "negative temperature": ("temperature", dict(temperature=-1)),
+    "temperature of nan": ("temperature", dict(temperature=float("nan"))),
+    "temperature of inf": ("temperature", dict(temperature=float("inf"))),
+    "one temperature of 0": ("temperature", dict(temperature=np.float32([1, 0, 1]))),
+    "temperature shape": ("temperature", dict(temperature=np.ones(4, np.float32))),
+    "temperature per column": (
+        "temperature",
+        dict(temperature=np.ones((3, 1), np.float32)),
+    ),
+    "temperature of one": ("temperature", dict(temperature=np.ones(1, np.float32))),
+    "teacher_temperature of 0": ("teacher_temperature", dict(teacher_temperature=0.0)),
+    "teacher_temperature shape": (
+        "teacher_temperature",
+        dict(teacher_temperature=np.ones((3, 5), np.float32)),
+    ),
+    "alpha below 0": ("alpha", dict(alpha=-0.1, labels=LABELS)),
+    "alpha above 1": ("alpha", dict(alpha=1.1, labels=LABELS)),
+    "alpha of nan": ("alpha", dict(alpha=float("nan"), labels=LABELS)),
+    "alpha without labels": ("labels", dict(alpha=0.5)),
+    "labels shape": ("labels", dict(labels=np.zeros(4, int))),
+    "labels as one-hot": ("labels", dict(labels=np.zeros((3, 5), int))),
+    "label too large": ("labels", dict(labels=np.array([0, 5, 1]))),
+    "label of -1": ("labels", dict(labels=np.array([0, -1, 1]))),
+    "label in the padding": ("labels", dict(labels=np.array([0, 4, 1]), vocab_size=4)),
+    "negative label_smoothing": (
+        "label_smoothing",
+        dict(label_smoothing=-0.1, labels=LABELS, alpha=0.5),
+    ),
+    "label_smoothing above 1": (
+        "label_smoothing",
+        dict(label_smoothing=1.5, labels=LABELS, alpha=0.5),
+    ),
+    "negative z_loss": ("z_loss", dict(z_loss=-1e-4)),
+    "z_loss of nan": ("z_loss", dict(z_loss=float("nan"))),
+    "where shape": ("where", dict(where=np.ones(4, bool))),
+    "where over columns": ("where", dict(where=np.ones((3, 5), bool))),
+    "0-d where": ("where", dict(where=np.bool_(True))),
+    "weights shape": ("weights", dict(weights=np.ones(4, np.float32))),
+    "weights over columns": ("weights", dict(weights=np.ones((3, 5), np.float32))),
+    "normalizer of a sum": ("normalizer", dict(normalizer=3.0, reduction="sum")),
+    "normalizer of none": ("normalizer", dict(normalizer=3.0, reduction="none")),
+    "normalizer of 0": ("normalizer", dict(normalizer=0.0)),
+    "negative normalizer": ("normalizer", dict(normalizer=-3)),
+    "normalizer of nan": ("normalizer", dict(normalizer=float("nan"))),
+    "normalizer per token": ("normalizer", dict(normalizer=np.ones(3, np.float32))),
+    "tile of 0": ("tile", dict(tile=0)),
+    "negative tile": ("tile", dict(tile=-4)),
+    "callable of the wrong shape": (
+        "divergence",
+        dict(divergence=lambda log_p, log_q: jnp.sum(log_p - log_q, -1)),
+    ),
+}
+TYPE_ERRORS = {
+    "integer student": ("student", dict(student=INT_LOGITS)),
+    "integer teacher": ("teacher", dict(teacher=INT_LOGITS)),
+    "boolean student": ("student", dict(student=INT_LOGITS.astype(bool))),
+    "complex student": ("student", dict(student=S.astype(np.complex64))),
+    "float labels": ("labels", dict(labels=np.zeros(3, np.float32))),
+    "boolean labels": ("labels", dict(labels=np.zeros(3, bool))),
+    "float where": ("where", dict(where=np.ones(3, np.float32))),
+    "integer where": ("where", dict(where=np.ones(3, int))),
+    "integer weights": ("weights", dict(weights=np.ones(3, int))),
+    "boolean weights": ("weights", dict(weights=np.ones(3, bool))),
+    "tile of 2.5": ("tile", dict(tile=2.5)),
+    "vocab_size of 2.5": ("vocab_size", dict(vocab_size=2.5)),
+    "divergence by name": ("divergence", dict(divergence="forward_kl")),
+    "divergence=None": ("divergence", dict(divergence=None)),
+    "a class": ("divergence", dict(divergence=jaxkl.ForwardKL)),
+    "a class with parameters": ("divergence", dict(divergence=jaxkl.JensenShannon)),
+}
+FUNCTIONS = [
+    pytest.param(f, id=name)
+    for name, f in {
+        "plain": jaxkl.distillation_loss,
+        "metrics": jaxkl.distillation_loss_with_metrics,
+        "reference": jaxkl.reference.distillation_loss,
+    }.items()
+]
+
+
+def _call(loss, arguments):
+    arguments = dict(student=S, teacher=S) | arguments
+    return loss(arguments.pop("student"), arguments.pop("teacher"), **arguments)
+
+
+@pytest.mark.parametrize("loss", FUNCTIONS)
+@pytest.mark.parametrize("name, arguments", VALUE_ERRORS.values(), ids=VALUE_ERRORS)
+def test_value_errors_name_the_argument(loss, name, arguments):
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        _call(loss, arguments)
+
+
+@pytest.mark.parametrize("loss", FUNCTIONS)
+@pytest.mark.parametrize("name, arguments", TYPE_ERRORS.values(), ids=TYPE_ERRORS)
+def test_type_errors_name_the_argument(loss, name, arguments):
+    with pytest.raises(TypeError, match=f"`{name}`"):
+        _call(loss, arguments)
+
+
+@pytest.mark.parametrize("loss", FUNCTIONS)
+def test_the_correct_call_beside_the_errors(loss):
+    # So that the errors above come from the one argument that is wrong.
+    arguments = dict(
+        student=np.zeros((3, 6), np.float32),
+        temperature=np.ones(3, np.float32),
+        teacher_temperature=1.0,
+        alpha=0.5,
+        labels=np.array([0, -100, 4]),
+        label_smoothing=1.0,
+        z_loss=0.0,
+        where=np.ones(3, bool),
+        weights=np.ones(3, np.float32),
+        normalizer=3,
+        vocab_size=5,
+        tile=2,
+    )
+    assert np.isfinite(jax.tree.leaves(_call(loss, arguments))[0])
+
+
+def test_messages_say_what_came():
+    for arguments, came in [
+        (dict(temperature=-2.5), r"-2\.5"),
+        (dict(reduction="average"), "average"),
+        (dict(teacher=np.zeros((4, 5), np.float32)), r"\(4, 5\)|\(4,\)"),
+        (dict(student=INT_LOGITS), "int"),
+        (dict(labels=np.zeros(4, int)), r"\(4,\)"),
+        (dict(vocab_size=6), "6"),
+        (dict(tile=0), "0"),
+    ]:
+        with pytest.raises((ValueError, TypeError), match=came):
+            _call(jaxkl.distillation_loss, arguments)
+
+
+@pytest.mark.parametrize("loss", FUNCTIONS[:2])
+def test_a_callable_that_closes_over_a_traced_value(rng, loss):
+    s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
+
+    def f(scale):
+        divergence = lambda log_p, log_q: scale * (log_p - log_q) ** 2
+        return jax.tree.leaves(loss(s, t, divergence=divergence))[0]
+
+    for transform in (jax.jit, jax.grad):
+        with pytest.raises((ValueError, TypeError), match="`divergence`"):
+            transform(f)(jnp.float32(2))
+
+
+def test_a_callable_may_close_over_a_constant(rng):
+    s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
+    scale = jnp.float32(3)
+    divergence = lambda log_p, log_q: scale * (log_p - log_q)
+    loss = lambda s: jaxkl.distillation_loss(s, t, divergence=divergence)
+    difference = jax.nn.log_softmax(t) - jax.nn.log_softmax(s)
+    expected = 3 * np.sum(difference, -1).mean()
+    np.testing.assert_allclose(jax.jit(loss)(s), expected, rtol=1e-5)
+    assert jax.jit(jax.grad(loss))(s).any()
+
+
+def test_values_that_are_traced_are_not_checked():
+    @jax.jit
+    def f(temperature, alpha, labels):
+        return jaxkl.distillation_loss(
+            S, S, temperature=temperature, alpha=alpha, labels=labels, z_loss=alpha
+        )
+
+    f(jnp.float32(-1), jnp.float32(7), jnp.full(3, 99))
+
+
+def test_shapes_are_checked_under_jit():
+    f = jax.jit(jaxkl.distillation_loss)
+    with pytest.raises(ValueError, match="`teacher`"):
+        f(S, np.zeros((4, 5), np.float32))
+
+
+def test_hyperparameters_are_keyword_only():
+    for function in (
+        jaxkl.distillation_loss,
+        jaxkl.distillation_loss_with_metrics,
+        jaxkl.reference.distillation_loss,
+    ):
+        kinds = [p.kind for p in inspect.signature(function).parameters.values()]
+        assert kinds[:2] == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 2
+        assert set(kinds[2:]) == {inspect.Parameter.KEYWORD_ONLY}
+
+
+def test_signatures_are_the_contract():
+    expected = dict(
+        student=inspect.Parameter.empty,
+        teacher=inspect.Parameter.empty,
+        divergence=jaxkl.ForwardKL(),
+        temperature=1.0,
+        teacher_temperature=None,
+        t_squared=True,
+        labels=None,
+        alpha=1.0,
+        label_smoothing=0.0,
+        z_loss=0.0,
+        where=None,
+        weights=None,
+        vocab_size=None,
+        differentiate_teacher=False,
+        reduction="mean",
+        normalizer=None,
+        axis_name=None,
+        tile=None,
+    )
+    for function in (jaxkl.distillation_loss, jaxkl.distillation_loss_with_metrics):
+        parameters = inspect.signature(function).parameters
+        got = {name: p.default for name, p in parameters.items()}
+        # `axis_name` is part of the contract, and of a later step.
+        assert got | {"axis_name": None} == expected

@@ -1,0 +1,118 @@
+"""`distillation_loss` on drawn inputs against the oracle."""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings, strategies as st
+
+import jaxkl
+
+from . import oracle
+from .cases import ALL, assert_gradient
+from .helpers import assert_close, TOLERANCE
+
+
+# Few shapes, each compiled once; everything else is data.
+SHAPES = [((), 3), ((1,), 1), ((5,), 2), ((2, 3), 11)]
+NAMES = ("forward", "reverse", "js_normalized", "user")
+ARGUMENTS = ("student", "teacher", "temperature", "teacher_temperature", "weights")
+
+
+@cache
+def _compiled(name, reduction):
+    @jax.jit
+    def run(floats, others, cotangent):
+        loss = partial(
+            jaxkl.distillation_loss,
+            divergence=ALL[name][0],
+            reduction=reduction,
+            differentiate_teacher=True,
+            **others,
+        )
+        f = lambda floats: loss(
+            **{key: x for key, x in floats.items() if x is not None}
+        )
+        value, vjp = jax.vjp(f, floats)
+        return value, vjp(cotangent)[0]
+
+    return run
+
+
+def _draw_logits(rng, shape, vocab, scale, dtype, masked):
+    logits = scale * rng.normal(size=(*shape, vocab))
+    if masked is not None:
+        logits[..., masked] = -np.inf
+    return jnp.asarray(logits, dtype)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+@given(
+    shape=st.sampled_from(SHAPES),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    name=st.sampled_from(NAMES),
+    reduction=st.sampled_from(["none", "mean"]),
+    scale=st.sampled_from([0.01, 1.0, 5.0]),
+    noise=st.sampled_from([None, 0.0, 1e-3, 0.3]),
+    mask=st.booleans(),
+    kept=st.sampled_from([0.0, 0.5, 1.0]),
+    weights=st.sampled_from([[1.0], [0.0, 1.0], [0.0], [0.1, 7.0]]),
+    alpha=st.sampled_from([0.0, 0.3, 1.0]),
+    label_smoothing=st.sampled_from([0.0, 0.1]),
+    z_loss=st.sampled_from([0.0, 1e-3]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_drawn_inputs(
+    shape, dtype, name, reduction, scale, noise, mask, kept, weights, alpha,
+    label_smoothing, z_loss, seed,
+):  # fmt: skip
+    (shape, vocab), rng = shape, np.random.default_rng(seed)
+    # A column that both models mask; never all of them.
+    masked = 0 if mask and vocab > 1 else None
+    t = _draw_logits(rng, shape, vocab, scale, dtype, masked)
+    if noise is None:
+        s = _draw_logits(rng, shape, vocab, scale, dtype, masked)
+    else:
+        s = (np.asarray(t, np.float32) + noise * rng.normal(size=t.shape)).astype(dtype)
+        s = jnp.asarray(s)
+    uniform = lambda: jnp.asarray(rng.uniform(0.5, 4, size=shape), jnp.float32)
+    floats = dict(
+        student=s,
+        teacher=t,
+        temperature=uniform(),
+        teacher_temperature=uniform() if noise is None else None,
+        weights=jnp.asarray(rng.choice(weights, size=shape), jnp.float32),
+    )
+    numbers = dict(alpha=alpha, z_loss=z_loss)
+    if not mask:  # smoothing puts mass on the masked column: infinite
+        numbers["label_smoothing"] = label_smoothing
+    labels = rng.choice(
+        [-100, vocab - 1, vocab // 2 if vocab > 2 else vocab - 1], shape
+    )
+    others = dict(
+        labels=jnp.asarray(labels),
+        where=jnp.asarray(rng.random(shape) < kept),
+    )
+    g = rng.normal(size=shape if reduction == "none" else ()).astype(np.float32)
+    value, grads = _compiled(name, reduction)(
+        floats, others | {k: jnp.float32(x) for k, x in numbers.items()}, g
+    )
+    expected = oracle.distillation_loss(
+        **floats, **others, **numbers, divergence=ALL[name][1],
+        reduction=reduction, cotangent=g,
+    )  # fmt: skip
+
+    assert value.dtype == jnp.float32
+    # log q - log p is rounded to float32's digits of the logits, not to its own.
+    apart = scale if noise is None else noise or 1.0
+    conditioned = 1e-6 * (1 + scale) / apart
+    assert_close(value, expected.loss, max(5e-6, conditioned), "value")
+    for argument in ARGUMENTS:
+        if (grad := grads[argument]) is None:
+            continue
+        assert grad.dtype == floats[argument].dtype
+        assert grad.shape == floats[argument].shape
+        assert np.isfinite(grad).all()
+        tol = max(TOLERANCE[str(grad.dtype)][1], 3e-5, conditioned)
+        assert_gradient(argument, grad, expected, tol, g)

@@ -1,0 +1,154 @@
+"""`jaxkl.reference.distillation_loss`: the same in plain JAX, and forward mode."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxkl
+import jaxkl.reference
+
+from . import oracle
+from .cases import assert_matches, FORWARD, over_kinds, rounded
+from .helpers import assert_close
+
+
+reference_loss = jaxkl.reference.distillation_loss
+
+
+def test_same_signature():
+    mine = inspect.signature(jaxkl.distillation_loss).parameters
+    theirs = inspect.signature(reference_loss).parameters
+    defaults = lambda parameters: {name: p.default for name, p in parameters.items()}
+    assert defaults(theirs) == defaults(mine)
+
+
+def _everything(rng):
+    arrays = dict(
+        temperature=jnp.asarray(rng.uniform(0.5, 3, size=(3, 5)), jnp.float32),
+        teacher_temperature=jnp.float32(1.5),
+        weights=jnp.asarray(rng.uniform(0, 2, size=(3, 5)), jnp.float32),
+        where=jnp.asarray(rng.random((3, 5)) < 0.7),
+        labels=jnp.asarray(rng.choice([-100, 0, 10], size=(3, 5))),
+    )
+    return arrays, dict(alpha=0.3, label_smoothing=0.1, z_loss=1e-2, vocab_size=11)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@over_kinds
+def test_matches_the_oracle(rng, divergence, reference, reduction):
+    s, t = rounded(rng, (3, 5, 14)), rounded(rng, (3, 5, 12))
+    arrays, numbers = _everything(rng)
+    assert_matches(
+        s,
+        t,
+        (divergence, reference),
+        loss=reference_loss,
+        reduction=reduction,
+        **arrays,
+        **numbers,
+    )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_dtypes(rng, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        s, t = rounded(rng, (4, 7), dtype), rounded(rng, (4, 7), dtype)
+        assert_matches(s, t, FORWARD, loss=reference_loss, temperature=2.0)
+
+
+@over_kinds
+def test_agrees_with_the_custom_rule_in_float64(rng, divergence, reference):
+    with jax.enable_x64(True):
+        s, t = rounded(rng, (4, 7), "float64"), rounded(rng, (4, 7), "float64")
+        f = lambda loss: jax.jit(
+            jax.value_and_grad(
+                lambda s, t: loss(
+                    s,
+                    t,
+                    divergence=divergence,
+                    temperature=2.0,
+                    differentiate_teacher=True,
+                ),
+                argnums=(0, 1),
+            )
+        )(s, t)
+        mine, theirs = f(jaxkl.distillation_loss), f(reference_loss)
+        assert_close(mine[0], theirs[0], 1e-12)
+        assert_close(mine[1][0], theirs[1][0], 1e-12)
+        assert_close(mine[1][1], theirs[1][1], 1e-12)
+
+
+@over_kinds
+def test_forward_mode(rng, divergence, reference):
+    with jax.enable_x64(True):
+        s, t = rounded(rng, (2, 3, 7), "float64")
+        names = ("student", "teacher", "temperature", "weights")
+        primals = (s, t, jnp.asarray([1.5, 1, 2]), jnp.asarray([1.0, 0, 3]))
+        tangents = tuple(jnp.asarray(rng.normal(size=x.shape)) for x in primals)
+        f = lambda s, t, temperature, weights: reference_loss(
+            s,
+            t,
+            temperature=temperature,
+            weights=weights,
+            divergence=divergence,
+            differentiate_teacher=True,
+        )
+        value, tangent = jax.jvp(f, primals, tangents)
+        grads = oracle.distillation_loss(
+            **dict(zip(names, primals, strict=True)), divergence=reference
+        )
+        expected = sum(
+            np.sum(getattr(grads, name) * np.asarray(x))
+            for name, x in zip(names, tangents, strict=True)
+        )
+        assert_close(value, grads.loss, 1e-12)
+        assert_close(tangent, expected, 1e-11)
+        value, linear = jax.linearize(f, *primals)
+        assert_close(value, grads.loss, 1e-12)
+        assert_close(linear(*tangents), expected, 1e-11)
+
+
+def test_a_constant_teacher_has_no_tangent(rng):
+    s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
+    f = lambda t: reference_loss(s, t)
+    _, tangent = jax.jvp(f, (t,), (t,))
+    assert tangent == 0
+
+
+def test_hessian(rng):
+    s, t = rounded(rng, (2, 3)), rounded(rng, (2, 3))
+    with jax.enable_x64(True):
+        hessian = jax.hessian(lambda s: reference_loss(s, t, temperature=2.0))
+        actual = hessian(jnp.asarray(s, jnp.float64))
+    gradient = lambda s: oracle.distillation_loss(s, t, temperature=2.0).student
+    assert_close(actual, oracle.jacobian(gradient, s), 1e-8)
+
+
+@over_kinds
+def test_masks_and_dropped_rows(rng, divergence, reference):
+    s, t = rounded(rng, (4, 5)), rounded(rng, (4, 5))
+    s, t = s.at[:, 1].set(-np.inf), t.at[:, 1].set(-np.inf)
+    s, t = s.at[2].set(np.nan), t.at[0].set(np.inf)
+    where = jnp.array([False, True, False, True])
+    assert_matches(
+        s,
+        t,
+        (divergence, reference),
+        loss=reference_loss,
+        where=where,
+        temperature=jnp.float32(2),
+    )
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_no_token_gives_zero(rng, reduction, tokens):
+    s, t = rounded(rng, (tokens, 5)), rounded(rng, (tokens, 5))
+    f = lambda s: reference_loss(
+        s, t, where=jnp.zeros(tokens, bool), reduction=reduction
+    )
+    value, vjp = jax.vjp(f, s)
+    assert not value.any() and not vjp(jnp.ones_like(value))[0].any()

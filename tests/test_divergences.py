@@ -1,0 +1,106 @@
+"""The catalogue itself: elementwise functions of log-probabilities."""
+
+import dataclasses
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxkl
+
+from . import oracle
+from .cases import over_catalogue, rounded
+from .helpers import assert_close
+
+
+def _log_probs(rng, shape=(4, 7), scale=1.0):
+    return jax.nn.log_softmax(rounded(rng, shape, scale=scale))
+
+
+@over_catalogue
+def test_a_divergence_is_the_sum_of_its_terms(rng, divergence, reference):
+    log_p, log_q = _log_probs(rng), _log_probs(rng)
+    terms = divergence(log_p, log_q)
+    assert terms.shape == log_p.shape and terms.dtype == log_p.dtype
+    # Each term is non-negative, which is what keeps the sum from cancelling.
+    assert (terms >= 0).all()
+    expected, _, _ = reference(*(np.asarray(x, np.longdouble) for x in (log_p, log_q)))
+    assert_close(terms.sum(-1), expected.sum(-1), 2e-6)
+
+
+@over_catalogue
+def test_zero_probability_in_both_is_no_term(rng, divergence, reference):
+    log_p, log_q = (
+        x.at[:, 2].set(-jnp.inf) for x in (_log_probs(rng), _log_probs(rng))
+    )
+    f = lambda log_p, log_q: divergence(log_p, log_q).sum()
+    assert not divergence(log_p, log_q)[:, 2].any()
+    for grad in jax.grad(f, argnums=(0, 1))(log_p, log_q):
+        assert np.isfinite(grad).all() and not grad[:, 2].any()
+
+
+@over_catalogue
+def test_frozen_hashable_and_equal_by_value(divergence, reference):
+    again = pickle.loads(pickle.dumps(divergence))
+    assert again == divergence and hash(again) == hash(divergence)
+    assert type(divergence).__name__ in repr(divergence)
+    assert divergence != jaxkl.JensenShannon(0.123)
+    with pytest.raises((dataclasses.FrozenInstanceError, AttributeError)):
+        divergence.beta = 0.3
+
+
+def test_parameters_tell_divergences_apart():
+    assert jaxkl.JensenShannon(0.3) == jaxkl.JensenShannon(beta=0.3)
+    assert jaxkl.JensenShannon(0.3) != jaxkl.JensenShannon(0.4)
+    assert jaxkl.JensenShannon(0.3) != jaxkl.JensenShannon(0.3, normalized=True)
+    assert jaxkl.JensenShannon() == jaxkl.JensenShannon(beta=0.5, normalized=False)
+    assert jaxkl.ForwardKL() != jaxkl.ReverseKL()
+
+
+@pytest.mark.parametrize("beta", [0, 1, 0.0, 1.0, -0.1, 1.1, float("nan")])
+def test_beta_lies_between_the_ends(beta):
+    with pytest.raises(ValueError, match="`beta`"):
+        jaxkl.JensenShannon(beta)
+
+
+@pytest.mark.parametrize("beta", [-0.1, 1.1, float("nan"), float("inf")])
+def test_beta_of_the_normalized_form(beta):
+    with pytest.raises(ValueError, match="`beta`"):
+        jaxkl.JensenShannon(beta, normalized=True)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1e-6, 1e-3, 0.999, 1 - 1e-6, 1.0, 0, 1])
+def test_normalized_jensen_shannon_reaches_its_limits(rng, beta):
+    s, t = rounded(rng, (4, 7)), rounded(rng, (4, 7))
+    divergence = jaxkl.JensenShannon(beta, normalized=True)
+    f = lambda s: jaxkl.distillation_loss(s, t, divergence=divergence)
+    value, grad = jax.value_and_grad(f)(s)
+    expected = oracle.distillation_loss(
+        s, t, divergence=oracle.jensen_shannon(beta, normalized=True)
+    )
+    assert_close(value, expected.loss, 2e-6)
+    assert_close(grad, expected.student, 1e-5)
+
+
+@pytest.mark.parametrize("beta", [1e-3, 0.1, 0.9, 0.999])
+def test_jensen_shannon_at_any_beta(rng, beta):
+    s, t = rounded(rng, (4, 7)), rounded(rng, (4, 7))
+    f = lambda s: jaxkl.distillation_loss(s, t, divergence=jaxkl.JensenShannon(beta))
+    value, grad = jax.value_and_grad(f)(s)
+    expected = oracle.distillation_loss(s, t, divergence=oracle.jensen_shannon(beta))
+    assert_close(value, expected.loss, 2e-6)
+    assert_close(grad, expected.student, 1e-5)
+
+
+def test_a_users_callable_needs_no_class(rng):
+    s, t = rounded(rng, (4, 7)), rounded(rng, (4, 7))
+    textbook = lambda log_p, log_q: jnp.exp(log_p) * (log_p - log_q)
+    f = lambda divergence: jax.value_and_grad(jaxkl.distillation_loss)(
+        s, t, divergence=divergence
+    )
+    value, grad = f(textbook)
+    value_, grad_ = f(jaxkl.ForwardKL())
+    assert_close(value, value_, 1e-6)
+    assert_close(grad, grad_, 1e-5)

@@ -1,0 +1,247 @@
+"""Mistakes seen in other libraries: each test has their formula, and shows it fail.
+
+The disease and the cure, so that a test that no longer tells them apart is noticed.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import jaxkl
+
+from . import oracle
+from .cases import rounded
+from .helpers import assert_close
+
+
+def _error(actual, expected):
+    return float(np.max(np.abs(np.asarray(actual, np.float64) / expected - 1)))
+
+
+def test_vocabulary_padded_with_zeros_in_the_normaliser(rng):
+    # tokamax `chunked_xla`: V = 700 in blocks of 512 gives an lse of 6.94 for 6.56.
+    s = rounded(rng, (3, 700), scale=0.2)
+    lse = jax.nn.logsumexp(s, -1)
+    theirs = jax.nn.logsumexp(jnp.pad(s, ((0, 0), (0, 324))), -1)
+    assert _error(theirs, lse) > 0.05
+    for vocab_size, student in [
+        (None, s),
+        (700, jnp.pad(s, ((0, 0), (0, 324)))),
+    ]:
+        # Student = teacher leaves z_loss · lse² alone.
+        ours = jaxkl.distillation_loss(
+            student,
+            student,
+            z_loss=1.0,
+            vocab_size=vocab_size,
+            reduction="none",
+            tile=2,
+        )
+        assert_close(ours, lse**2, 1e-6)
+
+
+def test_student_padded_with_zeros_beside_a_wider_teacher(rng):
+    # Liger's chunked distillation: identical models, KL 3.64.
+    t = rounded(rng, (3, 700), scale=2.0).at[:, 100:].set(-np.inf)
+    s = t[:, :100]
+    padded = jnp.pad(s, ((0, 0), (0, 600)))
+    log_p, log_q = jax.nn.log_softmax(t), jax.nn.log_softmax(padded)
+    p = jnp.exp(log_p)
+    theirs = jnp.sum(jnp.where(p > 0, p * (log_p - log_q), 0), -1)
+    assert (theirs > 0.5).all()
+    assert not jaxkl.distillation_loss(s, t, vocab_size=100, reduction="none").any()
+
+
+def test_a_wider_teacher_is_not_cut_in_silence(rng):
+    # TRL's tiled loss: a warning, and the teacher's last columns are gone.
+    s, t = rounded(rng, (3, 5)), rounded(rng, (3, 6))
+    with pytest.raises(ValueError, match="`vocab_size`"):
+        jaxkl.distillation_loss(s, t)
+
+
+def test_cross_entropy_under_the_name_of_forward_kl(rng):
+    # torchtune, DistiLLM: not 0 at student = teacher, though the gradient is the same.
+    s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
+    theirs = lambda s: -jnp.mean(jnp.sum(jax.nn.softmax(t) * jax.nn.log_softmax(s), -1))
+    ours = lambda s: jaxkl.distillation_loss(s, t)
+    assert theirs(t) > 1
+    assert ours(t) == 0
+    assert_close(jax.grad(ours)(s), jax.grad(theirs)(s), 1e-5)
+
+
+def test_reverse_kl_where_the_teacher_has_minus_inf(rng):
+    # torchtune, DistiLLM: the masked product is finite, and its gradient all NaN.
+    s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
+    s, t = s.at[:, 2].set(-np.inf), t.at[:, 2].set(-np.inf)
+
+    def theirs(s):
+        q, log_q = jax.nn.softmax(s), jax.nn.log_softmax(s)
+        product = q * (log_q - jax.nn.log_softmax(t))
+        return jnp.sum(jnp.where(jnp.isinf(t), 0, product), -1).mean()
+
+    ours = lambda s: jaxkl.distillation_loss(s, t, divergence=jaxkl.ReverseKL())
+    expected = oracle.distillation_loss(s, t, divergence=oracle.reverse_kl)
+    assert_close(theirs(s), expected.loss, 1e-6)
+    assert np.isnan(jax.grad(theirs)(s)).all()
+    assert_close(ours(s), expected.loss, 1e-6)
+    assert_close(jax.grad(ours)(s), expected.student, 1e-5)
+
+
+def test_minus_inf_in_both_models(rng):
+    # All but torchtune: a NaN value with a finite gradient, so that training goes on.
+    s, t = rng.normal(size=(2, 3, 5))
+    s[:, 2] = t[:, 2] = -np.inf
+    x = torch.tensor(s, requires_grad=True)
+    theirs = torch.nn.functional.kl_div(
+        x.log_softmax(-1),
+        torch.tensor(t).log_softmax(-1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    assert torch.isnan(theirs)
+    s, t = jnp.asarray(s, jnp.float32), jnp.asarray(t, jnp.float32)
+    value, grad = jax.value_and_grad(jaxkl.distillation_loss)(s, t)
+    expected = oracle.distillation_loss(s, t)
+    assert_close(value, expected.loss, 1e-6)
+    assert_close(grad, expected.student, 1e-5)
+
+
+def _trl_jsd(s, t, beta):
+    """TRL's and Liger's: KL(p ‖ q) at β = 0 and KL(q ‖ p) at β = 1, by a branch."""
+    log_q, log_p = jax.nn.log_softmax(s), jax.nn.log_softmax(t)
+    kl = lambda a, b: jnp.sum(jnp.exp(a) * (a - b), -1)
+    if beta in (0, 1):
+        return (kl(log_p, log_q) if beta == 0 else kl(log_q, log_p)).mean()
+    log_m = jnp.logaddexp(log_p + np.log(beta), log_q + np.log(1 - beta))
+    return (beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)).mean()
+
+
+def test_jensen_shannon_jumps_at_its_ends(rng):
+    s, t = rounded(rng, (3, 50)), rounded(rng, (3, 50))
+    assert _trl_jsd(s, t, 0) > 500 * _trl_jsd(s, t, 0.001)
+    with pytest.raises(ValueError, match="`beta`"):
+        jaxkl.JensenShannon(0.0)
+    normalized = [
+        jaxkl.distillation_loss(s, t, divergence=jaxkl.JensenShannon(beta, True))
+        for beta in (0.0, 0.001)
+    ]
+    assert _error(*normalized) < 0.02
+    # Between the ends, the plain form is theirs.
+    for beta in (0.001, 0.3, 0.9):
+        ours = jaxkl.distillation_loss(s, t, divergence=jaxkl.JensenShannon(beta))
+        assert_close(ours, _trl_jsd(s, t, beta), 1e-3 if beta == 0.001 else 1e-5)
+
+
+def test_beta_is_the_teachers_weight(rng):
+    # EasyDeL has it the other way round.
+    s, t = rounded(rng, (3, 50), scale=2.0), rounded(rng, (3, 50))
+    easydel = _trl_jsd(t, s, 0.1)
+    ours = jaxkl.distillation_loss(s, t, divergence=jaxkl.JensenShannon(0.1))
+    assert_close(ours, _trl_jsd(s, t, 0.1), 1e-5)
+    assert _error(easydel, np.float64(ours)) > 0.01
+
+
+def test_log_softmax_in_bfloat16(rng):
+    # TRL, Liger: 11 % off at a KL of 5e-3 and single tokens below zero.
+    # EasyDeL: a KL of 1.25e-3 comes out as exactly 0.
+    t = rounded(rng, (64, 1000), "bfloat16")
+    s = (t.astype(jnp.float32) + rounded(rng, t.shape, scale=0.1)).astype("bfloat16")
+
+    def theirs(s):
+        log_q, log_p = jax.nn.log_softmax(s), jax.nn.log_softmax(t)
+        return jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1)
+
+    ours = jaxkl.distillation_loss(s, t, reduction="none")
+    expected = oracle.distillation_loss(s, t, reduction="none")
+    kl = expected.loss.astype(np.float64)
+    assert 4e-3 < kl.mean() < 6e-3
+    assert (theirs(s) < 0).any() and _error(theirs(s).mean(), kl.mean()) > 0.05
+    assert (ours > 0).all() and _error(ours, kl) < 1e-4
+    assert ours.dtype == jnp.float32
+
+
+def _cancelling(s, t):
+    log_q, log_p = jax.nn.log_softmax(s), jax.nn.log_softmax(t)
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1)
+
+
+def _entropies(s, t):
+    log_q, log_p = jax.nn.log_softmax(s), jax.nn.log_softmax(t)
+    p = jnp.exp(log_p)
+    return jnp.sum(p * log_p, -1) - jnp.sum(p * log_q, -1)
+
+
+@pytest.mark.parametrize("noise, kl, wrong", [(1e-4, 5e-9, 1), (3e-3, 4.5e-6, 3e-3)])
+def test_cancellation_near_the_teacher(rng, noise, kl, wrong):
+    # Plain JAX: 57 times the truth and negative, then 5 % off. EasyDeL is worse.
+    t = rounded(rng, (4, 32000))
+    s = t + rounded(rng, t.shape, scale=noise)
+    expected = oracle.distillation_loss(s, t, reduction="none").loss
+    np.testing.assert_allclose(expected.mean().astype(float), kl, rtol=0.1)
+    ours = jaxkl.distillation_loss(s, t, reduction="none")
+    assert _error(ours, expected) < (5e-3 if kl < 1e-8 else 1e-4)
+    for theirs in (_cancelling, _entropies):
+        assert _error(jax.jit(theirs)(s, t), expected) > wrong
+
+
+def test_mean_also_over_the_vocabulary(rng):
+    # ModelOpt, and PyTorch's `kl_div(reduction="mean")`, the default.
+    s, t = rounded(rng, (3, 50)), rounded(rng, (3, 50))
+    log_q, log_p = jax.nn.log_softmax(s), jax.nn.log_softmax(t)
+    theirs = torch.nn.functional.kl_div(
+        torch.tensor(np.asarray(log_q)),
+        torch.tensor(np.asarray(log_p)),
+        log_target=True,
+        reduction="none",
+    ).mean()  # as `reduction="mean"`, which warns
+    expected = oracle.distillation_loss(s, t).loss
+    assert_close(theirs, expected / 50, 1e-5)
+    assert_close(jaxkl.distillation_loss(s, t), expected, 1e-6)
+
+
+def test_value_under_vjp_differs_from_the_plain_value(rng):
+    # ott's `logsumexp`: the rule recomputes the value by another formula.
+    s, t = rounded(rng, (40, 700), scale=3.0), rounded(rng, (40, 700), scale=3.0)
+    for reduction in ("none", "mean"):
+        f = lambda s: jaxkl.distillation_loss(s, t, reduction=reduction, z_loss=0.1)  # noqa: B023
+        value, _ = jax.vjp(f, s)
+        np.testing.assert_array_max_ulp(np.asarray(f(s)), np.asarray(value), maxulp=8)
+
+
+def test_a_saturated_softmax_and_a_tolerance_that_zero_passes(rng):
+    # tokamax's own tests: ours must be able to fail.
+    s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
+    grad = jax.grad(jaxkl.distillation_loss)(s, t)
+    expected = oracle.distillation_loss(s, t).student
+    assert_close(grad, expected, 1e-5)
+    with pytest.raises(AssertionError):
+        assert_close(jnp.zeros_like(grad), expected, 1e-2)
+    assert jax.nn.softmax(s).max() < 0.99
+
+
+def test_accumulators_that_start_as_zero_times_the_input(rng):
+    # `W * 0`: one inf, in a row that does not count, and all is NaN.
+    s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
+    s = s.at[1, 2].set(np.inf)
+    assert np.isnan((s * 0).sum())
+    where = jnp.array([True, False, True])
+    f = lambda s: jaxkl.distillation_loss(s, t, where=where, tile=1)
+    value, grad = jax.value_and_grad(f)(s)
+    expected = oracle.distillation_loss(s, t, where=where)
+    assert_close(value, expected.loss, 1e-6)
+    assert_close(grad, expected.student, 1e-5)
+
+
+def test_no_temperature_squared(rng):
+    # TRL, Liger: the gradient shrinks as 1/T². `t_squared=False` is their convention.
+    s, t = rounded(rng, (3, 50)), rounded(rng, (3, 50))
+    theirs = lambda s, T: _cancelling(s / T, t / T).mean()
+    size = lambda f, *args, **kw: float(jnp.linalg.norm(jax.grad(f)(s, *args, **kw)))
+    assert size(theirs, 8.0) < size(theirs, 1.0) / 30
+    ours = jaxkl.distillation_loss
+    hot, cold = (size(ours, t, temperature=T) for T in (8.0, 1.0))
+    assert 0.5 < hot / cold < 2
+    flat = ours(s, t, temperature=8.0, t_squared=False)
+    assert_close(flat, theirs(s, 8.0), 1e-4)
