@@ -1,0 +1,1 @@
+"""Time and memory of jaxkl beside its peers: `make bench`."""

@@ -1,0 +1,113 @@
+"""Memory of a loss as XLA compiles it for a device that need not be there.
+
+As a program it is the part that needs libtpu and its environment, set by `tpu_memory`:
+jobs as JSON in its first argument, one line of JSON for each of them on its output.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+import jaxkl
+
+from . import losses
+
+
+TPUS = {
+    "v5e": "v5e:2x2",
+    "v4": "v4:2x2x1",
+    "v5p": "v5p:2x2x1",
+    "v6e": "v6e:2x2",
+    "tpu7x": "tpu7x:2x2x1",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Value and gradient by the student's arrays, T = 2."""
+
+    implementation: str  # "jaxkl" or "plain JAX"
+    tokens: int
+    vocab: int
+    hidden: int | None = None  # None: from logits
+    dtype: str = "bfloat16"
+    divergence: str = "forward-kl"
+
+
+def compiled_memory(job, sharding=None):
+    """Bytes, and the seconds that compiling took; "error" if it does not fit."""
+    ours = job.implementation == "jaxkl"
+    loss = (losses.with_jaxkl if ours else losses.with_plain_jax)(job.divergence)
+    if job.hidden is None:
+        f, shapes = loss, [(job.tokens, job.vocab)] * 2
+    else:
+
+        def f(h, k, th, tk):
+            if ours:
+                return loss(jaxkl.LinearHead(h, k), jaxkl.LinearHead(th, tk))
+            return loss(h @ k, th @ tk)
+
+        shapes = [(job.tokens, job.hidden), (job.hidden, job.vocab)] * 2
+    args = [jax.ShapeDtypeStruct(s, job.dtype, sharding=sharding) for s in shapes]
+    student = tuple(range(len(shapes) // 2))
+    start = time.perf_counter()
+    try:
+        compiled = jax.jit(jax.value_and_grad(f, student)).lower(*args).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {"error": "does not fit in the device's memory"}
+    memory = compiled.memory_analysis()
+    return {
+        "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "compile_s": time.perf_counter() - start,
+    }
+
+
+def tpu_memory(tpu, jobs):
+    """One dictionary per job, in their order; ImportError if libtpu is not there."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise ImportError("No module named 'libtpu'")
+    with tempfile.TemporaryDirectory() as logs:
+        environment = os.environ | {
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            "JAX_PLATFORMS": "cpu",
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+            "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+            "TPU_LOG_DIR": logs,
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+        }
+        text = json.dumps([dataclasses.asdict(job) for job in jobs])
+        done = subprocess.run(
+            [sys.executable, "-m", __name__, TPUS[tpu], text],
+            env=environment,
+            capture_output=True,
+            encoding="utf-8",
+        )
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip() or "no message").splitlines()[-1])
+    return [json.loads(line) for line in done.stdout.splitlines() if line[:1] == "{"]
+
+
+def main():
+    topology, jobs = sys.argv[1], [Job(**job) for job in json.loads(sys.argv[2])]
+    description = topologies.get_topology_desc(topology, platform="tpu")
+    sharding = SingleDeviceSharding(description.devices[0])
+    for job in jobs:
+        print(json.dumps(compiled_memory(job, sharding)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

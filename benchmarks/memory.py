@@ -1,0 +1,135 @@
+"""Temporary memory against the size of the vocabulary, and its picture.
+
+`python -m benchmarks --cell memory` measures and draws; `python -m benchmarks.memory`
+draws again from the numbers in `benchmarks/results/memory.json`.
+"""
+
+import json
+from pathlib import Path
+
+from .compiled import compiled_memory, Job
+from .harness import Cell, Result
+from .report import RESULTS
+from .tpu import compile_all
+
+
+PICTURE = Path(__file__).parent.parent / "docs" / "images" / "memory.png"
+TOKENS, HIDDEN = 8192, 4096
+DEVICES = {"CPU": "float32", "TPU v5e": "bfloat16"}
+COLOURS = {"plain JAX": "#D55E00", "jaxkl": "#0072B2"}  # of Okabe and Ito
+LINES = {"heads": "-", "logits": "--"}
+
+
+def run(settings):
+    vocabs = [2**n for n in range(13, 19)]
+    if settings.smoke:
+        vocabs = vocabs[:1]
+    rows = []
+    for device, dtype in DEVICES.items():
+        facts, jobs = {}, {}
+        for implementation in COLOURS:
+            for form in LINES:
+                for vocab in vocabs:
+                    hidden = HIDDEN if form == "heads" else None
+                    name = f"{device}, {implementation}, {form}, {vocab}"
+                    jobs[name] = Job(implementation, TOKENS, vocab, hidden, dtype)
+                    facts[name] = dict(
+                        device=device,
+                        implementation=implementation,
+                        form=form,
+                        vocab=vocab,
+                    )
+        if device == "CPU":
+            new = [
+                {"peer": name, "state": "ok", "required": True} | compiled_memory(job)
+                for name, job in jobs.items()
+            ]
+        else:
+            new = compile_all("v5e", jobs)
+        rows += [row | facts[row["peer"]] for row in new]
+    if not settings.smoke:
+        draw(rows)
+    return Result(rows, [])
+
+
+def draw(rows):
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
+    present = [d for d in DEVICES if any(_points(rows, d, *c) for c in _curves())]
+    figure = Figure(figsize=(4.8 * len(present), 4.4), layout="constrained")
+    panels = figure.subplots(1, len(present), sharey=True, squeeze=False)[0]
+    for axes, device in zip(panels, present, strict=True):
+        vocabs = sorted({row["vocab"] for row in rows})
+        for implementation, form in _curves():
+            points = _points(rows, device, implementation, form)
+            colour = COLOURS[implementation]
+            style = dict(color=colour, linestyle=LINES[form], linewidth=2)
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, **style)
+            vocab, mib = points[-1]
+            text = f"{implementation}, {form}"
+            if vocab < vocabs[-1]:
+                text += "\n(then out of memory)"
+            axes.annotate(
+                text,
+                (vocab, mib),
+                (8, 0),
+                textcoords="offset points",
+                color=colour,
+                verticalalignment="center",
+                fontsize=9,
+            )
+        axes.set(xscale="log", yscale="log", xlabel="vocabulary")
+        axes.set_xlim(vocabs[0] * 0.85, vocabs[-1] * 5)
+        axes.set_xticks(vocabs, [f"{v // 1024}k" for v in vocabs])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_title(f"{device}, {DEVICES[device]}", loc="left", fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    sizes = {2**n: _size(2**n) for n in range(-4, 18, 3)}
+    panels[0].set_yticks(list(sizes), list(sizes.values()))
+    panels[0].yaxis.set_minor_locator(NullLocator())
+    panels[0].set_ylabel("temporary memory")
+    figure.suptitle(
+        f"Forward KL, value and gradient, {TOKENS} tokens: what XLA allocates beside "
+        "arguments and results",
+        fontsize=11,
+    )
+    PICTURE.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(PICTURE, dpi=120)
+
+
+def _size(mib):
+    if mib >= 1024:
+        return f"{mib // 1024:g} GiB"
+    return f"{mib:g} MiB" if mib >= 1 else f"{mib * 1024:g} KiB"
+
+
+def _curves():
+    return [(implementation, form) for implementation in COLOURS for form in LINES]
+
+
+def _points(rows, device, implementation, form):
+    """Of one curve: vocabulary and MiB."""
+    return [
+        (row["vocab"], row["temp_bytes"] / 2**20)
+        for row in rows
+        if row["state"] == "ok"
+        and (row["device"], row["implementation"], row["form"])
+        == (device, implementation, form)
+    ]
+
+
+CELLS = [
+    Cell(
+        "memory",
+        f"Temporary memory by vocabulary: forward-kl, T = 2, {TOKENS} tokens, H "
+        f"{HIDDEN} for heads: value and gradient, compiled only",
+        run,
+    )
+]
+
+
+if __name__ == "__main__":
+    data = json.loads((RESULTS / "memory.json").read_text(encoding="utf-8"))
+    draw(data["rows"])

@@ -1,0 +1,36 @@
+"""PyTorch, eager and compiled, on the same arrays."""
+
+from functools import partial
+
+from .harness import Peer, Work
+
+
+def torch_work(f, arrays, with_gradient, compile):
+    """`f` of tensors on these NumPy arrays, and its gradient by the first so many."""
+    import torch
+
+    inputs = [torch.from_numpy(array) for array in arrays]
+    for x in inputs[:with_gradient]:
+        x.requires_grad_()
+    if compile:
+        torch._dynamo.reset()  # of other cells' shapes: these are not dynamic
+        f = torch.compile(f, dynamic=False)
+
+    def run():
+        value = f(*inputs)
+        gradients = torch.autograd.grad(value, inputs[:with_gradient])
+        return value.detach().numpy(), [x.numpy() for x in gradients]
+
+    return Work(run)
+
+
+def torch_peers(make_loss, arrays, with_gradient, expected):
+    """`make_loss()` gives the function, so that a missing torch is a skipped peer."""
+
+    def prepare(compile):
+        return torch_work(make_loss(), arrays, with_gradient, compile)
+
+    return [
+        Peer("torch eager", partial(prepare, False), expected),
+        Peer("torch.compile", partial(prepare, True), expected),
+    ]

@@ -1,0 +1,46 @@
+"""The example of a loss from hidden states, as a user runs it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+
+for needed in ("flax", "optax"):
+    pytest.importorskip(needed)
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "fused_head.py"
+SMALL = "--length 128 --steps 2".split()
+
+
+def run(*arguments):
+    command = [sys.executable, "-W", "error", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300)
+
+
+def test_fused_head():
+    result = run(EXAMPLE, *SMALL)
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    steps = np.array([x.split() for x in lines if x[:4].strip().isdigit()], float)
+    assert steps.shape == (2, 4) and np.isfinite(steps).all()
+    np.testing.assert_allclose(steps[:, 2], steps[:, 1], rtol=1e-5)
+    assert steps[0, 1] > 0.01 and steps[0, 1] != steps[1, 1]
+    logits, heads = (float(x.split()[1]) for x in lines if "MiB" in x)
+    # One array of logits is 128 MiB.
+    assert logits > 2 * 128 and heads < logits - 128
+
+
+def test_fused_head_fails_if_the_forms_differ():
+    code = (
+        "import jaxkl, runpy;"
+        "Head = jaxkl.LinearHead;"
+        "jaxkl.LinearHead = lambda hidden, kernel: Head(1.001 * hidden, kernel);"
+        f"runpy.run_path({str(EXAMPLE)!r}, run_name='__main__')"
+    )
+    result = run("-c", code, *"--vocab 256 --length 16 --steps 1".split())
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "NOT the same" in result.stderr
