@@ -1,0 +1,680 @@
+"""Losses of heads: hidden states and a kernel in place of logits."""
+
+import dataclasses
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+from jax.sharding import AxisType, PartitionSpec as P
+
+import jaxkl
+from jaxkl import distillation_loss, LinearHead
+
+from . import oracle
+from .cases import FORWARD, over, over_all, REVERSE, rounded
+from .heads import (
+    assert_matches,
+    assert_source_gradient,
+    evaluate,
+    exact_logits,
+    expected_of,
+    make_head,
+)
+from .helpers import assert_close, TOLERANCE
+
+
+# Value and gradients.
+
+
+@over_all
+def test_every_divergence(rng, divergence, reference):
+    student = make_head(rng, (7,), 5, 1001, bias=True, scale=0.7)
+    teacher = make_head(rng, (7,), 3, 1001, softcap=2.5)
+    assert_matches(
+        student,
+        teacher,
+        (divergence, reference),
+        temperature=jnp.asarray(rng.uniform(0.5, 3, size=7), jnp.float32),
+        teacher_temperature=jnp.float32(1.5),
+        tile=3,
+    )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@over("forward", "js")
+def test_dtypes(rng, divergence, reference, dtype):
+    settings = dict(bias=True, softcap=3.0, scale=1.5)
+    student = make_head(rng, (2, 5), 6, 37, dtype, **settings)
+    teacher = make_head(rng, (2, 5), 4, 37, dtype, **settings)
+    assert_matches(student, teacher, (divergence, reference), temperature=2.0, tile=4)
+
+
+def test_dtypes_that_differ(rng):
+    student = make_head(rng, (5,), 6, 37, "float32", bias=True)
+    student = dataclasses.replace(student, hidden=student.hidden.astype("bfloat16"))
+    teacher = make_head(rng, (5,), 4, 37, "float16")
+    assert_matches(student, teacher, FORWARD)
+
+
+def test_float64_under_x64(rng):
+    with jax.enable_x64(True):
+        student = make_head(rng, (5,), 6, 37, "float64", bias=True, softcap=3.0)
+        teacher = make_head(rng, (5,), 4, 37, "float32")
+        value, grads = evaluate(student, teacher, tile=2)
+    expected = expected_of(student, teacher)
+    assert value.dtype == jnp.float64 and grads["teacher"].kernel.dtype == jnp.float32
+    assert_close(value, expected.loss, 1e-12)
+    assert_source_gradient(student, grads["student"], expected.student, "", 1e-11)
+    assert_source_gradient(teacher, grads["teacher"], expected.teacher, "", 1e-6)
+
+
+@pytest.mark.parametrize(
+    "tokens, vocab", [(1, 1), (1, 1001), (7, 700), (7, 1), (130, 1001)]
+)
+def test_odd_sizes(rng, tokens, vocab):
+    student = make_head(rng, (tokens,), 5, vocab)
+    teacher = make_head(rng, (tokens,), 3, vocab)
+    assert_matches(student, teacher, FORWARD)
+
+
+@pytest.mark.parametrize(
+    "tile, reduction, beside",
+    [
+        (1, "mean", "head"),
+        (3, "none", "head"),
+        (64, "mean", "head"),
+        (64, "none", "logits"),
+        (3, "mean", "logits"),
+        (200, "none", "head"),
+    ],
+)
+def test_any_tile_gives_the_same_answer(rng, tile, reduction, beside):
+    # Strided tiles for two heads, blocks beside logits.
+    student = make_head(rng, (130,), 5, 7, bias=True)
+    teacher = make_head(rng, (130,), 3, 7, bias=True)
+    if beside == "logits":
+        teacher = rounded(rng, (130, 7))
+    g = rng.normal(size=130) if reduction == "none" else 1.7
+    arguments = dict(
+        temperature=jnp.asarray(rng.uniform(0.5, 3, size=130), jnp.float32),
+        weights=jnp.asarray(rng.uniform(0, 2, size=130), jnp.float32),
+        where=jnp.asarray(rng.random(130) < 0.7),
+        labels=jnp.asarray(rng.integers(0, 7, size=130)),
+        alpha=0.5,
+        reduction=reduction,
+        cotangent=np.asarray(g, np.float32),
+        tile=tile,
+    )
+    assert_matches(student, teacher, FORWARD, **arguments)
+
+
+@pytest.mark.parametrize(
+    "shape, reduction", [((), "none"), ((), "mean"), ((6,), "none"), ((2, 3), "none")]
+)
+def test_batch_shapes(rng, shape, reduction):
+    student = make_head(rng, shape, 4, 11, bias=True)
+    teacher = make_head(rng, shape, 3, 11)
+    value, _ = assert_matches(
+        student, teacher, FORWARD, reduction=reduction, tile=4, value_tol=1e-5
+    )
+    assert value.shape == (shape if reduction == "none" else ())
+
+
+@over("reverse", "user")
+def test_beside_dense_logits(rng, divergence, reference):
+    head = make_head(rng, (2, 5), 4, 11, bias=True, softcap=2.0)
+    logits = rounded(rng, (2, 5, 11))
+    for student, teacher in ((head, logits), (logits, head)):
+        assert_matches(student, teacher, (divergence, reference), tile=3)
+
+
+def test_one_head_as_both_models(rng):
+    head = make_head(rng, (5,), 4, 11, bias=True)
+    f = lambda head: distillation_loss(head, head, divergence=jaxkl.ReverseKL())
+    value, grad = jax.value_and_grad(f)(head)
+    assert value == 0 and not any(x.any() for x in jax.tree.leaves(grad))
+
+
+@over("forward", "js_normalized")
+def test_every_argument_at_once(rng, divergence, reference):
+    student = make_head(rng, (3, 5), 6, 14, bias=True, softcap=4.0)
+    teacher = make_head(rng, (3, 5), 4, 12, bias=True, scale=2.0)
+    assert_matches(
+        student,
+        teacher,
+        (divergence, reference),
+        temperature=jnp.asarray(rng.uniform(0.5, 3, size=(3, 5)), jnp.float32),
+        teacher_temperature=jnp.float32(1.5),
+        weights=jnp.asarray(rng.uniform(0, 2, size=(3, 5)), jnp.float32),
+        where=jnp.asarray(rng.random((3, 5)) < 0.7),
+        labels=jnp.asarray(rng.choice([-100, 0, 3, 10], size=(3, 5))),
+        alpha=0.3,
+        label_smoothing=0.1,
+        z_loss=1e-2,
+        vocab_size=11,
+        tile=4,
+    )
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_only_cross_entropy(rng, reduction):
+    student = make_head(rng, (6,), 5, 11, softcap=3.0)
+    teacher = make_head(rng, (6,), 5, 11)
+    _, grads = assert_matches(
+        student,
+        teacher,
+        FORWARD,
+        alpha=0.0,
+        labels=jnp.array([0, 10, -100, 3, -100, 1]),
+        reduction=reduction,
+        normalizer=7 if reduction == "mean" else None,
+    )
+    assert not grads["teacher"].hidden.any() and not grads["teacher"].kernel.any()
+
+
+# What must not leak.
+
+
+@over("forward", "reverse", "js")
+def test_a_masked_vocabulary(rng, divergence, reference):
+    student = make_head(rng, (5,), 4, 11, bias=True)
+    teacher = make_head(rng, (5,), 4, 11, bias=True)
+    mask = lambda head: dataclasses.replace(head, bias=head.bias.at[3:6].set(-jnp.inf))
+    arguments = dict(temperature=jnp.float32(1.5), tile=2)
+    _, grads = assert_matches(
+        mask(student), mask(teacher), (divergence, reference), **arguments
+    )
+    for grad in (grads["student"], grads["teacher"]):
+        assert not grad.kernel[:, 3:6].any() and not grad.bias[3:6].any()
+    if divergence != jaxkl.ReverseKL():
+        assert_matches(student, mask(teacher), (divergence, reference), **arguments)
+
+
+@pytest.mark.parametrize("junk", [np.nan, np.inf, 1e30])
+@over("forward", "user")
+def test_padding_columns_may_hold_anything(rng, divergence, reference, junk):
+    student = make_head(rng, (5,), 4, 16, bias=True, softcap=5.0)
+    teacher = make_head(rng, (5,), 3, 20, bias=True)
+    spoil = lambda head: dataclasses.replace(
+        head,
+        kernel=head.kernel.at[:, 11:].set(junk),
+        bias=head.bias.at[11:].set(junk),
+    )
+    _, grads = assert_matches(
+        spoil(student),
+        spoil(teacher),
+        (divergence, reference),
+        vocab_size=11,
+        tile=2,
+        labels=jnp.array([0, 10, 3, -100, 2]),
+        label_smoothing=0.1,
+        alpha=0.5,
+    )
+    for grad in (grads["student"], grads["teacher"]):
+        assert not grad.kernel[:, 11:].any() and not grad.bias[11:].any()
+
+
+@pytest.mark.parametrize("reduction, tile", [("none", 2), ("mean", None)])
+@pytest.mark.parametrize("by", ["where", "weights"])
+def test_a_dropped_row_may_hold_nan(rng, by, reduction, tile):
+    settings = dict(bias=True, softcap=3.0)
+    student = make_head(rng, (5,), 4, 11, **settings)
+    teacher = make_head(rng, (5,), 3, 11, **settings)
+    spoil = lambda head, junk: dataclasses.replace(
+        head, hidden=head.hidden.at[1].set(junk).at[4, 0].set(junk)
+    )
+    keep = jnp.array([True, False, True, True, False])
+    drop = keep if by == "where" else keep.astype(jnp.float32)
+    arguments = {by: drop, "reduction": reduction, "tile": tile}
+    value, grads = evaluate(spoil(student, np.nan), spoil(teacher, np.inf), **arguments)
+    expected = expected_of(
+        spoil(student, 0.0),
+        spoil(teacher, 0.0),
+        where=np.asarray(keep),
+        reduction=reduction,
+    )
+    assert_close(value, expected.loss, 5e-6)
+    for name, head in (("student", student), ("teacher", teacher)):
+        assert_source_gradient(head, grads[name], getattr(expected, name), name)
+        assert not grads[name].hidden[~keep].any()
+
+
+def test_all_tokens_masked(rng):
+    student, teacher = (make_head(rng, (5,), 4, 11, bias=True) for _ in range(2))
+    value, grads = evaluate(student, teacher, where=jnp.zeros(5, bool), tile=2)
+    assert value == 0 and not any(x.any() for x in jax.tree.leaves(grads))
+
+
+def test_no_tokens(rng):
+    student, teacher = (make_head(rng, (0, 3), 4, 11) for _ in range(2))
+    value, grads = evaluate(student, teacher)
+    assert value == 0 and not grads["student"].kernel.any()
+
+
+# Precision.
+
+
+def test_d_kernel_is_accumulated_in_float32(rng):
+    # 4096 tokens, 8 at a time: a bfloat16 sum of 512 tiles stalls.
+    tokens, vocab, tile = 4096, 32, 8
+    student = make_head(rng, (tokens,), 8, vocab, "bfloat16")
+    # A constant part, so that the sum grows: a feature and a column of the same sign.
+    hidden = student.hidden.at[:, 0].set(1)
+    student = dataclasses.replace(student, hidden=hidden)
+    teacher = rounded(rng, (tokens, vocab)).at[:, 5].add(2)
+    _, grads = evaluate(student, teacher, tile=tile, differentiate_teacher=False)
+    s, _ = exact_logits(student)
+    d_logits = oracle.distillation_loss(s, teacher).student.astype(np.float64)
+    exact = np.asarray(hidden, np.float64).T @ d_logits
+
+    def add(total, rows):
+        x, d = rows
+        return total + (x.T @ d).astype(jnp.bfloat16), None
+
+    tiles = lambda x: x.reshape(-1, tile, x.shape[-1])
+    rows = tiles(hidden), tiles(jnp.asarray(d_logits, jnp.bfloat16))
+    narrow, _ = jax.lax.scan(add, jnp.zeros((8, vocab), jnp.bfloat16), rows)
+    error = lambda x: np.abs(np.asarray(x, np.float64) - exact).max() / abs(exact).max()
+    assert error(narrow) > 0.02
+    assert error(grads["student"].kernel) < 4e-3
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_logits_are_not_rounded_to_half_precision(rng, dtype):
+    student = make_head(rng, (6,), 64, 300, dtype)
+    noise = jnp.asarray(0.02 * rng.normal(size=(64, 300)), jnp.float32)
+    kernel = (student.kernel.astype(jnp.float32) + noise).astype(dtype)
+    teacher = dataclasses.replace(student, kernel=kernel)
+    expected = expected_of(student, teacher).loss.astype(np.float64)
+    value, _ = evaluate(student, teacher)
+    half = lambda head: head.hidden @ head.kernel
+    rounded_first = distillation_loss(half(student), half(teacher))
+    assert abs(rounded_first / expected - 1) > 1e-4
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
+def test_a_small_loss_scale_survives_float16(rng):
+    # The gradient of a mean over many tokens is below float16's range; the scale that
+    # the caller applies must come first.
+    student = make_head(rng, (4,), 5, 11, "float16")
+    teacher = make_head(rng, (4,), 5, 11, "float16")
+    scale = 2.0**16
+    for reduction, factor in (("mean", scale), ("none", scale / 4)):
+        _, grads = evaluate(
+            student,
+            teacher,
+            weights=jnp.full(4, 1.0),
+            reduction=reduction,
+            normalizer=4e6 if reduction == "mean" else None,
+            cotangent=factor if reduction == "mean" else factor / 1e6,
+        )
+        expected = expected_of(student, teacher, cotangent=scale / 1e6)
+        assert_source_gradient(
+            student, grads["student"], expected.student, reduction, 1e-2
+        )
+
+
+# Cost: matrix products, memory.
+
+
+def _dots(f, *args):
+    text = jax.jit(f).lower(*args).compile().as_text()
+    return len(re.findall(r" = \S+ dot\(", text))
+
+
+def test_products_are_computed_once(rng):
+    student = make_head(rng, (16,), 64, 128, bias=True)
+    teacher = make_head(rng, (16,), 32, 128)
+    args = student.hidden, student.kernel, student.bias, teacher
+
+    def loss(hidden, kernel, bias, teacher, tile=4, **options):
+        student = LinearHead(hidden, kernel, bias)
+        return distillation_loss(student, teacher, tile=tile, **options)
+
+    assert _dots(loss, *args) == 2
+    assert _dots(jax.value_and_grad(loss, 0), *args) == 3
+    assert _dots(jax.value_and_grad(loss, (0, 1)), *args) == 4
+    assert _dots(jax.value_and_grad(partial(loss, tile=16), (0, 1)), *args) == 4
+    frozen = lambda h, k, b, t: loss(h, jax.lax.stop_gradient(k), b, t)
+    assert _dots(jax.value_and_grad(frozen, (0, 1, 2)), *args) == 3
+    # The teacher is a constant unless asked for.
+    both = partial(loss, differentiate_teacher=True)
+    assert _dots(jax.value_and_grad(loss, (0, 1, 3)), *args) == 4
+    assert _dots(jax.value_and_grad(both, (0, 1, 3)), *args) == 6
+
+
+TILE, HIDDEN, VOCAB = 64, 32, 16000
+
+
+def _memory(tokens, loss=distillation_loss, **options):
+    shape = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    head = LinearHead(shape(tokens, HIDDEN), shape(HIDDEN, VOCAB))
+    f = lambda s, t: loss(s, t, **options).sum()
+    stats = jax.jit(jax.value_and_grad(f)).lower(head, head).compile().memory_analysis()
+    return stats.temp_size_in_bytes
+
+
+@pytest.mark.parametrize(
+    "options", [dict(reduction="none"), dict(divergence=jaxkl.JensenShannon())]
+)
+def test_temporaries_are_those_of_a_tile(options):
+    tokens = 4096
+    few, many = (_memory(x, tile=TILE, **options) for x in (tokens, 2 * tokens))
+    heads = 4 * HIDDEN * VOCAB * 4
+    assert few < 12 * TILE * VOCAB * 4 + heads < 0.3 * tokens * VOCAB * 4
+    # No more than what is per token: hidden states, their gradients, weights.
+    assert many - few < 8 * tokens * HIDDEN * 4
+
+
+def test_plain_jax_breaks_the_memory_bound():
+    assert _memory(4096, loss=jaxkl.reference.distillation_loss) > 4096 * VOCAB * 4
+
+
+# Transformations.
+
+
+def test_vmap(rng):
+    student = make_head(rng, (3, 5), 4, 11, bias=True)
+    teacher = make_head(rng, (5,), 3, 11)
+    axes = LinearHead(0, None, None), None  # a kernel for all
+    f = lambda s, t: distillation_loss(s, t, tile=2)
+    value, grads = jax.jit(jax.vmap(jax.value_and_grad(f), axes))(student, teacher)
+    for i in range(3):
+        one = dataclasses.replace(student, hidden=student.hidden[i])
+        expected = expected_of(one, teacher)
+        assert_close(value[i], expected.loss, 5e-6)
+        got = jax.tree.map(lambda x: x[i], grads)  # noqa: B023
+        assert_source_gradient(one, got, expected.student, str(i))
+    total = lambda s: jax.vmap(f, axes)(s, teacher).sum()
+    d_kernel = jax.jit(jax.grad(total))(student).kernel
+    assert_close(d_kernel, grads.kernel.sum(0), 1e-5)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["", "checkpoint"])
+def test_grad_of_scan_and_checkpoint(rng, wrap):
+    student, teacher = (make_head(rng, (3, 5), 4, 11) for _ in range(2))
+
+    @wrap
+    def body(hidden, other, kernel):
+        student, target = LinearHead(hidden, kernel), LinearHead(other, teacher.kernel)
+        return distillation_loss(student, target, reduction="sum", tile=2)
+
+    def loss(hidden, kernel):
+        step = lambda total, x: (total + body(*x, kernel), None)
+        return jax.lax.scan(step, jnp.float32(0), (hidden, teacher.hidden))[0]
+
+    grads = jax.jit(jax.grad(loss, (0, 1)))(student.hidden, student.kernel)
+    expected = expected_of(student, teacher, reduction="sum")
+    assert_source_gradient(student, LinearHead(*grads), expected.student, "")
+
+
+def test_scan_of_grad(rng):
+    student, teacher = (make_head(rng, (5,), 4, 11) for _ in range(2))
+    f = lambda s: distillation_loss(s, teacher, tile=2)
+
+    def step(head, _):
+        value, grad = jax.value_and_grad(f)(head)
+        return jax.tree.map(lambda x, d: x - 0.5 * d, head, grad), value
+
+    _, losses = jax.jit(lambda s: jax.lax.scan(step, s, length=4))(student)
+    exact, expected = jax.tree.map(lambda x: np.asarray(x, np.float64), student), []
+    for _ in range(4):
+        result = expected_of(exact, teacher)
+        expected.append(result.loss)
+        exact = jax.tree.map(lambda x, d: x - 0.5 * d, exact, result.student)
+    assert_close(losses, expected, 5e-6)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@over("js")
+def test_second_order(rng, divergence, reference, reduction):
+    student = make_head(rng, (3,), 2, 5, bias=True, softcap=2.0)
+    teacher = make_head(rng, (3,), 2, 5)
+
+    def loss(student, of=distillation_loss, **options):
+        value = of(
+            student, teacher, divergence=divergence, reduction=reduction, **options
+        )
+        return jnp.sum(value**2)
+
+    flat, unravel = ravel_pytree(student)
+    plain = lambda x: loss(unravel(x), jaxkl.reference.distillation_loss)
+    fused = lambda x: loss(unravel(x), tile=2)
+    hessian = jax.jit(jax.hessian(plain))(flat)
+    # Forward over the reverse rule, and reverse over it.
+    assert_close(jax.jit(jax.hessian(fused))(flat), hessian, 1e-5)
+    assert_close(jax.jit(jax.jacrev(jax.grad(fused)))(flat), hessian, 1e-5)
+
+
+def test_one_trace_for_repeated_calls(rng):
+    traces = 0
+
+    @jax.jit
+    def step(student, teacher):
+        nonlocal traces
+        traces += 1
+        return jax.grad(distillation_loss)(student, teacher)
+
+    for _ in range(3):
+        student = make_head(rng, (3,), 4, 11, softcap=2.0)
+        step(student, make_head(rng, (3,), 2, 11))
+    assert traces == 1
+
+
+@pytest.mark.parametrize("inside, tile", [(False, 2), (True, None)])
+def test_shard_map_over_tokens(rng, inside, tile):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    student = make_head(rng, (24,), 4, 11, bias=True)
+    teacher = make_head(rng, (24,), 3, 11)
+    where = jnp.asarray(rng.random(24) < 0.7).at[:3].set(False)  # nothing on device 0
+    head = LinearHead(P("data"), P(), P())
+    other = LinearHead(P("data"), P())
+
+    def local(student, teacher, where):
+        count = jax.lax.psum(where.sum(dtype=jnp.float32), "data")
+        value = distillation_loss(
+            student, teacher, where=where, normalizer=count, tile=tile,
+            differentiate_teacher=True,
+        )  # fmt: skip
+        return jax.lax.psum(value, "data")
+
+    grad = partial(jax.value_and_grad, argnums=(0, 1))
+    shard = partial(
+        jax.shard_map, mesh=mesh, in_specs=(head, other, P("data")), check_vma=True
+    )
+    if inside:
+        f = shard(grad(local), out_specs=(P(), (head, other)))
+    else:
+        f = grad(shard(local, out_specs=P()))
+    value, grads = jax.jit(f)(student, teacher, where)
+    expected = expected_of(student, teacher, where=np.asarray(where))
+    assert_close(value, expected.loss, 5e-6)
+    assert_source_gradient(student, grads[0], expected.student, "student")
+    assert_source_gradient(teacher, grads[1], expected.teacher, "teacher")
+
+
+# A pytree.
+
+
+def test_is_a_pytree_of_its_arrays(rng):
+    head = make_head(rng, (3,), 4, 11, bias=True, softcap=30.0, scale=0.5)
+    leaves = jax.tree.leaves(head)
+    assert [x.shape for x in leaves] == [(3, 4), (4, 11), (11,)]
+    twice = jax.tree.map(lambda x: 2 * x, head)
+    assert (twice.softcap, twice.scale) == (30.0, 0.5)
+    assert_close(twice.kernel, 2 * head.kernel, 0)
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(head)]
+    assert names == [".hidden", ".kernel", ".bias"]
+    assert len(jax.tree.leaves(LinearHead(head.hidden, head.kernel))) == 2
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        head.scale = 1.0
+
+
+def test_softcap_and_scale_are_part_of_the_program(rng):
+    head = make_head(rng, (3,), 4, 11)
+    structures = {
+        jax.tree.structure(dataclasses.replace(head, **settings))
+        for settings in ({}, dict(softcap=2.0), dict(softcap=3.0), dict(scale=2.0))
+    }
+    assert len(structures) == 4
+
+
+def test_params_in_a_dict_as_flax_has_them(rng):
+    body = jnp.asarray(rng.normal(size=(6, 4)), jnp.float32)
+    made = make_head(rng, (5,), 4, 11, bias=True)
+    params = dict(body=body, head=dict(kernel=made.kernel, bias=made.bias))
+    x, teacher = rounded(rng, (5, 6)), rounded(rng, (5, 11))
+
+    def loss(params):
+        hidden = jnp.tanh(x @ params["body"])
+        return distillation_loss(LinearHead(hidden, **params["head"]), teacher)
+
+    grads = jax.jit(jax.grad(loss))(params)
+    hidden, pull = jax.vjp(lambda w: jnp.tanh(x @ w), body)
+    expected = expected_of(dataclasses.replace(made, hidden=hidden), teacher).student
+    assert_close(grads["head"]["kernel"], expected.kernel, 1e-5)
+    assert_close(grads["head"]["bias"], expected.bias, 1e-5)
+    assert_close(grads["body"], pull(jnp.float32(expected.hidden))[0], 1e-5)
+
+
+def test_tied_embedding(rng):
+    embedding, tokens = rounded(rng, (11, 4)), jnp.array([1, 5, 5, 0, 10])
+    teacher = rounded(rng, (5, 11))
+    f = lambda e: distillation_loss(LinearHead(e[tokens], e.T), teacher, tile=2)
+    plain = lambda e: jaxkl.reference.distillation_loss(e[tokens] @ e.T, teacher)
+    assert_close(jax.grad(f)(embedding), jax.grad(plain)(embedding), 1e-5)
+
+
+# Metrics and the reference.
+
+
+@over("js")
+def test_metrics(rng, divergence, reference):
+    student = make_head(rng, (3, 5), 6, 14, bias=True, softcap=4.0)
+    teacher = make_head(rng, (3, 5), 4, 12, scale=2.0)
+    shared = dict(
+        temperature=1.5,
+        teacher_temperature=2.0,
+        vocab_size=11,
+        weights=jnp.asarray(rng.uniform(0, 2, size=(3, 5)), jnp.float32),
+        where=jnp.asarray(rng.random((3, 5)) < 0.7),
+        labels=jnp.asarray(rng.choice([-100, 0, 3, 10], size=(3, 5))),
+    )
+    f = partial(jaxkl.distillation_loss_with_metrics, divergence=divergence, tile=4)
+    grad = jax.jit(
+        lambda s, t: jax.value_and_grad(f, has_aux=True)(s, t, alpha=0.5, **shared)
+    )
+    (value, metrics), d_student = grad(student, teacher)
+    (s, _), (t, _) = exact_logits(student, 11), exact_logits(teacher, 11)
+    expected = oracle.metrics(s, t, divergence=reference, **shared)
+    for name, want in expected._asdict().items():
+        assert_close(getattr(metrics, name), want, 5e-6, name)
+    loss = expected_of(student, teacher, divergence=reference, alpha=0.5, **shared)
+    assert_close(value, loss.loss, 5e-6)
+    assert_source_gradient(student, d_student, loss.student, "")
+
+
+@over("forward", "js")
+def test_the_reference_agrees(rng, divergence, reference):
+    student = make_head(rng, (5,), 4, 11, bias=True, softcap=2.0, scale=0.5)
+    teacher = make_head(rng, (5,), 3, 11)
+    assert_matches(
+        student,
+        teacher,
+        (divergence, reference),
+        loss=jaxkl.reference.distillation_loss,
+        temperature=1.5,
+        value_tol=1e-5,
+        tol=2e-5,
+    )
+
+
+# Errors name the argument.
+
+HIDDEN_4 = np.ones((5, 4), np.float32)
+KERNEL = np.ones((4, 11), np.float32)
+
+
+@pytest.mark.parametrize(
+    "head, error, match",
+    [
+        (lambda: LinearHead(HIDDEN_4, KERNEL.T), ValueError, "student.kernel`"),
+        (lambda: LinearHead(HIDDEN_4, KERNEL[0]), ValueError, "student.kernel`"),
+        (lambda: LinearHead(np.float32(1), KERNEL), ValueError, "student.hidden`"),
+        (lambda: LinearHead(HIDDEN_4, KERNEL[:, :0]), ValueError, "`student`.* 0"),
+        (
+            lambda: LinearHead(HIDDEN_4, KERNEL, KERNEL),
+            ValueError,
+            r"`student.bias`.*\(11,\).*\(4, 11\)",
+        ),
+        (
+            lambda: LinearHead(HIDDEN_4, KERNEL, KERNEL[0, :5]),
+            ValueError,
+            r"`student.bias`",
+        ),
+        (
+            lambda: LinearHead(HIDDEN_4.astype(int), KERNEL),
+            TypeError,
+            "student.hidden`",
+        ),
+        (
+            lambda: LinearHead(HIDDEN_4, KERNEL.astype(int)),
+            TypeError,
+            "student.kernel`",
+        ),
+        (
+            lambda: LinearHead(HIDDEN_4, KERNEL, np.ones(11, int)),
+            TypeError,
+            "`student.bias`",
+        ),
+        (lambda: LinearHead(HIDDEN_4, None), TypeError, "`student.kernel`"),
+        (lambda: LinearHead("hidden", KERNEL), TypeError, "`student.hidden`"),
+        (lambda: LinearHead(HIDDEN_4, KERNEL[:, :7]), ValueError, "`vocab_size`"),
+        (lambda: LinearHead(HIDDEN_4[:3], KERNEL), ValueError, "batch shape"),
+    ],
+)
+def test_errors_of_a_student(head, error, match):
+    with pytest.raises(error, match=match):
+        distillation_loss(head(), jnp.zeros((5, 11)))
+
+
+def test_errors_of_a_teacher():
+    with pytest.raises(ValueError, match="`teacher.kernel`"):
+        distillation_loss(jnp.zeros((5, 11)), LinearHead(HIDDEN_4, KERNEL.T))
+    with pytest.raises(ValueError, match="`vocab_size`"):
+        head = LinearHead(HIDDEN_4, KERNEL)
+        distillation_loss(jnp.zeros((5, 11)), head, vocab_size=12)
+
+
+@pytest.mark.parametrize("softcap", [0, 0.0, -30.0, np.inf, np.nan])
+def test_softcap_is_positive_and_finite(softcap):
+    with pytest.raises(ValueError, match="`softcap`"):
+        LinearHead(HIDDEN_4, KERNEL, softcap=softcap)
+
+
+@pytest.mark.parametrize("name", ["softcap", "scale"])
+@pytest.mark.parametrize("value", [np.ones(1), jnp.float32(2), True, "30"])
+def test_softcap_and_scale_are_python_numbers(name, value):
+    with pytest.raises(TypeError, match=f"`{name}`"):
+        LinearHead(HIDDEN_4, KERNEL, **{name: value})
+
+
+@pytest.mark.parametrize("scale", [np.inf, np.nan])
+def test_scale_is_finite(scale):
+    with pytest.raises(ValueError, match="`scale`"):
+        LinearHead(HIDDEN_4, KERNEL, scale=scale)
+
+
+def test_settings_are_keywords():
+    with pytest.raises(TypeError):
+        LinearHead(HIDDEN_4, KERNEL, None, 30.0)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, 2])
+def test_any_finite_scale(rng, scale):
+    student = make_head(rng, (5,), 4, 11, bias=True, scale=scale)
+    assert_matches(student, rounded(rng, (5, 11)), REVERSE)
