@@ -90,15 +90,25 @@ def tpu_memory(tpu, jobs):
             "TPU_WORKER_HOSTNAMES": "localhost",
         }
         text = json.dumps([dataclasses.asdict(job) for job in jobs])
-        done = subprocess.run(
-            [sys.executable, "-m", __name__, TPUS[tpu], text],
-            env=environment,
-            capture_output=True,
-            encoding="utf-8",
-        )
-    if done.returncode:
-        raise RuntimeError((done.stderr.strip() or "no message").splitlines()[-1])
-    return [json.loads(line) for line in done.stdout.splitlines() if line[:1] == "{"]
+        with open(os.path.join(logs, "stderr"), "w+", encoding="utf-8") as errors:
+            program = subprocess.Popen(
+                [sys.executable, "-m", __name__, TPUS[tpu], text],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                encoding="utf-8",
+            )
+            found = []
+            for line in program.stdout:
+                if line.startswith("{"):
+                    found.append(json.loads(line))
+                    done = f"{tpu}: compiled {len(found)} of {len(jobs)}"
+                    print(done, file=sys.stderr, flush=True)
+            if program.wait():
+                errors.seek(0)
+                reason = errors.read().strip() or "no message"
+                raise RuntimeError(reason.splitlines()[-1])
+    return found
 
 
 def main():

@@ -17,6 +17,7 @@ PICTURE = Path(__file__).parent.parent / "docs" / "images" / "memory.png"
 TOKENS, HIDDEN = 8192, 4096
 DEVICES = {"CPU": "float32", "TPU v5e": "bfloat16"}
 COLOURS = {"plain JAX": "#D55E00", "jaxkl": "#0072B2"}  # of Okabe and Ito
+LEAST = 1 / 16  # MiB: what is below is drawn there, and the axis says so
 LINES = {"heads": "-", "logits": "--"}
 
 
@@ -46,7 +47,9 @@ def run(settings):
             ]
         else:
             new = compile_all("v5e", jobs)
-        rows += [row | facts[row["peer"]] for row in new]
+        for row in new:
+            row.pop("total_bytes", None)
+            rows.append(row | facts[row["peer"]])
     if not settings.smoke:
         draw(rows)
     return Result(rows, [])
@@ -59,26 +62,18 @@ def draw(rows):
     present = [d for d in DEVICES if any(_points(rows, d, *c) for c in _curves())]
     figure = Figure(figsize=(4.8 * len(present), 4.4), layout="constrained")
     panels = figure.subplots(1, len(present), sharey=True, squeeze=False)[0]
+    labels = []
     for axes, device in zip(panels, present, strict=True):
-        vocabs = sorted({row["vocab"] for row in rows})
+        vocabs, ends = sorted({row["vocab"] for row in rows}), []
         for implementation, form in _curves():
             points = _points(rows, device, implementation, form)
             colour = COLOURS[implementation]
             style = dict(color=colour, linestyle=LINES[form], linewidth=2)
             axes.plot(*zip(*points, strict=True), marker="o", markersize=4, **style)
-            vocab, mib = points[-1]
             text = f"{implementation}, {form}"
-            if vocab < vocabs[-1]:
-                text += "\n(then out of memory)"
-            axes.annotate(
-                text,
-                (vocab, mib),
-                (8, 0),
-                textcoords="offset points",
-                color=colour,
-                verticalalignment="center",
-                fontsize=9,
-            )
+            if points[-1][0] < vocabs[-1]:
+                text += ", then OOM"
+            ends.append((points[-1], text, colour))
         axes.set(xscale="log", yscale="log", xlabel="vocabulary")
         axes.set_xlim(vocabs[0] * 0.85, vocabs[-1] * 5)
         axes.set_xticks(vocabs, [f"{v // 1024}k" for v in vocabs])
@@ -86,17 +81,43 @@ def draw(rows):
         axes.set_title(f"{device}, {DEVICES[device]}", loc="left", fontsize=10)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
+        labels.append((axes, ends))
     sizes = {2**n: _size(2**n) for n in range(-4, 18, 3)}
+    sizes[LEAST] = f"≤ {_size(LEAST)}"
     panels[0].set_yticks(list(sizes), list(sizes.values()))
     panels[0].yaxis.set_minor_locator(NullLocator())
     panels[0].set_ylabel("temporary memory")
     figure.suptitle(
-        f"Forward KL, value and gradient, {TOKENS} tokens: what XLA allocates beside "
-        "arguments and results",
+        f"Forward KL of {TOKENS} tokens, value and gradient: memory beside arguments "
+        "and results",
         fontsize=11,
     )
+    for axes, ends in labels:  # once the limits are known
+        _label(axes, ends)
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(PICTURE, dpi=120)
+
+
+def _label(axes, ends):
+    """Names each curve at its end, at least a line of text above the one below."""
+    height = axes.get_window_extent().height * 72 / axes.figure.dpi
+    below = -float("inf")
+    for (vocab, mib), text, colour in sorted(ends, key=lambda end: end[0][1]):
+        place = axes.transAxes.inverted().transform(
+            axes.transData.transform((vocab, mib))
+        )
+        at = place[1] * height
+        moved = max(at, below + 12)
+        below = moved
+        axes.annotate(
+            text,
+            (vocab, mib),
+            (8, moved - at),
+            textcoords="offset points",
+            color=colour,
+            verticalalignment="center",
+            fontsize=9,
+        )
 
 
 def _size(mib):
@@ -112,7 +133,7 @@ def _curves():
 def _points(rows, device, implementation, form):
     """Of one curve: vocabulary and MiB."""
     return [
-        (row["vocab"], row["temp_bytes"] / 2**20)
+        (row["vocab"], max(row["temp_bytes"] / 2**20, LEAST))
         for row in rows
         if row["state"] == "ok"
         and (row["device"], row["implementation"], row["form"])
