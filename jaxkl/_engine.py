@@ -8,7 +8,6 @@ loss, a tile at a time, and keeps those alone, and the backward rule multiplies 
 incoming cotangent. Where the cotangents are per token, it runs the tiles again instead.
 """
 
-import dataclasses
 import functools as ft
 from typing import Any
 
@@ -41,39 +40,49 @@ def _weighted_loss(spec, operands):
 
 def _weighted_loss_fwd(spec, primals):
     is_primal = lambda x: isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
-    operands = jax.tree.map(lambda x: x.value, primals, is_leaf=is_primal)
+    values = operands = jax.tree.map(lambda x: x.value, primals, is_leaf=is_primal)
     wanted = jax.tree.map(lambda x: x.perturbed, primals, is_leaf=is_primal)
     if _must_wait(spec, operands, wanted):
         result = _run(spec, operands, _nothing(operands))
-        res = operands, None, _Static(wanted)
+        gradients = jax.tree.map(lambda want: _LATER if want else _NEVER, wanted)
     else:
         result = _run(spec, operands, wanted)
-        res = None, result.gradients, _Static(wanted)
-    return _outputs(spec, operands, result), res
+        keep = lambda want, d: d if want else _NEVER
+        gradients = jax.tree.map(keep, wanted, result.gradients)
+        operands = jax.tree.map(lambda _: _NEVER, operands)
+    res = jax.tree.map(_placeholder, (operands, gradients))
+    return _outputs(spec, values, result), res
 
 
 def _weighted_loss_bwd(spec, res, cotangents):
-    operands, gradients, wanted = res
+    operands, gradients = res
     g, _, _ = cotangents
     if isinstance(g, jax.custom_derivatives.SymbolicZero):
         return (None,)
-    if gradients is None:
+    wanted = jax.tree.map(lambda d: d.ndim == _LATER, gradients)
+    if any(jax.tree.leaves(wanted)):
         weights = jax.tree.map(lambda weight: weight * g, operands.weights)
         scaled = operands._replace(weights=weights)
-        gradients = _run(spec, scaled, wanted.value).gradients
+        gradients = _run(spec, scaled, wanted).gradients
         # The gradient to a weight is its term, which has not seen the cotangent.
         weights = jax.tree.map(lambda term: term * g, gradients.weights)
         return (gradients._replace(weights=weights),)
-    return (jax.tree.map(lambda x: (x.astype(g.dtype) * g).astype(x.dtype), gradients),)
+    scale = lambda d: None if d.ndim == _NEVER else (d.astype(g.dtype) * g).astype(d.dtype)
+    return (jax.tree.map(scale, gradients),)
 
 
 _weighted_loss.defvjp(_weighted_loss_fwd, _weighted_loss_bwd, symbolic_zeros=True)
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _Static:
-    value: Any
+# JAX keeps one residual structure for a rule, though it may trace it again for other
+# perturbed arguments (and silently mixes up the leaves if they differ). So this one is
+# always the same: an empty array, of a rank that nothing has, stands for a gradient that
+# is not wanted, or is left to the backward rule.
+_NEVER, _LATER = 8, 9
+
+
+def _placeholder(x):
+    return jnp.zeros((0,) * x) if isinstance(x, int) else x
 
 
 def _nothing(operands):
