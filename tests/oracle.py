@@ -289,7 +289,8 @@ def _cross_entropy(logits, labels, label_smoothing):
     log_probs, labelled = log_softmax(logits), labels != -100
     target = np.zeros_like(logits)
     target[labelled, labels[labelled]] = 1
-    target = (1 - label_smoothing) * target + np.longdouble(label_smoothing) / vocab
+    epsilon = np.longdouble(label_smoothing)
+    target = (1 - epsilon) * target + epsilon / vocab
     ce = -np.sum(_times(target, log_probs), -1)
     d_ce = np.exp(log_probs) - target
     return np.where(labelled, ce, 0), np.where(labelled[:, None], d_ce, 0)
