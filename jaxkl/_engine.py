@@ -20,6 +20,7 @@ from ._tiles import Blocks, Strided
 
 
 _MIB = 2**20
+_MAX_TILE = 1024  # tokens: enough for a matrix product to run at full speed
 
 
 @ft.partial(jax.jit, static_argnums=0)
@@ -67,17 +68,18 @@ def _weighted_loss_bwd(spec, res, cotangents):
         # The gradient to a weight is its term, which has not seen the cotangent.
         weights = jax.tree.map(lambda term: term * g, gradients.weights)
         return (gradients._replace(weights=weights),)
-    scale = lambda d: None if d.ndim == _NEVER else (d.astype(g.dtype) * g).astype(d.dtype)
-    return (jax.tree.map(scale, gradients),)
+    scale = lambda d: (d.astype(g.dtype) * g).astype(d.dtype)
+    known = lambda d: None if d.ndim == _NEVER else scale(d)
+    return (jax.tree.map(known, gradients),)
 
 
 _weighted_loss.defvjp(_weighted_loss_fwd, _weighted_loss_bwd, symbolic_zeros=True)
 
 
 # JAX keeps one residual structure for a rule, though it may trace it again for other
-# perturbed arguments (and silently mixes up the leaves if they differ). So this one is
-# always the same: an empty array, of a rank that nothing has, stands for a gradient that
-# is not wanted, or is left to the backward rule.
+# perturbed arguments, and silently mixes up the leaves if they differ. So this one is
+# always the same: an empty array, of a rank that nothing has, stands for a gradient
+# that is not wanted, or is left to the backward rule.
 _NEVER, _LATER = 8, 9
 
 
@@ -115,7 +117,7 @@ def _run(spec: Spec, operands: Operands, wanted: Operands) -> Tile:
 
     def fitting(tile_bytes):
         tile = tile_bytes // (spec.vocab_size * spec.dtype.itemsize)
-        return tiled(tile // 8 * 8 or max(tile, 1))
+        return tiled(min(tile // 8 * 8, _MAX_TILE) or max(tile, 1))
 
     if spec.tile is not None:
         return tiled(spec.tile)(operands)
