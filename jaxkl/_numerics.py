@@ -36,3 +36,9 @@ def log_softmax(logits, temperature=None) -> LogSoftmax:
         shifted, peak = shifted / temperature[:, None], peak / temperature
     log_sum = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
     return LogSoftmax(shifted - log_sum[:, None], peak + log_sum)
+
+
+def entropy(log_probs):
+    """`-Σ_v p log p` with `0 log 0 = 0`, `[B]`, from `[B, V]`."""
+    finite = zero_unless(log_probs > -jnp.inf, log_probs)
+    return -jnp.sum(jnp.exp(log_probs) * finite, axis=-1)

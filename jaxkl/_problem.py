@@ -72,23 +72,12 @@ def prepare(
             f"{shape} and {teacher_shape}."
         )
     columns = _columns(vocab_size, student, teacher)
+    mask = None if where is None else _mask(where, shape)
     if not check.boolean("differentiate_teacher", differentiate_teacher):
         teacher = jax.lax.stop_gradient(teacher)
-
     if isinstance(teacher, SparseTeacher):
-        if teacher_temperature is not None:
-            raise ValueError(
-                "`teacher_temperature` must be None with a SparseTeacher, whose "
-                f"log-probabilities have theirs already; got {teacher_temperature!r}."
-            )
-        if differentiate_teacher:
-            raise ValueError(
-                "`differentiate_teacher` must be False with a SparseTeacher, which is "
-                "a constant."
-            )
-        teacher = check_columns(teacher, columns)
-        check_tail(divergence, teacher)
-        teacher_temperature = 1.0
+        _check_sparse(divergence, teacher, teacher_temperature, differentiate_teacher)
+        teacher, teacher_temperature = check_columns(teacher, columns, mask), 1.0
 
     temperature = check.temperature("temperature", temperature, shape)
     if teacher_temperature is None:
@@ -102,8 +91,8 @@ def prepare(
     flat = lambda x: None if x is None else x.astype(dtype).reshape(-1)
     temperature, teacher_temperature = flat(temperature), flat(teacher_temperature)
 
-    mask, weight = _mask_and_weight(where, weights, shape, dtype)
-    labels = None if labels is None else _labels(labels, shape, columns)
+    weight = _weight(weights, mask, shape, dtype)
+    labels = None if labels is None else _labels(labels, mask, shape, columns)
     term_weights = _term_weights(
         _normalized(weight, reduction, normalizer),
         temperature if t_squared else None,
@@ -151,6 +140,10 @@ def _source(name, x) -> tuple[Source, tuple[int, ...]]:
                 f"`{name}.indices` and `{name}.log_probs` must both be [..., k], got "
                 f"{indices.shape} and {log_probs.shape}."
             )
+        if indices.shape[-1] == 0:
+            raise ValueError(
+                f"`{name}.indices` must list a column at least, got k = 0."
+            )
         x = dataclasses.replace(x, indices=indices, log_probs=log_probs)
         first = indices
     else:
@@ -182,28 +175,44 @@ def _columns(vocab_size, student, teacher) -> int:
     return vocab_size
 
 
-def _mask_and_weight(where, weights, shape, dtype):
-    mask = None
+def _check_sparse(divergence, teacher, teacher_temperature, differentiate_teacher):
+    if teacher_temperature is not None:
+        raise ValueError(
+            "`teacher_temperature` must be None with a SparseTeacher, whose "
+            f"log-probabilities have theirs already; got {teacher_temperature!r}."
+        )
+    if differentiate_teacher:
+        raise ValueError(
+            "`differentiate_teacher` must be False with a SparseTeacher, which is a "
+            "constant."
+        )
+    check_tail(divergence, teacher)
+
+
+def _mask(where, shape):
+    mask = jnp.asarray(where)
+    if mask.dtype != jnp.bool_:
+        raise TypeError(f"`where` must be bool, got {mask.dtype.name}.")
+    return check.of_shape("where", mask, shape, "the batch shape").reshape(-1)
+
+
+def _weight(weights, mask, shape, dtype):
     weight = jnp.ones(shape, dtype)
     if weights is not None:
         weight = check.of_shape("weights", weights, shape, "the batch shape").astype(
             dtype
         )
-    if where is not None:
-        mask = jnp.asarray(where)
-        if mask.dtype != jnp.bool_:
-            raise TypeError(f"`where` must be bool, got {mask.dtype.name}.")
-        mask = check.of_shape("where", mask, shape, "the batch shape").reshape(-1)
     weight = weight.reshape(-1)
-    return mask, weight if mask is None else zero_unless(mask, weight)
+    return weight if mask is None else zero_unless(mask, weight)
 
 
-def _labels(labels, shape, vocab_size):
+def _labels(labels, mask, shape, vocab_size):
     labels = check.int_array("labels", labels)
     check.of_shape("labels", labels, shape, "the batch shape")
-    if not check.is_traced(labels):
-        known = np.asarray(labels)
+    if not check.is_traced(labels) and not check.is_traced(mask):
+        known = np.asarray(labels).reshape(-1)
         bad = (known != IGNORED_LABEL) & ((known < 0) | (known >= vocab_size))
+        bad &= True if mask is None else np.asarray(mask)
         if bad.any():
             raise ValueError(
                 f"`labels` must be in [0, {vocab_size}), or {IGNORED_LABEL} for no "

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 
-from ._numerics import log_softmax, zero_unless
+from ._numerics import entropy, log_softmax, zero_unless
 
 
 class Source:
@@ -62,6 +62,10 @@ class Source:
     def compare(self, divergence, log_p: jax.Array, log_q: jax.Array) -> jax.Array:
         """As a teacher: the divergence from it of each token, `[B]`."""
         return jnp.sum(divergence(log_p, log_q), axis=-1)
+
+    def entropy(self, log_p: jax.Array) -> jax.Array:
+        """As a teacher: its entropy, `[B]`, in nats."""
+        return entropy(log_p)
 
 
 @jax.tree_util.register_dataclass

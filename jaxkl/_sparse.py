@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from . import _checks as check
 from ._divergences import ForwardKL
-from ._numerics import log_softmax, loss_dtype, zero_unless
+from ._numerics import entropy, log_softmax, loss_dtype, zero_unless
 from ._sources import Source
 
 
@@ -102,6 +102,12 @@ class SparseTeacher(Source):
         outside = divergence(log_p_rest[:, None], log_q_rest[:, None])[:, 0]
         return jnp.sum(zero_unless(listed, inside), axis=-1) + outside
 
+    def entropy(self, log_p):
+        listed = super().entropy(log_p)
+        if self.tail != "bucket":
+            return listed
+        return listed + entropy(_log(_rest(log_p))[:, None])
+
     def _slots(self, vocab_size):
         """Where the slots point, empty ones out of bounds."""
         rows = jnp.arange(self.indices.shape[0])[:, None]
@@ -122,14 +128,16 @@ def _log(x):
     return jnp.where(x > 0, jnp.log(jnp.where(x > 0, x, 1)), -jnp.inf)
 
 
-def check_columns(teacher: SparseTeacher, vocab_size: int) -> SparseTeacher:
-    """That the columns exist. Where they are traced, one that does not makes NaN."""
+def check_columns(teacher: SparseTeacher, vocab_size: int, mask) -> SparseTeacher:
+    """That the columns of the tokens in `mask` exist; NaN, if traced, where not."""
     # Narrow and unsigned dtypes hold neither -1 nor, in general, the vocabulary's size.
     indices = teacher.indices
     if indices.dtype != jnp.int64:
         indices = indices.astype(jnp.int32)
     teacher = dataclasses.replace(teacher, indices=indices)
     bad = (teacher.indices < -1) | (teacher.indices >= vocab_size)
+    if mask is not None:
+        bad &= mask[:, None]
     if not check.is_traced(bad):
         if bad.any():
             raise ValueError(
@@ -231,9 +239,12 @@ def sampled_teacher(key, logits, num_samples: int, *, temperature=1.0) -> Sparse
     p = jnp.pad(p, ((0, 0), (0, -vocab % group))).reshape(p.shape[0], -1, group)
     outer, inner = jax.random.uniform(key, (2, p.shape[0], num_samples), p.dtype)
     groups = _draw(p.sum(axis=-1), outer)
-    columns = jax.vmap(lambda p, at, u: _draw(p[at], u[:, None])[:, 0])(
-        p, groups, inner
-    )
+
+    def within(row):
+        p, at, u = row
+        return _draw(p[at], u[:, None])[:, 0]
+
+    columns = jax.lax.map(within, (p, groups, inner), batch_size=64)  # for the memory
     indices = (groups * group + columns).reshape(*shape, num_samples)
     log_probs = jnp.full_like(indices, -math.log(num_samples), dtype=p.dtype)
     return SparseTeacher(indices, log_probs)

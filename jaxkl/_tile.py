@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ._divergences import Divergence, ForwardKL
-from ._numerics import log_softmax, zero_unless
+from ._numerics import entropy, log_softmax, zero_unless
 
 
 class Terms(NamedTuple):
@@ -167,13 +167,10 @@ def _d_plain_logits(weights, log_q, lse, hit):
 
 
 def _statistics(teacher, log_p, log_q):
-    entropy = lambda log_x: (
-        -jnp.sum(jnp.exp(log_x) * zero_unless(log_x > -jnp.inf, log_x), axis=-1)
-    )
     agree = jnp.argmax(log_p, axis=-1) == jnp.argmax(log_q, axis=-1)
     return Statistics(
         kl=teacher.compare(ForwardKL(), log_p, log_q),
         student_entropy=entropy(log_q),
-        teacher_entropy=entropy(log_p),
+        teacher_entropy=teacher.entropy(log_p),
         top1_agreement=agree.astype(log_q.dtype),
     )
