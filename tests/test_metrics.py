@@ -9,7 +9,7 @@ import jaxkl
 
 from . import oracle
 from .cases import FORWARD, over_kinds, rounded
-from .helpers import assert_close, TOLERANCE
+from .helpers import assert_close
 
 
 FIELDS = oracle.Metrics._fields
@@ -25,8 +25,10 @@ def _assert_metrics(actual, expected, tol=1e-6):
             assert_close(got, want, tol, name)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize(
+    "dtype, reduction",
+    [("float32", "mean"), ("bfloat16", "none"), ("float16", "sum")],
+)
 @over_kinds
 def test_metrics_match_the_oracle(rng, divergence, reference, reduction, dtype):
     s, t = rounded(rng, (2, 9, 5), dtype), rounded(rng, (2, 9, 5), dtype)
