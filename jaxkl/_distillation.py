@@ -92,7 +92,8 @@ def distillation_loss(student, teacher, **options: Unpack[Options]) -> jax.Array
         $\sum w \ell / \sum w$, and 0 without any weight.
       normalizer: Divides the sum in place of $\sum w$ in `"mean"`: for example the
         number of tokens on all devices, or of all micro-batches. A constant.
-      tile: Tokens to take at a time. None: chosen by device and vocabulary.
+      tile: Tokens to take at a time. None: chosen by device and vocabulary. (All at
+        once if their number is symbolic, in `jax.export`.)
 
     Returns:
       The loss, float64 if an argument is, else float32: `[...]` if `reduction="none"`,

@@ -109,7 +109,7 @@ def _run(spec: Spec, operands: Operands, wanted: Operands) -> Tile:
     """All tokens, and those gradients that are wanted."""
     tokens = operands.weights.divergence.shape[0]
     whole = ft.partial(_run_whole, spec, wanted)
-    if not isinstance(tokens, int) and spec.tile is None:  # symbolic, in `jax.export`
+    if not isinstance(tokens, int):  # symbolic, in `jax.export`: no number of tiles
         return whole(operands)
 
     def tiled(tile):
@@ -123,8 +123,10 @@ def _run(spec: Spec, operands: Operands, wanted: Operands) -> Tile:
         return tiled(spec.tile)(operands)
     if operands.student.is_dense and operands.teacher.is_dense:
         # Accelerators: XLA fuses all into passes over the logits. A CPU: not so, and
-        # there a few rows at a time stay in cache.
-        on_cpu, elsewhere = fitting(2 * _MIB), whole
+        # there a few rows at a time stay in cache. But XLA's CPU compiler widens all
+        # bfloat16, and a slice's whole array at every step of a loop.
+        half = min(x.values.dtype.itemsize for x in operands[:2]) == 2
+        on_cpu, elsewhere = whole if half else fitting(2 * _MIB), whole
     else:
         # Accelerators: each tile reads and writes the sum of `d kernel`, so make few.
         on_cpu, elsewhere = fitting(32 * _MIB), fitting(256 * _MIB)

@@ -61,7 +61,6 @@ def prepare(
     statistics: bool = False,
 ) -> Problem:
     check.one_of("reduction", reduction, REDUCTIONS)
-    check_divergence(divergence)
     t_squared = check.boolean("t_squared", t_squared)
     tile = None if tile is None else check.positive_int("tile", tile)
     student, shape = _source("student", student)
@@ -72,6 +71,7 @@ def prepare(
             f"{shape} and {teacher_shape}."
         )
     columns = _columns(vocab_size, student, teacher)
+    check_divergence(divergence, columns)
     mask = None if where is None else _mask(where, shape)
     if not check.boolean("differentiate_teacher", differentiate_teacher):
         teacher = jax.lax.stop_gradient(teacher)
@@ -104,6 +104,11 @@ def prepare(
         statistics=statistics,
     )
     if mask is not None:
+        known = lambda x: None if x is None else jnp.where(mask, x, 1)
+        temperature, teacher_temperature = (
+            known(temperature),
+            known(teacher_temperature),
+        )
         term_weights = jax.tree.map(lambda w: zero_unless(mask, w), term_weights)
     operands = Operands(
         student, teacher, term_weights, temperature, teacher_temperature, labels, mask
@@ -257,7 +262,9 @@ def _term_weights(
         jax.lax.stop_gradient(jnp.asarray(x, weight.dtype))
         for x in (alpha, label_smoothing, z_loss)
     )
-    divergence = weight * alpha
+    # A term with factor 0 is absent, even where it is infinite.
+    times = lambda weight, factor: zero_unless(factor != 0, weight * factor)
+    divergence = times(weight, alpha)
     if temperature is not None:
         # A token without weight may hold NaN: keep its divergence off temperature's
         # gradient.
@@ -266,13 +273,13 @@ def _term_weights(
     label = uniform = lse_squared = None
     if labels is not None and has_cross_entropy:
         valid = (labels >= 0) & (labels < vocab_size)
-        label = zero_unless(labels != IGNORED_LABEL, weight * (1 - alpha))
+        label = zero_unless(labels != IGNORED_LABEL, times(weight, 1 - alpha))
         # Under `jit` a label out of range can not raise: it makes the loss NaN.
         label = jnp.where(valid | (labels == IGNORED_LABEL), label, jnp.nan)
         if check.is_traced(label_smoothing) or label_smoothing != 0:
-            label, uniform = label * (1 - smoothing), label * smoothing
+            label, uniform = times(label, 1 - smoothing), times(label, smoothing)
     if check.is_traced(z_loss) or z_loss != 0:
-        lse_squared = weight * z_weight
+        lse_squared = times(weight, z_weight)
     return Terms(divergence, label, uniform, lse_squared)
 
 
@@ -286,7 +293,7 @@ def _alike(operands: Operands) -> Operands:
     return jax.tree.map(lambda x: to_varying(x, axes), operands)
 
 
-def check_divergence(divergence: Any) -> None:
+def check_divergence(divergence: Any, vocab_size: int) -> None:
     """That it is a pure elementwise function, and a static argument."""
     name = "`divergence`"
     if isinstance(divergence, type):
@@ -298,7 +305,7 @@ def check_divergence(divergence: Any) -> None:
         return
     if not isinstance(divergence, Hashable):
         raise TypeError(f"{name} must be hashable, got {divergence!r}.")
-    arg = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+    arg = jax.ShapeDtypeStruct((2, vocab_size), jnp.float32)
     jaxpr = jax.make_jaxpr(divergence)(arg, arg)
     if any(map(check.is_traced, jaxpr.consts)):
         raise ValueError(
@@ -309,6 +316,6 @@ def check_divergence(divergence: Any) -> None:
     if [(x.shape, x.dtype) for x in out] != [(arg.shape, arg.dtype)]:
         got = ", ".join(f"{x.dtype.name}{list(x.shape)}" for x in out)
         raise ValueError(
-            f"{name} must be elementwise: of two {arg.dtype.name}[2, 3] it must make "
-            f"one, got {got}."
+            f"{name} must be elementwise: of two {arg.dtype.name}{list(arg.shape)} it "
+            f"must make one, got {got}."
         )

@@ -104,7 +104,9 @@ def run_tile(spec: Spec, x: Operands, live: jax.Array) -> Tile:
     d_s, d_student_temperature = _d_logits(x.weights, f_q, log_q, x.student_temperature)
     d_t, d_teacher_temperature = _d_logits(x.weights, f_p, log_p, x.teacher_temperature)
     d_s += _d_plain_logits(x.weights, plain_log_q, lse, hit)
-    live &= ft.reduce(jnp.logical_or, [w != 0 for w in jax.tree.leaves(x.weights)])
+    # 0 · NaN is NaN in a product too: leave out what has no weight and no finite loss.
+    weighty = ft.reduce(jnp.logical_or, [w != 0 for w in jax.tree.leaves(x.weights)])
+    live &= weighty | jnp.isfinite(divergence + lse)
     gradients = x._replace(
         student=x.student.pull(s, d_s, live),
         teacher=x.teacher.pull(t, d_t, live),
@@ -119,8 +121,8 @@ def run_tile(spec: Spec, x: Operands, live: jax.Array) -> Tile:
 
 
 def weigh(weight, x):
-    """`weight · x`, exactly 0 where the weight is, whatever `x` holds there."""
-    return zero_unless(weight != 0, weight * x)
+    """`weight · x`, and 0 where the weight is, even if `x` is NaN or infinite there."""
+    return weight * zero_unless((weight != 0) | jnp.isfinite(x), x)
 
 
 def weighted_sum(weights: Terms, terms: Terms):

@@ -79,10 +79,8 @@ def distillation_loss(student, teacher, **options: Unpack[Options]) -> Array:
     r"""`jaxkl.distillation_loss` in plain JAX: the same arguments and values.
 
     All logits are held at once; `tile` is ignored. Forward mode works, and plain
-    autodiff gives the same gradients, but makes NaN of singular logits
-
-    - in a token of weight 0 that holds NaN (`where` does drop it);
-    - of a temperature, where a logit is `-inf`.
+    autodiff gives the same gradients, but makes NaN of a token of weight 0 that holds
+    NaN (`where` does drop it).
 
     Args:
       student: See `jaxkl.distillation_loss`, as for every argument.
@@ -107,7 +105,7 @@ def distillation_loss(student, teacher, **options: Unpack[Options]) -> Array:
     s = student.logits(spec.dtype, spec.vocab_size)
     t = teacher.logits(spec.dtype, spec.vocab_size)
     log_q = jax.nn.log_softmax(_over(s, x.student_temperature), axis=-1)
-    log_p = teacher.log_p(t, x.teacher_temperature)
+    log_p = teacher.log_p(_over(t, x.teacher_temperature), None)
     plain_log_q = jax.nn.log_softmax(s, axis=-1)
 
     loss = x.weights.divergence * teacher.compare(spec.divergence, log_p, log_q)
@@ -123,4 +121,8 @@ def distillation_loss(student, teacher, **options: Unpack[Options]) -> Array:
 
 
 def _over(logits, temperature):
-    return logits if temperature is None else logits / temperature[:, None]
+    if temperature is None:
+        return logits
+    # The operand is masked: that the quotient is -inf would not help its derivative.
+    finite = logits > -jnp.inf
+    return jnp.where(finite, zero_unless(finite, logits) / temperature[:, None], logits)

@@ -227,6 +227,11 @@ def test_singular_points(name, x, y, value, dx, dy, dtype):
     if dtype == "float32":
         for i in (0, 1):
             np.testing.assert_array_equal(jax.grad(f, i)(*args), grads[i])
+        ones = jnp.ones(2)
+        tangent = jax.jvp(lambda x: f(x, args[1]), (args[0],), (ones,))[1]
+        np.testing.assert_allclose(tangent, jnp.sum(grads[0]), rtol=1e-6)
+        tangent = jax.jvp(lambda y: f(args[0], y), (args[1],), (ones,))[1]
+        np.testing.assert_allclose(tangent, jnp.sum(grads[1]), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", PLAIN)

@@ -151,9 +151,9 @@ def test_a_callable_sees_the_kept_classes_only(rng):
     np.testing.assert_array_equal(
         losses.softmax_divergence(s, t, count, where=where), [3, 0]
     )
-    # One with a pole at probabilities 0, 1 and p = q has finite gradients.
+    # One with poles at probabilities 0, 1 and p = q has finite gradients.
     pole = lambda log_p, log_q: (
-        jnp.sqrt(jnp.abs(log_p - log_q)) * jnp.log1p(-jnp.exp(log_p))
+        jnp.sqrt(jnp.abs(log_p - log_q)) * jnp.log1p(-jnp.exp(log_p)) * log_q**2
     )
     f = lambda s, t: losses.softmax_divergence(s, t, pole, where=where).sum()
     chex.assert_tree_all_finite(jax.value_and_grad(f, (0, 1))(s, t))
