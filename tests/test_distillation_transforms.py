@@ -283,7 +283,6 @@ def _per_token(dtype):
 MEMORY = {
     "plain": ({}, {}),
     "temperature": (dict(temperature=2.0), {}),
-    "bfloat16": ({}, dict(dtype="bfloat16")),
     "reverse": (dict(divergence=jaxkl.ReverseKL()), {}),
     "teacher": (dict(differentiate_teacher=True), {}),
     "none": (dict(reduction="none"), {}),
