@@ -91,6 +91,12 @@ def prepare(
     flat = lambda x: None if x is None else x.astype(dtype).reshape(-1)
     temperature, teacher_temperature = flat(temperature), flat(teacher_temperature)
 
+    if mask is not None:
+        known = lambda x: None if x is None else jnp.where(mask, x, 1)
+        temperature, teacher_temperature = (
+            known(temperature),
+            known(teacher_temperature),
+        )
     weight = _weight(weights, mask, shape, dtype)
     labels = None if labels is None else _labels(labels, mask, shape, columns)
     term_weights = _term_weights(
@@ -104,11 +110,6 @@ def prepare(
         statistics=statistics,
     )
     if mask is not None:
-        known = lambda x: None if x is None else jnp.where(mask, x, 1)
-        temperature, teacher_temperature = (
-            known(temperature),
-            known(teacher_temperature),
-        )
         term_weights = jax.tree.map(lambda w: zero_unless(mask, w), term_weights)
     operands = Operands(
         student, teacher, term_weights, temperature, teacher_temperature, labels, mask

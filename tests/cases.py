@@ -40,17 +40,22 @@ ALL = CATALOGUE | {"user": USER}
 FORWARD, REVERSE, JENSEN_SHANNON = (CATALOGUE[x] for x in ("forward", "reverse", "js"))
 
 
-def over(*names):
-    """Parametrises a test over divergences and their oracles: these, or all."""
-    cases = [pytest.param(*ALL[name], id=name) for name in names or ALL]
+# One of each kind: two exponentials, p = 0 infinite, a mixture, a user's own.
+KINDS = ("forward", "reverse", "js_normalized", "user")
+
+
+def over(*names, slow=()):
+    """Parametrises a test over divergences and their oracles; `slow`: in CI only."""
+    case = lambda name, *marks: pytest.param(*ALL[name], id=name, marks=marks)
+    cases = [case(name) for name in names]
+    cases += [case(name, pytest.mark.slow) for name in slow]
     return pytest.mark.parametrize("divergence, reference", cases)
 
 
-# All of the catalogue where the formula of the divergence is what is tested; for the
-# rest, one of each kind: two exponentials, p = 0 infinite, a mixture, a user's own.
-over_all = over()
+# All of the catalogue where the formula of the divergence is what is tested.
+over_all = over(*KINDS, slow=[name for name in ALL if name not in KINDS])
 over_catalogue = over(*CATALOGUE)
-over_kinds = over("forward", "reverse", "js_normalized", "user")
+over_kinds = over(*KINDS)
 
 # Arguments that have a gradient.
 FLOATS = ("student", "teacher", "temperature", "teacher_temperature", "weights")

@@ -12,6 +12,8 @@ from .cases import CATALOGUE, rounded
 from .helpers import assert_close
 
 
+pytestmark = pytest.mark.slow
+
 # Ends of the parameters, beside what they must be.
 LIMITS = {
     "alpha_zero": (jaxkl.AlphaDivergence(0), oracle.reverse_kl),

@@ -8,9 +8,6 @@ import numpy as np
 import pytest
 
 
-for needed in ("flax", "optax"):
-    pytest.importorskip(needed)
-
 EXAMPLE = Path(__file__).parent.parent / "examples" / "fused_head.py"
 SMALL = "--length 128 --steps 2".split()
 
@@ -34,6 +31,7 @@ def test_fused_head():
     assert logits > 2 * 128 and heads < logits - 128
 
 
+@pytest.mark.slow
 def test_fused_head_fails_if_the_forms_differ():
     code = (
         "import jaxkl, runpy;"

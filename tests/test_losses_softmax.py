@@ -157,6 +157,11 @@ def test_a_callable_sees_the_kept_classes_only(rng):
     )
     f = lambda s, t: losses.softmax_divergence(s, t, pole, where=where).sum()
     chex.assert_tree_all_finite(jax.value_and_grad(f, (0, 1))(s, t))
+    # A class that is kept counts, if it is impossible in one of the models alone.
+    s, where = jnp.array([-jnp.inf, 0.0, 0.0]), np.array([True, True, False])
+    gap = lambda log_p, log_q: jnp.abs(jnp.exp(log_p) - jnp.exp(log_q))
+    value = losses.softmax_divergence(s, jnp.zeros(3), gap, where=where)
+    np.testing.assert_allclose(value, 1, rtol=1e-6)
     # Equal ones are one entry in jit's cache.
     same, other = (losses._OfPossibleClasses(f) for f in (pole, count))
     assert same == losses._OfPossibleClasses(pole) and same != other
@@ -266,6 +271,8 @@ def test_float64_and_second_order(rng):
         # Strong float32 logits stay float32, whatever Python's numbers are.
         s, t = s.astype(jnp.float32), t.astype(jnp.bfloat16)
         assert losses.softmax_kl_divergence(s, t, temperature=2.0).dtype == jnp.float32
+        nothing = losses.softmax_kl_divergence(s[:0], t[:0], axis=0)
+        assert nothing.dtype == jnp.float32
         nothing = losses.softmax_kl_divergence(s[:0].astype(float), t[:0], axis=0)
         assert nothing.dtype == jnp.float64
 
