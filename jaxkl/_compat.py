@@ -19,6 +19,4 @@ def to_varying(x: jax.Array, axes: Iterable[str]) -> jax.Array:
     axes = tuple(sorted(set(axes) - varying_axes(x)))
     if not axes:
         return x
-    if hasattr(jax.lax, "pcast"):  # JAX >= 0.8.2
-        return jax.lax.pcast(x, axes, to="varying")
-    return jax.lax.pvary(x, axes)  # pyright: ignore[reportAttributeAccessIssue]
+    return jax.lax.pcast(x, axes, to="varying")
