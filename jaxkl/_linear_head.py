@@ -42,7 +42,7 @@ class LinearHead(Source):
       >>> import jax.numpy as jnp
       >>> head = jaxkl.LinearHead(jnp.ones((1, 2)), jnp.array([[0.0, 0.0], [0.0, 1.0]]))
       >>> print(f"{jaxkl.distillation_loss(jnp.zeros((1, 2)), head):.4f}")
-      0.1110
+      0.1109
     """
 
     hidden: Any
