@@ -11,9 +11,6 @@ import numpy as np
 import pytest
 
 
-for needed in ("flax", "matplotlib", "optax", "rich", "sklearn", "torch"):
-    pytest.importorskip(needed)
-
 EXAMPLES = Path(__file__).parent.parent / "examples"
 WAYS = ("labels alone", "distilled, same images", "distilled, all images")
 ROWS = ("teacher", *WAYS)
