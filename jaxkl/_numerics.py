@@ -33,7 +33,10 @@ def log_softmax(logits, temperature=None) -> LogSoftmax:
     peak = jnp.where(jnp.abs(peak) == jnp.inf, jnp.zeros_like(peak), peak)
     shifted = logits - peak[:, None]
     if temperature is not None:
-        shifted, peak = shifted / temperature[:, None], peak / temperature
+        # Only the finite entries: the second derivative of -inf / T would be NaN.
+        absent = shifted == -jnp.inf
+        tempered = zero_unless(~absent, shifted) / temperature[:, None]
+        shifted, peak = jnp.where(absent, -jnp.inf, tempered), peak / temperature
     log_sum = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
     return LogSoftmax(shifted - log_sum[:, None], peak + log_sum)
 

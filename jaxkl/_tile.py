@@ -151,7 +151,7 @@ def _d_logits(weights, f_q, log_q, temperature):
     weight = weight / temperature
     # ∂D/∂T = -Σ inner · z / T; as Σ inner = 0, log q may stand for z, with fewer digits
     # to cancel. Where `inner` is 0, z may be infinite.
-    d_temperature = -jnp.sum(zero_unless(inner != 0, inner * log_q), axis=-1)
+    d_temperature = -jnp.sum(inner * zero_unless(inner != 0, log_q), axis=-1)
     return weigh(weight[:, None], inner), weigh(weight, d_temperature)
 
 
