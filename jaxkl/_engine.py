@@ -116,8 +116,8 @@ def _run(spec: Spec, operands: Operands, wanted: Operands) -> Tile:
         return whole if tile >= tokens else ft.partial(_run_tiles, spec, wanted, tile)
 
     def fitting(tile_bytes):
-        tile = tile_bytes // (spec.vocab_size * spec.dtype.itemsize)
-        return tiled(min(tile // 8 * 8, _MAX_TILE) or max(tile, 1))
+        rows = max(tile_bytes // (spec.vocab_size * spec.dtype.itemsize), 1)
+        return tiled(_tile_size(tokens, min(rows // 8 * 8 or rows, _MAX_TILE)))
 
     if spec.tile is not None:
         return tiled(spec.tile)(operands)
@@ -133,6 +133,16 @@ def _run(spec: Spec, operands: Operands, wanted: Operands) -> Tile:
     if on_cpu is elsewhere:
         return whole(operands)
     return jax.lax.platform_dependent(operands, cpu=on_cpu, default=elsewhere)
+
+
+def _tile_size(tokens, most):
+    """Near `most`, and such that few tokens of padding, which cost as much as others,
+    fill the last tile; none, which would cost a copy, if that can be had."""
+    for tile in range(most, most * 3 // 4, -8):
+        if tokens % tile == 0:
+            return tile
+    tile = -(-tokens // -(-tokens // most))
+    return min(-(-tile // 8) * 8, most)
 
 
 def _run_whole(spec, wanted, operands):

@@ -86,7 +86,7 @@ def run_tile(spec: Spec, x: Operands, live: jax.Array) -> Tile:
     s = x.student.logits(spec.dtype, spec.vocab_size)
     t = x.teacher.logits(spec.dtype, spec.vocab_size)
     log_p = x.teacher.log_p(t, x.teacher_temperature)
-    log_q, _ = log_softmax(s, x.student_temperature)
+    log_q, tempered_lse = log_softmax(s, x.student_temperature)
     plain_log_q, lse = log_softmax(s)
 
     compare = ft.partial(x.teacher.compare, spec.divergence)
@@ -106,7 +106,7 @@ def run_tile(spec: Spec, x: Operands, live: jax.Array) -> Tile:
     d_s += _d_plain_logits(x.weights, plain_log_q, lse, hit)
     # 0 · NaN is NaN in a product too: leave out what has no weight and no finite loss.
     weighty = ft.reduce(jnp.logical_or, [w != 0 for w in jax.tree.leaves(x.weights)])
-    live &= weighty | jnp.isfinite(divergence + lse)
+    live &= weighty | jnp.isfinite(divergence + tempered_lse)
     gradients = x._replace(
         student=x.student.pull(s, d_s, live),
         teacher=x.teacher.pull(t, d_t, live),
