@@ -57,4 +57,6 @@ clean:
 .venv-bench/.done: pyproject.toml
 	$(PYTHON) -m venv .venv-bench
 	$(BENCH)/pip install --quiet --disable-pip-version-check -e ".[bench]"
+	# Without its dependencies: triton is for GPUs, and torch is there.
+	$(BENCH)/pip install --quiet --disable-pip-version-check --no-deps liger-kernel
 	touch $@

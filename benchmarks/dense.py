@@ -10,7 +10,7 @@ from .harness import Cell, jax_work, measure, Peer, Result, Target, time_ratio
 from .torch_peers import torch_peers
 
 
-OTHERS = ("plain JAX", "optax", "torch eager")
+OTHERS = ("plain JAX", "optax", "ejkernel", "torch eager")
 BOUNDS = {  # time against torch.compile, and against the best of the others
     "forward-kl": (1.0, 0.6),
     "reverse-kl": (0.8, 0.8),
@@ -36,6 +36,7 @@ def run(name, settings):
         peer("jaxkl", losses.with_jaxkl, optional=False),
         peer("plain JAX", losses.with_plain_jax, optional=False),
         peer("optax", losses.with_optax),
+        peer("ejkernel", losses.with_ejkernel),
         *torch_peers(partial(losses.with_torch, name), arrays, 1, expected),
     ]
     rows = measure(peers, settings)

@@ -21,7 +21,7 @@ from .harness import (
     time_ratio,
     Work,
 )
-from .torch_peers import torch_peers
+from .torch_peers import torch_peers, torch_work
 
 
 LOSS = "forward-kl"
@@ -89,6 +89,32 @@ def torch_loss():
     return with_heads
 
 
+def liger(shape):
+    """Liger's chunked losses, compiled by torch, on kernels `[vocab, hidden]`.
+
+    Its Jensen-Shannon divergence has the forward KL at `beta=0`.
+    """
+    import torch
+    from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDFunction
+
+    h, k, th, tk = arrays(*shape)
+    labels = torch.zeros(shape[0], dtype=torch.int64)  # none is -100: all tokens count
+
+    def loss(h, k, th, tk):
+        value = LigerFusedLinearJSDFunction.apply(
+            *(h, k, th, tk, labels, None, None, 0.0, 1.0, 0.0, -100, losses.T)
+        )
+        return losses.T**2 * value
+
+    kernels = [np.ascontiguousarray(kernel.T) for kernel in (k, tk)]
+    return torch_work(loss, [h, kernels[0], th, kernels[1]], 2, compile=False)
+
+
+def as_ours(outputs):
+    value, (d_hidden, d_kernel) = outputs
+    return value, (d_hidden, d_kernel.T)
+
+
 def gemms(shape, gradient):
     """The matrix products that nothing can avoid, alone, one after another."""
     h, k, th, tk = jax.device_put(arrays(*shape))
@@ -127,6 +153,8 @@ def run_2048(settings):
             optional=False,
         ),
         jax_peer("optax", lambda: from_logits(losses.with_optax(LOSS)), shape),
+        jax_peer("ejkernel", lambda: from_logits(losses.with_ejkernel(LOSS)), shape),
+        Peer("Liger", lambda: liger(shape), expected(*shape), seen=as_ours),
         *torch_peers(torch_loss, arrays(*shape), 2, expected(*shape)),
     ]
     rows = measure(peers, settings)

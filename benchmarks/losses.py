@@ -72,6 +72,22 @@ def with_optax(name):
     return _in_jax(_by_name(name, kl, _log_mean_exp))
 
 
+def with_ejkernel(name):
+    from ejkernel.kernels._xla.fused_kl_divergence import fused_kl_divergence
+
+    direction = {
+        "forward-kl": "forward",
+        "reverse-kl": "reverse",
+        "jensen-shannon": "jsd",
+    }[name]
+
+    def loss(student, teacher):
+        teacher = jax.lax.stop_gradient(teacher)
+        return fused_kl_divergence(student, teacher, direction=direction, temperature=T)
+
+    return loss
+
+
 def with_torch(name):
     import torch
     import torch.nn.functional as F

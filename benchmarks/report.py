@@ -13,7 +13,16 @@ from rich.table import Table
 
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("jaxkl", "jax", "jaxlib", "optax", "torch", "libtpu")
+PACKAGES = (
+    "jaxkl",
+    "jax",
+    "jaxlib",
+    "optax",
+    "ejkernel",
+    "torch",
+    "liger-kernel",
+    "libtpu",
+)
 
 
 def machine():

@@ -129,7 +129,7 @@ def _run(spec: Spec, operands: Operands, wanted: Operands) -> Tile:
         on_cpu, elsewhere = whole if half else fitting(2 * _MIB), whole
     else:
         # Accelerators: each tile reads and writes the sum of `d kernel`, so make few.
-        on_cpu, elsewhere = fitting(32 * _MIB), fitting(256 * _MIB)
+        on_cpu, elsewhere = fitting(32 * _MIB), fitting(192 * _MIB)
     if on_cpu is elsewhere:
         return whole(operands)
     return jax.lax.platform_dependent(operands, cpu=on_cpu, default=elsewhere)
