@@ -16,6 +16,13 @@ def is_traced(x) -> bool:
     return isinstance(x, jax.core.Tracer)
 
 
+def is_known(x) -> bool:
+    """Whether the values of `x` can be looked at: by this process, and now."""
+    if not isinstance(x, jax.Array):
+        return True
+    return not is_traced(x) and (x.is_fully_addressable or x.is_fully_replicated)
+
+
 def is_number(x) -> bool:
     """A Python number: part of the program, not of its arguments."""
     return isinstance(x, int | float) and not isinstance(x, bool)
@@ -75,7 +82,7 @@ def scalar(name: str, value, low: float, high: float = math.inf, *, positive=Fal
         value = float_array(name, value)
         if value.ndim:
             raise ValueError(f"`{name}` must be a scalar, got shape {value.shape}.")
-    if not is_traced(value):
+    if is_known(value):
         in_range(name, value, low, high, positive=positive)
     return value
 
@@ -90,7 +97,7 @@ def temperature(name, value, shape):
     value = float_array(name, value)
     if value.ndim:
         of_shape(name, value, shape, "no shape or the batch shape")
-    if not is_traced(value):
+    if is_known(value):
         in_range(name, value, 0, positive=True)
     return jnp.broadcast_to(value, shape)
 

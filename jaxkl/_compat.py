@@ -3,11 +3,13 @@
 from collections.abc import Iterable
 
 import jax
+import jax.core
+import jax.numpy as jnp
 
 
-def varying_axes(x: jax.Array) -> frozenset[str]:
+def varying_axes(x) -> frozenset[str]:
     """Mesh axes, inside `jax.shard_map`, over which `x` differs between devices."""
-    aval = jax.typeof(x)
+    aval = x if isinstance(x, jax.core.ShapedArray) else jax.typeof(x)
     manual = getattr(aval, "mat", None)  # JAX >= 0.10
     if manual is not None:
         return manual.varying
@@ -20,3 +22,27 @@ def to_varying(x: jax.Array, axes: Iterable[str]) -> jax.Array:
     if not axes:
         return x
     return jax.lax.pcast(x, axes, to="varying")
+
+
+def abstract_eval(f, *args):
+    """`jax.eval_shape`, with types that know over which mesh axes they vary."""
+    jaxpr, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
+    return jax.tree.unflatten(jax.tree.structure(shapes), jaxpr.out_avals)
+
+
+def zeros(like, shape: tuple[int, ...]) -> jax.Array:
+    """Of that shape, varying over mesh axes as the type `like` does."""
+    return to_varying(jnp.zeros(shape, like.dtype), varying_axes(like))
+
+
+def explicit_axes(mesh) -> bool:
+    """Whether arrays on the mesh carry their sharding in their type."""
+    return any(t == jax.sharding.AxisType.Explicit for t in mesh.axis_types)
+
+
+def cpu_devices() -> int:
+    """Number of CPU devices, of all processes; 1 if there is no such platform."""
+    try:
+        return jax.device_count("cpu")
+    except RuntimeError:
+        return 1

@@ -11,6 +11,7 @@ from ._engine import weighted_loss
 from ._metrics import DistillationMetrics
 from ._numerics import zero_unless
 from ._problem import IGNORED_LABEL, prepare, Reduction
+from ._sharding import check_layout, sharded_weighted_loss
 from ._tile import weigh
 
 
@@ -31,13 +32,18 @@ class Options(TypedDict, total=False):
     differentiate_teacher: bool
     reduction: Reduction
     normalizer: Any
+    axis_name: str | None
     tile: int | None
 
 
 def public_signature(f):
     """Shows the keyword arguments of `prepare`, with their defaults, as `f`'s."""
-    signature = inspect.signature(prepare)
-    shown = [p for p in signature.parameters.values() if p.name != "statistics"]
+    own = inspect.signature(f).parameters
+    parameters = inspect.signature(prepare).parameters
+    hidden = {"statistics"} | ({"axis_name"} if "mesh" in own else set())
+    merged = {k: p for k, p in own.items() if k != "options"}
+    merged |= {k: p for k, p in parameters.items() if k not in merged}
+    shown = [p for name, p in merged.items() if name not in hidden]
     f.__signature__ = inspect.Signature(shown)
     return f
 
@@ -92,6 +98,10 @@ def distillation_loss(student, teacher, **options: Unpack[Options]) -> jax.Array
         $\sum w \ell / \sum w$, and 0 without any weight.
       normalizer: Divides the sum in place of $\sum w$ in `"mean"`: for example the
         number of tokens on all devices, or of all micro-batches. A constant.
+      axis_name: Inside `jax.shard_map`, the mesh axis over which the vocabulary of both
+        models is spread: logits, kernels and biases hold this device's columns, and all
+        else is the same on the devices of the axis. So is the loss. Its mean is over
+        this device's tokens; for `sharded_distillation_loss` it is over all.
       tile: Tokens to take at a time. None: chosen by device and vocabulary. (All at
         once if their number is symbolic, in `jax.export`.)
 
@@ -144,6 +154,88 @@ def distillation_loss_with_metrics(
     loss, terms, statistics = weighted_loss(problem.spec, problem.operands)
     loss = loss if problem.spec.reduce else loss.reshape(problem.shape)
     return loss, _metrics(problem, terms, statistics)
+
+
+@public_signature
+def sharded_distillation_loss(
+    student, teacher, *, mesh, token_axes, vocab_axis=None, **options: Unpack[Options]
+) -> jax.Array:
+    """`distillation_loss` of global arrays that are spread over a mesh.
+
+    Each device takes its tokens and its columns of the vocabulary, and no logits or
+    heads are gathered: per tile of tokens, three small sums over the vocabulary's axis
+    are exchanged, and per step the gradients, each once. The loss, and its mean, are
+    of all tokens, and gradients are spread as their arguments are.
+
+    Token counts and vocabularies that the mesh does not divide are padded; a head that
+    it divides is not copied. Works under `jax.jit`, `jax.grad`, `jax.lax.scan` and
+    `jax.checkpoint`, on one process or many.
+
+    Args:
+      student: See `distillation_loss`, as for all arguments that are not below.
+      teacher: Likewise.
+      mesh: The `jax.sharding.Mesh`.
+      token_axes: Mesh axis, or several, that spread the first dimension of the tokens.
+      vocab_axis: Mesh axis that spreads the vocabulary of both models; None: each
+        device has all of it.
+      **options: As in `distillation_loss`, without `axis_name`.
+
+    Returns:
+      The loss, as `distillation_loss` does, on all devices; if `reduction="none"`,
+      spread as the tokens are.
+
+    Raises:
+      TypeError: For an argument of a wrong type or dtype.
+      ValueError: For axes that are not in the mesh, and as `distillation_loss` does.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> mesh = jax.make_mesh((1, 1), ("data", "model"))
+      >>> head = jaxkl.LinearHead(jnp.ones((1, 2)), jnp.array([[0.0, 0.0], [0.0, 1.0]]))
+      >>> loss = jaxkl.sharded_distillation_loss(
+      ...     jnp.zeros((1, 2)), head, mesh=mesh, token_axes="data", vocab_axis="model"
+      ... )
+      >>> print(f"{loss:.4f}")
+      0.1109
+    """
+    layout = check_layout(mesh, token_axes, vocab_axis)
+    problem = _prepare_global(student, teacher, options)
+    loss, _, _ = sharded_weighted_loss(problem.spec, layout, problem.operands)
+    return loss if problem.spec.reduce else loss.reshape(problem.shape)
+
+
+@public_signature
+def sharded_distillation_loss_with_metrics(
+    student, teacher, *, mesh, token_axes, vocab_axis=None, **options: Unpack[Options]
+) -> tuple[jax.Array, DistillationMetrics]:
+    """`sharded_distillation_loss`, and the metrics of all tokens from the same pass.
+
+    Args:
+      student: See `sharded_distillation_loss`, as for every argument.
+      teacher: Likewise.
+      mesh: Likewise.
+      token_axes: Likewise.
+      vocab_axis: Likewise.
+      **options: Likewise.
+
+    Returns:
+      The loss, and `DistillationMetrics`, on all devices.
+    """
+    layout = check_layout(mesh, token_axes, vocab_axis)
+    problem = _prepare_global(student, teacher, options, statistics=True)
+    outputs = sharded_weighted_loss(problem.spec, layout, problem.operands)
+    loss, terms, statistics = outputs
+    loss = loss if problem.spec.reduce else loss.reshape(problem.shape)
+    return loss, _metrics(problem, terms, statistics)
+
+
+def _prepare_global(student, teacher, options, statistics=False):
+    if options.get("axis_name") is not None:
+        raise ValueError(
+            "`axis_name` must be None with a mesh, whose axis is `vocab_axis`; got "
+            f"{options['axis_name']!r}."
+        )
+    return prepare(student, teacher, statistics=statistics, **options)
 
 
 def _metrics(problem, terms, statistics) -> DistillationMetrics:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._compat import varying_axes
+from ._compat import abstract_eval, cpu_devices, varying_axes, zeros
 from ._tile import Operands, run_tile, Spec, Tile, weighted_sum
 from ._tiles import Blocks, Strided
 
@@ -29,6 +29,9 @@ def weighted_loss(spec: Spec, operands: Operands):
 
     Terms and statistics are constants to differentiation.
     """
+    operands = operands.alike(spec.vocab.axis_name)
+    student, teacher = (x.drop_padding(spec.vocab) for x in operands[:2])
+    operands = operands._replace(student=student, teacher=teacher)
     outputs: Any = _weighted_loss(spec, operands)
     loss, terms, statistics = outputs
     return loss, jax.lax.stop_gradient(terms), jax.lax.stop_gradient(statistics)
@@ -116,7 +119,7 @@ def _run(spec: Spec, operands: Operands, wanted: Operands) -> Tile:
         return whole if tile >= tokens else ft.partial(_run_tiles, spec, wanted, tile)
 
     def fitting(tile_bytes):
-        rows = max(tile_bytes // (spec.vocab_size * spec.dtype.itemsize), 1)
+        rows = max(tile_bytes // (spec.vocab.width * spec.dtype.itemsize), 1)
         return tiled(_tile_size(tokens, min(rows // 8 * 8 or rows, _MAX_TILE)))
 
     if spec.tile is not None:
@@ -124,9 +127,11 @@ def _run(spec: Spec, operands: Operands, wanted: Operands) -> Tile:
     if operands.student.is_dense and operands.teacher.is_dense:
         # Accelerators: XLA fuses all into passes over the logits. A CPU: not so, and
         # there a few rows at a time stay in cache. But XLA's CPU compiler widens all
-        # bfloat16, and a slice's whole array at every step of a loop.
+        # bfloat16, and a slice's whole array at every step of a loop; and a slice of
+        # logits that the partitioner has spread over devices would gather them.
         half = min(x.values.dtype.itemsize for x in operands[:2]) == 2
-        on_cpu, elsewhere = whole if half else fitting(2 * _MIB), whole
+        on_cpu = whole if half or _may_be_spread(operands) else fitting(2 * _MIB)
+        elsewhere = whole
     else:
         # Accelerators: each tile reads and writes the sum of `d kernel`, so make few.
         on_cpu, elsewhere = fitting(32 * _MIB), fitting(192 * _MIB)
@@ -178,11 +183,9 @@ def _run_tiles(spec, wanted, tile, operands):
         results = jax.tree.map(ft.partial(tiles.write, i), results, result)
         return (results, jax.tree.map(jnp.add, totals, shared)), None
 
-    # Zeros made like an operand vary over a mesh, in `shard_map`, as the operands do.
-    zeros = ft.partial(jax.lax.full_like, operands.weights.divergence, 0)
-    result, shared = jax.eval_shape(run, 0)
-    results = jax.tree.map(lambda x: zeros(x.dtype, tiles.shape + x.shape[1:]), result)
-    totals = jax.tree.map(lambda x: zeros(x.dtype, x.shape), shared)
+    result, shared = abstract_eval(run, 0)
+    results = jax.tree.map(lambda x: zeros(x, tiles.shape + x.shape[1:]), result)
+    totals = jax.tree.map(lambda x: zeros(x, x.shape), shared)
     (results, totals), _ = jax.lax.scan(
         step, (results, totals), jnp.arange(tiles.count)
     )
@@ -196,6 +199,11 @@ def _can_stride(operands):
     """Not where it would copy logits, nor in `shard_map`, where tokens are local."""
     dense = operands.student.is_dense or operands.teacher.is_dense
     return not dense and not varying_axes(operands.weights.divergence)
+
+
+def _may_be_spread(operands):
+    """Whether the partitioner may have spread the tokens over CPU devices."""
+    return not varying_axes(operands.weights.divergence) and cpu_devices() > 1
 
 
 def _shared(operands):

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from . import _checks as check
 from ._numerics import zero_unless
@@ -40,6 +41,7 @@ class LinearHead(Source):
 
     Example:
       >>> import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
       >>> head = jaxkl.LinearHead(jnp.ones((1, 2)), jnp.array([[0.0, 0.0], [0.0, 1.0]]))
       >>> print(f"{jaxkl.distillation_loss(jnp.zeros((1, 2)), head):.4f}")
       0.1109
@@ -66,16 +68,32 @@ class LinearHead(Source):
         check.in_range("scale", self.scale, -math.inf)
 
     @property
-    def width(self):
-        return self.kernel.shape[-1]
+    def columns(self):
+        return self.kernel
 
-    def logits(self, dtype, vocab_size):
+    def pad_columns(self, width):
+        wide = lambda name, x: widen(x, width) if name in self.shared else x
+        return self.map_fields(wide)
+
+    def specs(self, token_axes, vocab_axis):
+        specs = {
+            "hidden": P(token_axes or None, None),
+            "kernel": P(None, vocab_axis),
+            "bias": P(vocab_axis),
+        }
+        return self.map_fields(lambda name, _: specs[name])
+
+    def drop_padding(self, vocab):
+        clean = lambda name, x: vocab.mask(x) if name in self.shared else x
+        return self.map_fields(clean)
+
+    def logits(self, dtype, vocab):
         x = _dot(self.hidden, self.kernel, (1, 0), dtype) * self.scale
         if self.bias is not None:
             x += self.bias.astype(dtype)[None, :]
         if self.softcap is not None:
             x = self.softcap * jnp.tanh(x / self.softcap)
-        return x[:, :vocab_size]
+        return vocab.fit(x)
 
     def pull(self, logits, d_logits, live):
         if self.softcap is not None:

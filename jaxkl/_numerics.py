@@ -22,13 +22,15 @@ class LogSoftmax(NamedTuple):
     lse: jax.Array  # [B]
 
 
-def log_softmax(logits, temperature=None) -> LogSoftmax:
+def log_softmax(logits, temperature, vocab, peak=None) -> LogSoftmax:
     """Log-probabilities of `logits / temperature`, `[B, V]`, and the normaliser, `[B]`.
 
     The maximum is subtracted before the division, where the difference of two near
     logits is exact; a constant added to all logits of a row then costs no accuracy.
+    `peak`, `[B]`, is that maximum over the vocabulary, if it is known.
     """
-    peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+    if peak is None:
+        (peak,) = vocab.max(jnp.max(logits, axis=-1))
     # A row of -inf only, or one with +inf, has no softmax: NaN comes from `logits`.
     peak = jnp.where(jnp.abs(peak) == jnp.inf, jnp.zeros_like(peak), peak)
     shifted = logits - peak[:, None]
@@ -37,7 +39,7 @@ def log_softmax(logits, temperature=None) -> LogSoftmax:
         absent = shifted == -jnp.inf
         tempered = zero_unless(~absent, shifted) / temperature[:, None]
         shifted, peak = jnp.where(absent, -jnp.inf, tempered), peak / temperature
-    log_sum = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
+    log_sum = jnp.log(vocab.sum(jnp.sum(jnp.exp(shifted), axis=-1)))
     return LogSoftmax(shifted - log_sum[:, None], peak + log_sum)
 
 

@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import _checks as check
-from ._compat import to_varying, varying_axes
+from ._compat import varying_axes
 from ._divergences import Divergence, ForwardKL
 from ._linear_head import LinearHead
 from ._numerics import loss_dtype, zero_unless
 from ._sources import Logits, Source
 from ._sparse import check_columns, check_tail, SparseTeacher
 from ._tile import Operands, Spec, Terms
+from ._vocabulary import Vocabulary
 
 
 IGNORED_LABEL = -100
@@ -57,6 +58,7 @@ def prepare(
     differentiate_teacher: bool = False,
     reduction: Reduction = "mean",
     normalizer=None,
+    axis_name: str | None = None,
     tile: int | None = None,
     statistics: bool = False,
 ) -> Problem:
@@ -70,7 +72,8 @@ def prepare(
             "`student` and `teacher` must have the same batch shape, got "
             f"{shape} and {teacher_shape}."
         )
-    columns = _columns(vocab_size, student, teacher)
+    vocab = _vocabulary(vocab_size, student, teacher, axis_name)
+    columns = vocab.size
     check_divergence(divergence, columns)
     mask = None if where is None else _mask(where, shape)
     if not check.boolean("differentiate_teacher", differentiate_teacher):
@@ -114,8 +117,10 @@ def prepare(
     operands = Operands(
         student, teacher, term_weights, temperature, teacher_temperature, labels, mask
     )
-    spec = Spec(divergence, columns, dtype, reduction != "none", statistics, tile)
-    return Problem(spec, _alike(operands), weight, label_smoothing, shape)
+    spec = Spec(divergence, vocab, dtype, reduction != "none", statistics, tile)
+    if axis_name is not None:
+        _check_slices(axis_name, operands)
+    return Problem(spec, operands, weight, label_smoothing, shape)
 
 
 def _source(name, x) -> tuple[Source, tuple[int, ...]]:
@@ -160,6 +165,52 @@ def _source(name, x) -> tuple[Source, tuple[int, ...]]:
     if x.width == 0:
         raise ValueError(f"`{name}` must have a vocabulary of at least 1, got 0.")
     return x.map_tokens(lambda x: x.reshape(-1, x.shape[-1])), first.shape[:-1]
+
+
+def _vocabulary(vocab_size, student, teacher, axis_name) -> Vocabulary:
+    if axis_name is None:
+        return Vocabulary.whole(_columns(vocab_size, student, teacher))
+    if teacher.width not in (None, student.width):
+        raise ValueError(
+            "`student` and `teacher` must hold slices of the same vocabulary on each "
+            f"device of axis {axis_name!r}, got {student.width} and {teacher.width} "
+            "columns."
+        )
+    if vocab_size is not None:
+        vocab_size = check.positive_int("vocab_size", vocab_size)
+    vocab = Vocabulary.slice_of(axis_name, student.width, vocab_size)
+    if vocab.size > vocab.width * vocab.shards:
+        raise ValueError(
+            f"`vocab_size` must be at most the {vocab.width * vocab.shards} columns of "
+            f"all devices of axis {axis_name!r}, got {vocab_size}."
+        )
+    return vocab
+
+
+def _check_slices(axis_name, operands):
+    """That just the vocabulary is spread over the axis."""
+    slices = {"student": operands.student, "teacher": operands.teacher}
+    for name, source in slices.items():
+        if source.width is not None and axis_name not in varying_axes(source.columns):
+            raise ValueError(
+                f"`{name}` must hold a slice of the vocabulary on each device of axis "
+                f"{axis_name!r}, got the same columns on all of them."
+            )
+    replicated = {
+        "where": operands.mask,
+        "labels": operands.labels,
+        "temperature": operands.student_temperature,
+        "teacher_temperature": operands.teacher_temperature,
+        "weights": operands.weights,
+    }
+    if operands.teacher.width is None:
+        replicated["teacher"] = operands.teacher
+    for name, arrays in replicated.items():
+        if any(axis_name in varying_axes(x) for x in jax.tree.leaves(arrays)):
+            raise ValueError(
+                f"`{name}` must be the same on all devices of axis {axis_name!r}, over "
+                "which only the vocabulary is spread; got an array that varies over it."
+            )
 
 
 def _columns(vocab_size, student, teacher) -> int:
@@ -215,7 +266,7 @@ def _weight(weights, mask, shape, dtype):
 def _labels(labels, mask, shape, vocab_size):
     labels = check.int_array("labels", labels)
     check.of_shape("labels", labels, shape, "the batch shape")
-    if not check.is_traced(labels) and not check.is_traced(mask):
+    if check.is_known(labels) and check.is_known(mask):
         known = np.asarray(labels).reshape(-1)
         bad = (known != IGNORED_LABEL) & ((known < 0) | (known >= vocab_size))
         bad &= True if mask is None else np.asarray(mask)
@@ -282,16 +333,6 @@ def _term_weights(
     if check.is_traced(z_loss) or z_loss != 0:
         lse_squared = times(weight, z_weight)
     return Terms(divergence, label, uniform, lse_squared)
-
-
-def _alike(operands: Operands) -> Operands:
-    """Inside `shard_map`, all operands vary over the same mesh axes.
-
-    The cast of a replicated array is where its gradient is summed over devices.
-    """
-    leaves = jax.tree.leaves(operands)
-    axes = frozenset[str]().union(*map(varying_axes, leaves))
-    return jax.tree.map(lambda x: to_varying(x, axes), operands)
 
 
 def check_divergence(divergence: Any, vocab_size: int) -> None:

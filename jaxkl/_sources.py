@@ -10,8 +10,10 @@ from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from ._numerics import entropy, log_softmax, zero_unless
+from ._numerics import entropy, zero_unless
+from ._vocabulary import Vocabulary
 
 
 class Source:
@@ -22,9 +24,14 @@ class Source:
     is_dense: ClassVar[bool] = False
 
     @property
+    def columns(self) -> Any:
+        """The array whose last axis is the vocabulary; None: there is none."""
+        return None
+
+    @property
     def width(self) -> int | None:
         """Columns, padding included; None: any number."""
-        raise NotImplementedError
+        return None if self.columns is None else self.columns.shape[-1]
 
     def map_fields(self, f: Callable[[str, Any], Any]) -> Self:
         """`f(name, array)` of every array; absent ones stay None."""
@@ -43,8 +50,21 @@ class Source:
         over = lambda x: mask.reshape(mask.shape + (1,) * (x.ndim - 1))
         return self.map_tokens(lambda x: zero_unless(over(x), x))
 
-    def logits(self, dtype, vocab_size: int) -> jax.Array:
-        """`[B, vocab_size]`."""
+    def drop_padding(self, vocab: Vocabulary) -> Self:
+        """Without the NaN that padding columns of shared arrays may hold."""
+        del vocab
+        return self
+
+    def pad_columns(self, width: int) -> Self:
+        """With padding columns, `width` in all."""
+        raise NotImplementedError
+
+    def specs(self, token_axes: tuple[str, ...], vocab_axis: str | None) -> Self:
+        """How each array is spread over a mesh, a `PartitionSpec` in its place."""
+        raise NotImplementedError
+
+    def logits(self, dtype, vocab: Vocabulary) -> jax.Array:
+        """`[B, width]`, with `-inf` in padding columns."""
         raise NotImplementedError
 
     def pull(self, logits: jax.Array, d_logits: jax.Array, live: jax.Array) -> Self:
@@ -55,16 +75,21 @@ class Source:
         """
         raise NotImplementedError
 
-    def log_p(self, logits: jax.Array, temperature: jax.Array | None) -> jax.Array:
-        """As a teacher: its log-probabilities, `[B, V]`, from its logits."""
-        return log_softmax(logits, temperature).log_probs
+    @property
+    def is_normalized(self) -> bool:
+        """As a teacher: whether the logits are log-probabilities already."""
+        return False
 
-    def compare(self, divergence, log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    # The two below are this device's shares: `vocab.sum` of them is the whole.
+
+    def compare(self, divergence, log_p, log_q, vocab: Vocabulary) -> jax.Array:
         """As a teacher: the divergence from it of each token, `[B]`."""
-        return jnp.sum(divergence(log_p, log_q), axis=-1)
+        f = divergence(vocab.mask(log_p), vocab.mask(log_q))
+        return jnp.sum(vocab.mask(f), axis=-1)
 
-    def entropy(self, log_p: jax.Array) -> jax.Array:
+    def entropy(self, log_p: jax.Array, vocab: Vocabulary) -> jax.Array:
         """As a teacher: its entropy, `[B]`, in nats."""
+        del vocab
         return entropy(log_p)
 
 
@@ -78,17 +103,24 @@ class Logits(Source):
     is_dense: ClassVar[bool] = True
 
     @property
-    def width(self):
-        return self.values.shape[-1]
+    def columns(self):
+        return self.values
 
-    def logits(self, dtype, vocab_size):
-        return self.values[:, :vocab_size].astype(dtype)
+    def pad_columns(self, width):
+        return Logits(widen(self.values, width))
+
+    def specs(self, token_axes, vocab_axis):
+        return Logits(P(token_axes or None, vocab_axis))
+
+    def logits(self, dtype, vocab):
+        return vocab.fit(self.values).astype(dtype)
 
     def pull(self, logits, d_logits, live):
         del logits, live
         return Logits(widen(d_logits, self.values.shape[-1]).astype(self.values.dtype))
 
 
-def widen(d_logits: jax.Array, width: int) -> jax.Array:
-    """Padding columns, which no term has seen, get a zero gradient."""
-    return jnp.pad(d_logits, ((0, 0), (0, width - d_logits.shape[-1])))
+def widen(x: jax.Array, width: int) -> jax.Array:
+    """With columns of 0: the gradient of padding columns, which no term has seen."""
+    more = width - x.shape[-1]
+    return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, more),)) if more else x

@@ -6,11 +6,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from . import _checks as check
 from ._divergences import ForwardKL
 from ._numerics import entropy, log_softmax, loss_dtype, zero_unless
 from ._sources import Source
+from ._vocabulary import Vocabulary
 
 
 Tail = Literal["renormalize", "drop", "bucket", "uniform"]
@@ -58,14 +60,17 @@ class SparseTeacher(Source):
     def __post_init__(self):
         check.one_of("tail", self.tail, TAILS)
 
-    @property
-    def width(self):
-        return None
+    def pad_columns(self, width):
+        del width
+        return self
 
-    def logits(self, dtype, vocab_size):
+    def specs(self, token_axes, vocab_axis):
+        return self.map_fields(lambda *_: P(token_axes or None, None))
+
+    def logits(self, dtype, vocab):
         """Log-probabilities, -inf outside the list: a softmax renormalises them."""
-        shape = (self.indices.shape[0], vocab_size)
-        at = self._slots(vocab_size)
+        shape = (self.indices.shape[0], vocab.width)
+        at = self._slots(vocab)
         log_probs = jnp.where(self.indices < 0, -jnp.inf, self.log_probs.astype(dtype))
         # The largest of a column, then the sum relative to it: exact for a single one.
         top = jnp.full(shape, -jnp.inf, dtype).at[at].max(log_probs, mode="drop")
@@ -75,52 +80,58 @@ class SparseTeacher(Source):
         listed = top + jnp.log(jnp.maximum(total, 1))
         if self.tail != "uniform":
             return listed
-        outside = ~self._listed(shape)
-        number = jnp.sum(outside, axis=-1, keepdims=True, dtype=dtype)
-        rest = _log(_rest(listed)[:, None] / jnp.maximum(number, 1))
-        return jnp.where(outside, rest, listed)
+        outside = vocab.mask(~self._listed(vocab))
+        number = vocab.sum(jnp.sum(outside, axis=-1, dtype=dtype))
+        rest = _log(_rest(listed, vocab) / jnp.maximum(number, 1))
+        return jnp.where(outside, rest[:, None], listed)
 
     def pull(self, logits, d_logits, live):
         return self.map_fields(lambda _, x: jnp.zeros_like(x))  # a constant
 
-    def log_p(self, logits, temperature):
-        normalized = self.tail in ("renormalize", "uniform")
-        return super().log_p(logits, temperature) if normalized else logits
+    @property
+    def is_normalized(self):
+        return self.tail in ("drop", "bucket")
 
-    def compare(self, divergence, log_p, log_q):
-        if self.tail in ("renormalize", "uniform"):
-            return super().compare(divergence, log_p, log_q)
-        listed = self._listed(log_p.shape)
+    def compare(self, divergence, log_p, log_q, vocab):
+        if not self.is_normalized:
+            return super().compare(divergence, log_p, log_q, vocab)
+        listed = self._listed(vocab)
         if self.tail == "drop":
             # The listed masses do not sum to 1: the form without cancellation does not
             # hold, and the plain one is right.
             p = jnp.exp(log_p)
             return jnp.sum(p * zero_unless(p > 0, log_p - log_q), axis=-1)
         inside = divergence(zero_unless(listed, log_p), zero_unless(listed, log_q))
-        log_p_rest = _log(zero_unless(~listed.all(axis=-1), _rest(log_p)))
-        log_q_rest = _log(jnp.sum(zero_unless(~listed, jnp.exp(log_q)), axis=-1))
+        unlisted = vocab.mask(~listed)
+        number = vocab.sum(jnp.sum(unlisted, axis=-1))
+        log_p_rest = _log(zero_unless(number > 0, _rest(log_p, vocab)))
+        q_rest = jnp.sum(zero_unless(unlisted, jnp.exp(log_q)), axis=-1)
+        log_q_rest = _log(vocab.sum(q_rest))
         outside = divergence(log_p_rest[:, None], log_q_rest[:, None])[:, 0]
-        return jnp.sum(zero_unless(listed, inside), axis=-1) + outside
+        return jnp.sum(zero_unless(listed, inside), axis=-1) + vocab.once(outside)
 
-    def entropy(self, log_p):
-        listed = super().entropy(log_p)
+    def entropy(self, log_p, vocab):
+        listed = super().entropy(log_p, vocab)
         if self.tail != "bucket":
             return listed
-        return listed + entropy(_log(_rest(log_p))[:, None])
+        rest = _log(_rest(log_p, vocab))
+        return listed + vocab.once(entropy(rest[:, None]))
 
-    def _slots(self, vocab_size):
-        """Where the slots point, empty ones out of bounds."""
+    def _slots(self, vocab):
+        """Where the slots point, those of no column here out of bounds."""
         rows = jnp.arange(self.indices.shape[0])[:, None]
-        return rows, jnp.where(self.indices < 0, vocab_size, self.indices)
+        local = self.indices - vocab.start
+        here = (self.indices >= 0) & (local >= 0) & (local < vocab.width)
+        return rows, jnp.where(here, local, vocab.width)
 
-    def _listed(self, shape):
-        at = self._slots(shape[-1])
-        return jnp.zeros(shape, bool).at[at].set(True, mode="drop")
+    def _listed(self, vocab):
+        shape = (self.indices.shape[0], vocab.width)
+        return jnp.zeros(shape, bool).at[self._slots(vocab)].set(True, mode="drop")
 
 
-def _rest(log_p):
+def _rest(log_p, vocab):
     """The mass that is not listed, `[B]`."""
-    return jnp.maximum(1 - jnp.sum(jnp.exp(log_p), axis=-1), 0)
+    return jnp.maximum(1 - vocab.sum(jnp.sum(jnp.exp(log_p), axis=-1)), 0)
 
 
 def _log(x):
@@ -138,7 +149,7 @@ def check_columns(teacher: SparseTeacher, vocab_size: int, mask) -> SparseTeache
     bad = (teacher.indices < -1) | (teacher.indices >= vocab_size)
     if mask is not None:
         bad &= mask[:, None]
-    if not check.is_traced(bad):
+    if check.is_known(bad):
         if bad.any():
             raise ValueError(
                 f"`teacher.indices` must be in [0, {vocab_size}), or -1 for an empty "
@@ -190,6 +201,7 @@ def top_k_teacher(
 
     Example:
       >>> import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
       >>> teacher = jaxkl.top_k_teacher(jnp.log(jnp.array([0.2, 0.5, 0.3])), 2)
       >>> print(teacher.indices, jnp.exp(teacher.log_probs))
       [1 2] [0.5 0.3]
@@ -272,4 +284,5 @@ def _log_probs(logits, temperature):
     flat = logits.reshape(-1, logits.shape[-1]).astype(dtype)
     if temperature is not None:
         temperature = temperature.astype(dtype).reshape(-1)
-    return log_softmax(flat, temperature).log_probs.reshape(logits.shape)
+    vocab = Vocabulary.whole(logits.shape[-1])
+    return log_softmax(flat, temperature, vocab).log_probs.reshape(logits.shape)

@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ._compat import to_varying, varying_axes
 from ._divergences import Divergence, ForwardKL
 from ._numerics import entropy, log_softmax, zero_unless
+from ._vocabulary import Vocabulary
 
 
 class Terms(NamedTuple):
@@ -56,13 +58,30 @@ class Operands(NamedTuple):
         sources = student.map_tokens(f), teacher.map_tokens(f)
         return Operands(*sources, *jax.tree.map(f, rest))
 
+    def alike(self, axis_name: str | None = None):
+        """Inside `shard_map`, all varying over the same mesh axes.
+
+        The cast of a replicated array is where its gradient is summed over devices. So
+        what gets a share of its gradient from each slice of the vocabulary is cast to
+        vary over `axis_name`; weights, whose gradient is whole on each, are not.
+        """
+        axes = frozenset[str]().union(*map(varying_axes, jax.tree.leaves(self)))
+        axes -= {axis_name}
+        per_token = (self.weights, self.labels, self.mask)
+        weights, labels, mask = jax.tree.map(lambda x: to_varying(x, axes), per_token)
+        if axis_name is not None:
+            axes |= {axis_name}
+        rest = self._replace(weights=None, labels=None, mask=None)
+        rest = jax.tree.map(lambda x: to_varying(x, axes), rest)
+        return rest._replace(weights=weights, labels=labels, mask=mask)
+
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
     """All that is not an array."""
 
     divergence: Divergence
-    vocab_size: int
+    vocab: Vocabulary
     dtype: jnp.dtype
     reduce: bool = True  # sum over tokens
     statistics: bool = False
@@ -83,27 +102,35 @@ def run_tile(spec: Spec, x: Operands, live: jax.Array) -> Tile:
     if x.mask is not None:
         student, teacher = x.student.mask_tokens(x.mask), x.teacher.mask_tokens(x.mask)
         x = x._replace(student=student, teacher=teacher)
-    s = x.student.logits(spec.dtype, spec.vocab_size)
-    t = x.teacher.logits(spec.dtype, spec.vocab_size)
-    log_p = x.teacher.log_p(t, x.teacher_temperature)
-    log_q, tempered_lse = log_softmax(s, x.student_temperature)
-    plain_log_q, lse = log_softmax(s)
+    vocab = spec.vocab
+    s = x.student.logits(spec.dtype, vocab)
+    t = x.teacher.logits(spec.dtype, vocab)
+    s_peak, t_peak = vocab.max(jnp.max(s, axis=-1), jnp.max(t, axis=-1))
+    log_p = plain_log_p = t
+    if not x.teacher.is_normalized:
+        log_p, _ = log_softmax(t, x.teacher_temperature, vocab, t_peak)
+        plain_log_p, _ = log_softmax(t, None, vocab, t_peak)
+    log_q, tempered_lse = log_softmax(s, x.student_temperature, vocab, s_peak)
+    plain_log_q, lse = log_softmax(s, None, vocab, s_peak)
 
-    compare = ft.partial(x.teacher.compare, spec.divergence)
-    divergence, pull = jax.vjp(compare, log_p, log_q)
-    f_p, f_q = pull(jnp.ones_like(divergence))
-    hit = _is_label(x.labels, log_q)
+    compare = ft.partial(x.teacher.compare, spec.divergence, vocab=vocab)
+    share, pull = jax.vjp(compare, log_p, log_q)
+    f_p, f_q = pull(jnp.ones_like(share))
+    divergence = vocab.sum(share)
+    hit = _is_label(x.labels, log_q, vocab)
+    total = lambda x: vocab.sum(jnp.sum(x, axis=-1))
     terms = Terms(
         divergence=divergence,
-        label=-jnp.sum(zero_unless(hit, plain_log_q), axis=-1),
-        uniform=-jnp.mean(plain_log_q, axis=-1),
+        label=-total(zero_unless(hit, plain_log_q)),
+        uniform=-total(vocab.mask(plain_log_q)) / vocab.size,
         lse_squared=lse * lse,
     )
     terms = _present(x.weights, terms)
 
-    d_s, d_student_temperature = _d_logits(x.weights, f_q, log_q, x.student_temperature)
-    d_t, d_teacher_temperature = _d_logits(x.weights, f_p, log_p, x.teacher_temperature)
-    d_s += _d_plain_logits(x.weights, plain_log_q, lse, hit)
+    pull_back = ft.partial(_d_logits, x.weights, vocab)
+    d_s, d_student_temperature = pull_back(f_q, log_q, x.student_temperature)
+    d_t, d_teacher_temperature = pull_back(f_p, log_p, x.teacher_temperature)
+    d_s += _d_plain_logits(x.weights, plain_log_q, lse, hit, vocab)
     # 0 · NaN is NaN in a product too: leave out what has no weight and no finite loss.
     weighty = ft.reduce(jnp.logical_or, [w != 0 for w in jax.tree.leaves(x.weights)])
     live &= weighty | jnp.isfinite(divergence + tempered_lse)
@@ -116,7 +143,7 @@ def run_tile(spec: Spec, x: Operands, live: jax.Array) -> Tile:
     )
     statistics = None
     if spec.statistics:
-        statistics = _statistics(x.teacher, x.teacher.log_p(t, None), plain_log_q)
+        statistics = _statistics(x.teacher, plain_log_p, plain_log_q, vocab)
     return Tile(terms, statistics, gradients)
 
 
@@ -136,15 +163,20 @@ def _present(weights, terms):
     )
 
 
-def _is_label(labels, like):
+def _is_label(labels, like, vocab):
     """`[B, V]`: one True in a row with a label. (A gather would not shard.)"""
-    column = jax.lax.broadcasted_iota(jnp.int32, like.shape, 1)
+    column = jax.lax.broadcasted_iota(jnp.int32, like.shape, 1) + vocab.start
     return jnp.zeros_like(like, bool) if labels is None else column == labels[:, None]
 
 
-def _d_logits(weights, f_q, log_q, temperature):
-    """Gradients of `weight · Σ_v f` to the logits, `[B, V]`, and temperature, `[B]`."""
-    inner = f_q - jnp.exp(log_q) * jnp.sum(f_q, axis=-1, keepdims=True)
+def _d_logits(weights, vocab, f_q, log_q, temperature):
+    """Gradients of `weight · Σ_v f` to the logits, `[B, V]`, and temperature, `[B]`.
+
+    The second is this device's share, as is that to hidden states: both are summed
+    over devices outside, once.
+    """
+    sum_f_q = vocab.sum(jnp.sum(f_q, axis=-1))
+    inner = f_q - jnp.exp(log_q) * sum_f_q[:, None]
     weight = weights.divergence
     if temperature is None:
         return weigh(weight[:, None], inner), None
@@ -155,24 +187,33 @@ def _d_logits(weights, f_q, log_q, temperature):
     return weigh(weight[:, None], inner), weigh(weight, d_temperature)
 
 
-def _d_plain_logits(weights, log_q, lse, hit):
+def _d_plain_logits(weights, log_q, lse, hit, vocab):
     """Gradient of the terms at temperature 1 to the student's logits, `[B, V]` or 0."""
     parts = []
     q = jnp.exp(log_q)
     if weights.label is not None:
         parts.append(weigh(weights.label[:, None], q - hit.astype(q.dtype)))
     if weights.uniform is not None:
-        parts.append(weigh(weights.uniform[:, None], q - 1 / q.shape[-1]))
+        inner = vocab.mask(q - 1 / vocab.size)
+        parts.append(weigh(weights.uniform[:, None], inner))
     if weights.lse_squared is not None:
         parts.append(weigh((2 * weights.lse_squared * lse)[:, None], q))
     return sum(parts)
 
 
-def _statistics(teacher, log_p, log_q):
-    agree = jnp.argmax(log_p, axis=-1) == jnp.argmax(log_q, axis=-1)
+def _statistics(teacher, log_p, log_q, vocab):
+    agree = _argmax(log_p, vocab) == _argmax(log_q, vocab)
     return Statistics(
-        kl=teacher.compare(ForwardKL(), log_p, log_q),
-        student_entropy=entropy(log_q),
-        teacher_entropy=teacher.entropy(log_p),
+        kl=vocab.sum(teacher.compare(ForwardKL(), log_p, log_q, vocab)),
+        student_entropy=vocab.sum(entropy(log_q)),
+        teacher_entropy=vocab.sum(teacher.entropy(log_p, vocab)),
         top1_agreement=agree.astype(log_q.dtype),
     )
+
+
+def _argmax(x, vocab):
+    """The first column that holds the maximum, `[B]`."""
+    here = jnp.max(x, axis=-1)
+    (top,) = vocab.max(here)
+    column = jnp.argmax(x, axis=-1) + vocab.start
+    return vocab.min(jnp.where(here == top, column, vocab.size))

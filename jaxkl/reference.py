@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from ._distillation import Options, public_signature
 from ._numerics import zero_unless
 from ._problem import prepare
+from ._vocabulary import Vocabulary
 from ._torch import (
     check_arrays,
     check_reduction,
@@ -78,7 +79,7 @@ def kl_div(
 def distillation_loss(student, teacher, **options: Unpack[Options]) -> Array:
     r"""`jaxkl.distillation_loss` in plain JAX: the same arguments and values.
 
-    All logits are held at once; `tile` is ignored. Forward mode works, and plain
+    All logits are held at once, with `axis_name` on each device; `tile` is ignored. Forward mode works, and plain
     autodiff gives the same gradients, but makes NaN of a token of weight 0 that holds
     NaN (`where` does drop it).
 
@@ -102,15 +103,20 @@ def distillation_loss(student, teacher, **options: Unpack[Options]) -> Array:
     student, teacher = x.student, x.teacher
     if x.mask is not None:
         student, teacher = student.mask_tokens(x.mask), teacher.mask_tokens(x.mask)
-    s = student.logits(spec.dtype, spec.vocab_size)
-    t = teacher.logits(spec.dtype, spec.vocab_size)
+    vocab = Vocabulary.whole(spec.vocab.size)
+    s = _gathered(student.logits(spec.dtype, spec.vocab), spec.vocab)
+    t = _gathered(teacher.logits(spec.dtype, spec.vocab), spec.vocab)
     log_q = jax.nn.log_softmax(_over(s, x.student_temperature), axis=-1)
-    log_p = teacher.log_p(_over(t, x.teacher_temperature), None)
+    log_p = _over(t, x.teacher_temperature)
+    if not teacher.is_normalized:
+        log_p = jax.nn.log_softmax(log_p, axis=-1)
     plain_log_q = jax.nn.log_softmax(s, axis=-1)
 
-    loss = x.weights.divergence * teacher.compare(spec.divergence, log_p, log_q)
+    loss = x.weights.divergence * teacher.compare(
+        spec.divergence, log_p, log_q, vocab
+    )
     if x.weights.label is not None:
-        is_label = jnp.arange(spec.vocab_size)[None, :] == x.labels[:, None]
+        is_label = jnp.arange(vocab.size)[None, :] == x.labels[:, None]
         label = -jnp.sum(zero_unless(is_label, plain_log_q), axis=-1)
         loss += x.weights.label * label
     if x.weights.uniform is not None:
@@ -118,6 +124,16 @@ def distillation_loss(student, teacher, **options: Unpack[Options]) -> Array:
     if x.weights.lse_squared is not None:
         loss += x.weights.lse_squared * jax.nn.logsumexp(s, axis=-1) ** 2
     return jnp.sum(loss) if spec.reduce else loss.reshape(shape)
+
+
+def _gathered(logits, vocab):
+    """The slices of all devices, side by side."""
+    if vocab.axis_name is None:
+        return logits
+    everywhere = jnp.zeros((logits.shape[0], vocab.width * vocab.shards), logits.dtype)
+    index = (0, vocab.start)
+    placed = jax.lax.dynamic_update_slice(everywhere, logits, index)
+    return vocab.sum(placed)[:, : vocab.size]
 
 
 def _over(logits, temperature):
