@@ -40,9 +40,14 @@ def explicit_axes(mesh) -> bool:
     return any(t == jax.sharding.AxisType.Explicit for t in mesh.axis_types)
 
 
-def cpu_devices() -> int:
-    """Number of CPU devices, of all processes; 1 if there is no such platform."""
+def many_devices() -> bool:
+    """Whether a program may run on several devices."""
     try:
-        return jax.device_count("cpu")
-    except RuntimeError:
-        return 1
+        return max(jax.device_count(), jax.device_count("cpu")) > 1
+    except RuntimeError:  # no CPU platform
+        return jax.device_count() > 1
+
+
+def is_explicitly_sharded(x) -> bool:
+    """Whether the type of `x` says that it is spread over a mesh."""
+    return any(axes is not None for axes in jax.typeof(x).sharding.spec)

@@ -14,7 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._compat import abstract_eval, cpu_devices, varying_axes, zeros
+from ._compat import (
+    abstract_eval,
+    is_explicitly_sharded,
+    many_devices,
+    varying_axes,
+    zeros,
+)
 from ._tile import Operands, run_tile, Spec, Tile, weighted_sum
 from ._tiles import Blocks, Strided
 
@@ -112,7 +118,16 @@ def _run(spec: Spec, operands: Operands, wanted: Operands) -> Tile:
     """All tokens, and those gradients that are wanted."""
     tokens = operands.weights.divergence.shape[0]
     whole = ft.partial(_run_whole, spec, wanted)
-    if not isinstance(tokens, int):  # symbolic, in `jax.export`: no number of tiles
+    dense = operands.student.is_dense and operands.teacher.is_dense
+    explicit = any(map(is_explicitly_sharded, jax.tree.leaves(operands)))
+    if explicit and not dense:
+        raise ValueError(
+            "`student` and `teacher` must be logits if mesh axes are Explicit: for a "
+            "LinearHead or a SparseTeacher there is jaxkl.sharded_distillation_loss."
+        )
+    # A symbolic number of tokens, in `jax.export`, has no number of tiles; and types
+    # that hold a sharding do not allow for slices.
+    if explicit or not isinstance(tokens, int):
         return whole(operands)
 
     def tiled(tile):
@@ -124,14 +139,12 @@ def _run(spec: Spec, operands: Operands, wanted: Operands) -> Tile:
 
     if spec.tile is not None:
         return tiled(spec.tile)(operands)
-    if operands.student.is_dense and operands.teacher.is_dense:
+    if dense:
         # Accelerators: XLA fuses all into passes over the logits. A CPU: not so, and
         # there a few rows at a time stay in cache. But XLA's CPU compiler widens all
-        # bfloat16, and a slice's whole array at every step of a loop; and a slice of
-        # logits that the partitioner has spread over devices would gather them.
+        # bfloat16, and a slice's whole array at every step of a loop.
         half = min(x.values.dtype.itemsize for x in operands[:2]) == 2
-        on_cpu = whole if half or _may_be_spread(operands) else fitting(2 * _MIB)
-        elsewhere = whole
+        on_cpu, elsewhere = whole if half else fitting(2 * _MIB), whole
     else:
         # Accelerators: each tile reads and writes the sum of `d kernel`, so make few.
         on_cpu, elsewhere = fitting(32 * _MIB), fitting(192 * _MIB)
@@ -196,14 +209,11 @@ def _run_tiles(spec, wanted, tile, operands):
 
 
 def _can_stride(operands):
-    """Not where it would copy logits, nor in `shard_map`, where tokens are local."""
+    """Not in `shard_map`, where tokens are local; and, as it would copy them, not for
+    logits unless the partitioner may have spread them over devices."""
     dense = operands.student.is_dense or operands.teacher.is_dense
-    return not dense and not varying_axes(operands.weights.divergence)
-
-
-def _may_be_spread(operands):
-    """Whether the partitioner may have spread the tokens over CPU devices."""
-    return not varying_axes(operands.weights.divergence) and cpu_devices() > 1
+    is_local = varying_axes(operands.weights.divergence)
+    return not is_local and (not dense or many_devices())
 
 
 def _shared(operands):

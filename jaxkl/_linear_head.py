@@ -41,7 +41,6 @@ class LinearHead(Source):
 
     Example:
       >>> import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
       >>> head = jaxkl.LinearHead(jnp.ones((1, 2)), jnp.array([[0.0, 0.0], [0.0, 1.0]]))
       >>> print(f"{jaxkl.distillation_loss(jnp.zeros((1, 2)), head):.4f}")
       0.1109
@@ -102,7 +101,7 @@ from jax.sharding import PartitionSpec as P
             d_logits = zero_unless(d_logits != 0, d_logits * slope)
         # Padding columns of the kernel may hold NaN too.
         used = self.kernel[:, : d_logits.shape[-1]]
-        d_x = widen(d_logits, self.width)
+        d_x = widen(d_logits, self.kernel.shape[-1])
         d_bias = None
         if self.bias is not None:
             d_bias = jnp.sum(zero_unless(live[:, None], d_x), axis=0)

@@ -22,25 +22,31 @@ class LogSoftmax(NamedTuple):
     lse: jax.Array  # [B]
 
 
-def log_softmax(logits, temperature, vocab, peak=None) -> LogSoftmax:
-    """Log-probabilities of `logits / temperature`, `[B, V]`, and the normaliser, `[B]`.
+def log_softmax(vocab, *models) -> list[LogSoftmax]:
+    """Of each `(logits, peak, temperature)`: log-probabilities, `[B, V]`, of
+    `logits / temperature`, and their normaliser, `[B]`.
 
-    The maximum is subtracted before the division, where the difference of two near
-    logits is exact; a constant added to all logits of a row then costs no accuracy.
-    `peak`, `[B]`, is that maximum over the vocabulary, if it is known.
+    `peak`, `[B]`, is the largest logit of the vocabulary. It is subtracted before the
+    division, where the difference of two near logits is exact; a constant added to all
+    logits of a row then costs no accuracy.
     """
-    if peak is None:
-        (peak,) = vocab.max(jnp.max(logits, axis=-1))
-    # A row of -inf only, or one with +inf, has no softmax: NaN comes from `logits`.
-    peak = jnp.where(jnp.abs(peak) == jnp.inf, jnp.zeros_like(peak), peak)
-    shifted = logits - peak[:, None]
-    if temperature is not None:
-        # Only the finite entries: the second derivative of -inf / T would be NaN.
-        absent = shifted == -jnp.inf
-        tempered = zero_unless(~absent, shifted) / temperature[:, None]
-        shifted, peak = jnp.where(absent, -jnp.inf, tempered), peak / temperature
-    log_sum = jnp.log(vocab.sum(jnp.sum(jnp.exp(shifted), axis=-1)))
-    return LogSoftmax(shifted - log_sum[:, None], peak + log_sum)
+    shifted, peaks = [], []
+    for logits, peak, temperature in models:
+        # A row of -inf only, or one with +inf, has no softmax: NaN comes from `logits`.
+        peak = jnp.where(jnp.abs(peak) == jnp.inf, jnp.zeros_like(peak), peak)
+        x = logits - peak[:, None]
+        if temperature is not None:
+            # Only the finite entries: the second derivative of -inf / T would be NaN.
+            absent = x == -jnp.inf
+            tempered = zero_unless(~absent, x) / temperature[:, None]
+            x, peak = jnp.where(absent, -jnp.inf, tempered), peak / temperature
+        shifted.append(x)
+        peaks.append(peak)
+    sums = vocab.sum(*(jnp.sum(jnp.exp(x), axis=-1) for x in shifted))
+    return [
+        LogSoftmax(x - jnp.log(total)[:, None], peak + jnp.log(total))
+        for x, peak, total in zip(shifted, peaks, sums, strict=True)
+    ]
 
 
 def entropy(log_probs):

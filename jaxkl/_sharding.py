@@ -48,7 +48,9 @@ def check_layout(mesh, token_axes, vocab_axis) -> Layout:
     named += [] if vocab_axis is None else [("vocab_axis", vocab_axis)]
     for name, axis in named:
         if axis not in mesh.axis_names:
-            raise ValueError(f"`{name}` must be of the mesh axes {names}, got {axis!r}.")
+            raise ValueError(
+                f"`{name}` must be of the mesh axes {names}, got {axis!r}."
+            )
     if len(set(token_axes)) < len(token_axes):
         raise ValueError(f"`token_axes` must differ, got {token_axes!r}.")
     if vocab_axis in token_axes:

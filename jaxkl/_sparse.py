@@ -81,7 +81,7 @@ class SparseTeacher(Source):
         if self.tail != "uniform":
             return listed
         outside = vocab.mask(~self._listed(vocab))
-        number = vocab.sum(jnp.sum(outside, axis=-1, dtype=dtype))
+        (number,) = vocab.sum(jnp.sum(outside, axis=-1, dtype=dtype))
         rest = _log(_rest(listed, vocab) / jnp.maximum(number, 1))
         return jnp.where(outside, rest[:, None], listed)
 
@@ -103,10 +103,10 @@ class SparseTeacher(Source):
             return jnp.sum(p * zero_unless(p > 0, log_p - log_q), axis=-1)
         inside = divergence(zero_unless(listed, log_p), zero_unless(listed, log_q))
         unlisted = vocab.mask(~listed)
-        number = vocab.sum(jnp.sum(unlisted, axis=-1))
+        (number,) = vocab.sum(jnp.sum(unlisted, axis=-1))
         log_p_rest = _log(zero_unless(number > 0, _rest(log_p, vocab)))
         q_rest = jnp.sum(zero_unless(unlisted, jnp.exp(log_q)), axis=-1)
-        log_q_rest = _log(vocab.sum(q_rest))
+        log_q_rest = _log(*vocab.sum(q_rest))
         outside = divergence(log_p_rest[:, None], log_q_rest[:, None])[:, 0]
         return jnp.sum(zero_unless(listed, inside), axis=-1) + vocab.once(outside)
 
@@ -131,7 +131,8 @@ class SparseTeacher(Source):
 
 def _rest(log_p, vocab):
     """The mass that is not listed, `[B]`."""
-    return jnp.maximum(1 - vocab.sum(jnp.sum(jnp.exp(log_p), axis=-1)), 0)
+    (listed,) = vocab.sum(jnp.sum(jnp.exp(log_p), axis=-1))
+    return jnp.maximum(1 - listed, 0)
 
 
 def _log(x):
@@ -201,7 +202,6 @@ def top_k_teacher(
 
     Example:
       >>> import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
       >>> teacher = jaxkl.top_k_teacher(jnp.log(jnp.array([0.2, 0.5, 0.3])), 2)
       >>> print(teacher.indices, jnp.exp(teacher.log_probs))
       [1 2] [0.5 0.3]
@@ -285,4 +285,6 @@ def _log_probs(logits, temperature):
     if temperature is not None:
         temperature = temperature.astype(dtype).reshape(-1)
     vocab = Vocabulary.whole(logits.shape[-1])
-    return log_softmax(flat, temperature, vocab).log_probs.reshape(logits.shape)
+    model = flat, *vocab.max(jnp.max(flat, axis=-1)), temperature
+    (result,) = log_softmax(vocab, model)
+    return result.log_probs.reshape(logits.shape)

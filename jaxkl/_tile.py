@@ -105,35 +105,20 @@ def run_tile(spec: Spec, x: Operands, live: jax.Array) -> Tile:
     vocab = spec.vocab
     s = x.student.logits(spec.dtype, vocab)
     t = x.teacher.logits(spec.dtype, vocab)
-    s_peak, t_peak = vocab.max(jnp.max(s, axis=-1), jnp.max(t, axis=-1))
-    log_p = plain_log_p = t
-    if not x.teacher.is_normalized:
-        log_p, _ = log_softmax(t, x.teacher_temperature, vocab, t_peak)
-        plain_log_p, _ = log_softmax(t, None, vocab, t_peak)
-    log_q, tempered_lse = log_softmax(s, x.student_temperature, vocab, s_peak)
-    plain_log_q, lse = log_softmax(s, None, vocab, s_peak)
+    log_p, log_q, plain_log_p, plain_log_q = _log_probs(spec, x, s, t)
 
     compare = ft.partial(x.teacher.compare, spec.divergence, vocab=vocab)
-    share, pull = jax.vjp(compare, log_p, log_q)
+    share, pull = jax.vjp(compare, log_p, log_q.log_probs)
     f_p, f_q = pull(jnp.ones_like(share))
-    divergence = vocab.sum(share)
-    hit = _is_label(x.labels, log_q, vocab)
-    total = lambda x: vocab.sum(jnp.sum(x, axis=-1))
-    terms = Terms(
-        divergence=divergence,
-        label=-total(zero_unless(hit, plain_log_q)),
-        uniform=-total(vocab.mask(plain_log_q)) / vocab.size,
-        lse_squared=lse * lse,
-    )
-    terms = _present(x.weights, terms)
+    terms, hit = _terms(x, share, plain_log_q, vocab)
 
     pull_back = ft.partial(_d_logits, x.weights, vocab)
-    d_s, d_student_temperature = pull_back(f_q, log_q, x.student_temperature)
+    d_s, d_student_temperature = pull_back(f_q, log_q.log_probs, x.student_temperature)
     d_t, d_teacher_temperature = pull_back(f_p, log_p, x.teacher_temperature)
-    d_s += _d_plain_logits(x.weights, plain_log_q, lse, hit, vocab)
+    d_s += _d_plain_logits(x.weights, plain_log_q, hit, vocab)
     # 0 · NaN is NaN in a product too: leave out what has no weight and no finite loss.
     weighty = ft.reduce(jnp.logical_or, [w != 0 for w in jax.tree.leaves(x.weights)])
-    live &= weighty | jnp.isfinite(divergence + tempered_lse)
+    live &= weighty | jnp.isfinite(terms.divergence + log_q.lse)
     gradients = x._replace(
         student=x.student.pull(s, d_s, live),
         teacher=x.teacher.pull(t, d_t, live),
@@ -143,7 +128,7 @@ def run_tile(spec: Spec, x: Operands, live: jax.Array) -> Tile:
     )
     statistics = None
     if spec.statistics:
-        statistics = _statistics(x.teacher, plain_log_p, plain_log_q, vocab)
+        statistics = _statistics(x.teacher, plain_log_p, plain_log_q.log_probs, vocab)
     return Tile(terms, statistics, gradients)
 
 
@@ -157,10 +142,37 @@ def weighted_sum(weights: Terms, terms: Terms):
     return sum(jax.tree.leaves(jax.tree.map(weigh, weights, terms)))
 
 
-def _present(weights, terms):
-    return Terms(
-        *(None if w is None else x for w, x in zip(weights, terms, strict=True))
-    )
+def _log_probs(spec, x, s, t) -> Any:
+    """Of teacher and student, tempered and at temperature 1; None: of no use."""
+    s_peak, t_peak = spec.vocab.max(jnp.max(s, axis=-1), jnp.max(t, axis=-1))
+    needs_plain = spec.statistics or any(w is not None for w in x.weights[1:])
+    models = {"log_q": (s, s_peak, x.student_temperature)}
+    if needs_plain:
+        models["plain_log_q"] = s, s_peak, None
+    if not x.teacher.is_normalized:
+        models["log_p"] = t, t_peak, x.teacher_temperature
+        if spec.statistics:
+            models["plain_log_p"] = t, t_peak, None
+    found = dict(zip(models, log_softmax(spec.vocab, *models.values()), strict=True))
+    log_p = plain_log_p = t
+    if not x.teacher.is_normalized:
+        log_p = found["log_p"].log_probs
+        plain_log_p = found["plain_log_p"].log_probs if spec.statistics else None
+    return log_p, found["log_q"], plain_log_p, found.get("plain_log_q")
+
+
+def _terms(x, share, plain_log_q, vocab):
+    """All terms that have a weight, and which columns are labels."""
+    if plain_log_q is None:
+        return Terms(*vocab.sum(share)), None
+    log_q, lse = plain_log_q
+    hit = _is_label(x.labels, log_q, vocab)
+    label = -jnp.sum(zero_unless(hit, log_q), axis=-1)
+    uniform = -jnp.sum(vocab.mask(log_q), axis=-1) / vocab.size
+    divergence, label, uniform = vocab.sum(share, label, uniform)
+    terms = Terms(divergence, label, uniform, lse * lse)
+    pairs = zip(x.weights, terms, strict=True)
+    return Terms(*(None if w is None else term for w, term in pairs)), hit
 
 
 def _is_label(labels, like, vocab):
@@ -175,7 +187,7 @@ def _d_logits(weights, vocab, f_q, log_q, temperature):
     The second is this device's share, as is that to hidden states: both are summed
     over devices outside, once.
     """
-    sum_f_q = vocab.sum(jnp.sum(f_q, axis=-1))
+    (sum_f_q,) = vocab.sum(jnp.sum(f_q, axis=-1))
     inner = f_q - jnp.exp(log_q) * sum_f_q[:, None]
     weight = weights.divergence
     if temperature is None:
@@ -187,9 +199,12 @@ def _d_logits(weights, vocab, f_q, log_q, temperature):
     return weigh(weight[:, None], inner), weigh(weight, d_temperature)
 
 
-def _d_plain_logits(weights, log_q, lse, hit, vocab):
+def _d_plain_logits(weights, plain_log_q, hit, vocab):
     """Gradient of the terms at temperature 1 to the student's logits, `[B, V]` or 0."""
+    if plain_log_q is None:
+        return 0
     parts = []
+    log_q, lse = plain_log_q
     q = jnp.exp(log_q)
     if weights.label is not None:
         parts.append(weigh(weights.label[:, None], q - hit.astype(q.dtype)))
@@ -203,12 +218,12 @@ def _d_plain_logits(weights, log_q, lse, hit, vocab):
 
 def _statistics(teacher, log_p, log_q, vocab):
     agree = _argmax(log_p, vocab) == _argmax(log_q, vocab)
-    return Statistics(
-        kl=vocab.sum(teacher.compare(ForwardKL(), log_p, log_q, vocab)),
-        student_entropy=vocab.sum(entropy(log_q)),
-        teacher_entropy=vocab.sum(teacher.entropy(log_p, vocab)),
-        top1_agreement=agree.astype(log_q.dtype),
+    kl, student_entropy, teacher_entropy = vocab.sum(
+        teacher.compare(ForwardKL(), log_p, log_q, vocab),
+        entropy(log_q),
+        teacher.entropy(log_p, vocab),
     )
+    return Statistics(kl, student_entropy, teacher_entropy, agree.astype(log_q.dtype))
 
 
 def _argmax(x, vocab):

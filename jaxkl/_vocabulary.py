@@ -44,7 +44,7 @@ class Vocabulary:
         return cls(width * shards if size is None else size, width, axis_name, shards)
 
     def fit(self, x):
-        """Of logits `[B, any]`, the columns of a tile: `-inf` where there is padding."""
+        """Of logits, `[B, any]`, the columns of a tile: `-inf` in padding."""
         if self.axis_name is None:
             return x[:, : self.size]
         valid = self.valid
@@ -69,11 +69,14 @@ class Vocabulary:
         valid = self.valid
         return x if valid is None else zero_unless(valid, x)
 
-    def sum(self, x):
-        return x if self.axis_name is None else jax.lax.psum(x, self.axis_name)
+    def sum(self, *arrays):
+        """Of each array over the devices, in one exchange; all are of one shape."""
+        if self.axis_name is None:
+            return arrays
+        return tuple(jax.lax.psum(jnp.stack(arrays), self.axis_name))
 
     def max(self, *arrays):
-        """Of each; a constant to differentiation, and one exchange for all."""
+        """Likewise; a constant to differentiation."""
         arrays = jax.lax.stop_gradient(arrays)
         if self.axis_name is None:
             return arrays

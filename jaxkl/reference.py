@@ -15,7 +15,6 @@ from jax.typing import ArrayLike
 from ._distillation import Options, public_signature
 from ._numerics import zero_unless
 from ._problem import prepare
-from ._vocabulary import Vocabulary
 from ._torch import (
     check_arrays,
     check_reduction,
@@ -24,6 +23,7 @@ from ._torch import (
     result_dtype,
     widen,
 )
+from ._vocabulary import Vocabulary
 
 
 def kl_div(
@@ -79,9 +79,9 @@ def kl_div(
 def distillation_loss(student, teacher, **options: Unpack[Options]) -> Array:
     r"""`jaxkl.distillation_loss` in plain JAX: the same arguments and values.
 
-    All logits are held at once, with `axis_name` on each device; `tile` is ignored. Forward mode works, and plain
-    autodiff gives the same gradients, but makes NaN of a token of weight 0 that holds
-    NaN (`where` does drop it).
+    All logits are held at once, with `axis_name` on each device; `tile` is ignored.
+    Forward mode works, and plain autodiff gives the same gradients, but makes NaN of a
+    token of weight 0 that holds NaN (`where` does drop it).
 
     Args:
       student: See `jaxkl.distillation_loss`, as for every argument.
@@ -112,9 +112,7 @@ def distillation_loss(student, teacher, **options: Unpack[Options]) -> Array:
         log_p = jax.nn.log_softmax(log_p, axis=-1)
     plain_log_q = jax.nn.log_softmax(s, axis=-1)
 
-    loss = x.weights.divergence * teacher.compare(
-        spec.divergence, log_p, log_q, vocab
-    )
+    loss = x.weights.divergence * teacher.compare(spec.divergence, log_p, log_q, vocab)
     if x.weights.label is not None:
         is_label = jnp.arange(vocab.size)[None, :] == x.labels[:, None]
         label = -jnp.sum(zero_unless(is_label, plain_log_q), axis=-1)
@@ -133,7 +131,8 @@ def _gathered(logits, vocab):
     everywhere = jnp.zeros((logits.shape[0], vocab.width * vocab.shards), logits.dtype)
     index = (0, vocab.start)
     placed = jax.lax.dynamic_update_slice(everywhere, logits, index)
-    return vocab.sum(placed)[:, : vocab.size]
+    (full,) = vocab.sum(placed)
+    return full[:, : vocab.size]
 
 
 def _over(logits, temperature):

@@ -1,0 +1,84 @@
+"""The program that the TPU compiler makes of a sharded loss: what devices exchange."""
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+
+from .tpu_programs import CASES, PLAIN
+
+
+TIMEOUT = 600
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    assert importlib.util.find_spec("libtpu"), "`make test` installs libtpu"
+    environment = os.environ | {
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "JAX_PLATFORMS": "cpu",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_LOG_DIR": str(tmp_path_factory.mktemp("logs")),
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+    }
+    program = [sys.executable, "-m", "tests.tpu_programs"]
+    done = subprocess.run(
+        program, env=environment, capture_output=True, text=True, timeout=TIMEOUT
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return {name: facts for line in lines for name, facts in json.loads(line).items()}
+
+
+def split(programs, name):
+    """Collectives in the loop over tiles, and outside it."""
+    found = programs[name]["collectives"]
+    inside = [tuple(x[1:]) for x in found if x[0]]
+    return inside, [tuple(x[1:]) for x in found if not x[0]]
+
+
+def floats(sizes):
+    return sum(math.prod(size) for size in sizes)
+
+
+@pytest.mark.parametrize("name", [x for x in CASES if CASES[x][-1] != PLAIN])
+def test_three_small_all_reduces_a_tile(programs, name):
+    inside, outside = split(programs, name)
+    if name.startswith("logits"):  # XLA fuses all: there are no tiles
+        inside = [x for x in outside if floats(x[1]) > 1]
+    assert [op for op, _ in inside] == ["all-reduce"] * 3
+    _, shape, tokens, _, _, tile, _ = CASES[name]
+    rows = tokens // shape[0] if name.startswith("logits") else tile or 1024
+    # Maxima; sums of exponentials; loss and the sum of its derivatives: of each model.
+    most = 8 if name.startswith("labels") else 6
+    assert sum(floats(sizes) for _, sizes in inside) <= most * rows
+
+
+@pytest.mark.parametrize("name", [x for x in CASES if CASES[x][3]])
+def test_gradients_are_reduced_once_and_nothing_is_gathered(programs, name):
+    _, shape, tokens, hidden, vocab, tile, form = CASES[name]
+    inside, outside = split(programs, name)
+    d_hidden = [tokens // shape[0], hidden]
+    d_kernel = [hidden, vocab // shape[1]]
+    reduced = [size for op, sizes in outside if op == "all-reduce" for size in sizes]
+    assert reduced.count(d_kernel) == 1
+    if form != PLAIN:  # where the partitioner sums hidden states a tile at a time
+        assert reduced.count(d_hidden) == 1
+        assert {op for op, _ in inside + outside} == {"all-reduce"}
+    for op, sizes in inside:
+        for size in sizes:
+            assert not {vocab, vocab // shape[1]} & set(size), (op, size)
+    for op, sizes in outside:
+        for size in sizes:
+            wide = {vocab, vocab // shape[1]} & set(size)
+            assert not wide or (op == "all-reduce" and size == d_kernel), (op, size)
+
+
+def test_a_large_head_fits(programs):
+    """32768 tokens, H 4096, V 262144, bf16: on 16 chips of 16 GB."""
+    assert programs["large 4x4"]["bytes"] < 16e9

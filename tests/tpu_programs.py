@@ -1,0 +1,100 @@
+"""What XLA's TPU compiler makes of sharded losses. No TPU: it compiles, nothing runs.
+
+A program of its own, as libtpu wants its environment set before JAX starts. It prints
+one line of JSON for each case.
+"""
+
+import json
+import re
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+import jaxkl
+
+
+OPS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+SHARDED, PLAIN = "sharded", "plain jit"
+# Name: topology, devices over tokens and vocabulary, tokens, hidden (None: logits),
+# vocabulary, tile, form. No two of a case's sizes are the same, on a device or in all.
+CASES = {
+    "heads 2x4": ("v5e:2x4", (2, 4), 2048, 512, 32768, 256, SHARDED),
+    "heads 4x4": ("v5e:4x4", (4, 4), 4096, 384, 40960, 128, SHARDED),
+    "logits 4x4": ("v5e:4x4", (4, 4), 4096, None, 40960, None, SHARDED),
+    "labels 2x4": ("v5e:2x4", (2, 4), 2048, 512, 32768, 256, SHARDED),
+    "plain jit 2x4": ("v5e:2x4", (2, 4), 2048, 512, 32768, 256, PLAIN),
+    "large 4x4": ("v5e:4x4", (4, 4), 32768, 4096, 262144, None, SHARDED),
+}
+
+
+def compiled(name):
+    topology, shape, tokens, hidden, vocab, tile, form = CASES[name]
+    devices = topologies.get_topology_desc(topology, platform="tpu").devices
+    devices = np.array(devices[: shape[0] * shape[1]]).reshape(shape)
+    mesh = Mesh(devices, ("data", "model"))
+    array = lambda dtype, shape, *spec: jax.ShapeDtypeStruct(
+        shape, dtype, sharding=NamedSharding(mesh, P(*spec))
+    )
+    if hidden is None:
+        model = array("bfloat16", (tokens, vocab), "data", "model")
+    else:
+        model = jaxkl.LinearHead(
+            array("bfloat16", (tokens, hidden), "data"),
+            array("bfloat16", (hidden, vocab), None, "model"),
+        )
+    labels = array("int32", (tokens,), "data")
+
+    def loss(student, teacher, labels):
+        more = dict(tile=tile, temperature=2.0)
+        if name.startswith("labels"):
+            more |= dict(labels=labels, alpha=0.5, label_smoothing=0.1, z_loss=1e-4)
+        if form == PLAIN:
+            return jaxkl.distillation_loss(student, teacher, **more)
+        axes = dict(mesh=mesh, token_axes="data", vocab_axis="model")
+        return jaxkl.sharded_distillation_loss(student, teacher, **axes, **more)
+
+    step = jax.jit(jax.value_and_grad(loss))
+    return step.lower(model, model, labels).compile()
+
+
+def collectives(text):
+    """`[in a loop?, operation, sizes of its results]` of each in the program."""
+    computations, name = {}, None
+    for line in text.splitlines():
+        if start := re.match(r"(?:ENTRY )?(%\S+) \(", line):
+            name = start[1]
+            computations[name] = []
+        elif name:
+            computations[name].append(line)
+    in_loops = set(re.findall(r"body=(%[\w.-]+)", text))
+    pending = list(in_loops)
+    while pending:
+        body = "\n".join(computations[pending.pop()])
+        called = re.findall(r"(?:calls|to_apply|body|condition)=(%[\w.-]+)", body)
+        new = set(called) - in_loops
+        in_loops |= new
+        pending += new
+    found = []
+    for name, lines in computations.items():
+        for line in lines:
+            # A layout may hold brackets and an equals sign, but no space.
+            if match := re.search(rf" = (.*?) ({OPS})(?:-start)?\(", line):
+                shapes = re.findall(r"\w+\[([\d,]*)\]", match[1])
+                sizes = [[int(n) for n in x.split(",") if n] for x in shapes]
+                found.append([name in in_loops, match[2], sizes])
+    return found
+
+
+if __name__ == "__main__":
+    for name in CASES:
+        program = compiled(name)
+        memory = program.memory_analysis()
+        total = (
+            memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            + memory.temp_size_in_bytes
+        )
+        facts = dict(collectives=collectives(program.as_text()), bytes=total)
+        print(json.dumps({name: facts}), flush=True)
