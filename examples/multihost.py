@@ -1,0 +1,249 @@
+"""A language model's head distilled over the devices of several processes.
+
+The same code runs as one process, as several on this machine, or on many machines.
+Tokens are spread over the mesh axis "data" and the vocabulary over "model"; every
+process makes only its own rows of each batch; the losses are the same in each case.
+
+One process, on the devices that it finds, or on CPU devices made up for a try:
+
+    python examples/multihost.py
+    python examples/multihost.py --devices-per-process 8
+
+Two processes of four CPU devices each on this machine, over loopback; and a rehearsal
+of what happens when one dies, which must be an error, and soon, not a hang:
+
+    python examples/multihost.py --launch 2
+    python examples/multihost.py --launch 2 --die-at 2
+
+Many machines: on TPU pods, Slurm, Open MPI and Kubernetes, start it without options on
+each, and JAX finds the others. Elsewhere say where the first one is:
+
+    python examples/multihost.py --coordinator HOST:PORT --processes 2 --process 0
+    python examples/multihost.py --coordinator HOST:PORT --processes 2 --process 1
+"""
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from concurrent import futures
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import jaxkl
+
+
+# Seconds that JAX waits for another process: to join, to give a sign of life, to end.
+# After that it ends this one too, and says which it missed.
+START, HEARTBEAT, SHUTDOWN = 60, 10, 30
+GRACE = 2 * HEARTBEAT  # the launcher's, for the others to say what they saw
+
+SPECS = {"embed": P(), "mix": P(), "kernel": P(None, "model")}
+
+
+def init(key, vocab, width):
+    keys = jax.random.split(key, 3)
+    return {
+        "embed": jax.random.normal(keys[0], (vocab, width)),
+        "mix": jax.random.normal(keys[1], (width, width)) / width**0.5,
+        "kernel": jax.random.normal(keys[2], (width, vocab)) / width**0.5,
+    }
+
+
+def head(params, tokens):
+    x = params["embed"][tokens]
+    return jaxkl.LinearHead(x + jnp.tanh(x @ params["mix"]), params["kernel"])
+
+
+def own_rows(args, step, sharding):
+    """This process's rows of a batch, `[rows, length]`: tokens, and which count.
+
+    A row depends on its number alone, not on who makes it.
+    """
+    indices = sharding.addressable_devices_indices_map((args.batch, args.length))
+    rows = {row for rows, _ in indices.values() for row in range(args.batch)[rows]}
+    rngs = [np.random.default_rng((step, row)) for row in sorted(rows)]
+    tokens = [rng.integers(args.vocab, size=args.length) for rng in rngs]
+    lengths = [rng.integers(1, args.length + 1) for rng in rngs]
+    where = np.arange(args.length) < np.array(lengths)[:, None]
+    return np.array(tokens, np.int32), where
+
+
+def train(args):
+    devices = jax.device_count()
+    model = args.model or (2 if devices % 2 == 0 else 1)
+    if devices % model or args.batch % (devices // model) or args.vocab % model:
+        sys.exit(
+            f"--model {model} must divide the {devices} devices and --vocab "
+            f"{args.vocab}; the other {devices / model:g} must divide --batch "
+            f"{args.batch}."
+        )
+    # JAX's newer default, Explicit, would ask for a sharding of each operation.
+    auto = (AxisType.Auto, AxisType.Auto)
+    mesh = jax.make_mesh((devices // model, model), ("data", "model"), axis_types=auto)
+    shardings = {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()}
+    by_row = NamedSharding(mesh, P("data"))
+
+    def loss_fn(student, teacher, tokens, where):
+        return jaxkl.sharded_distillation_loss(
+            head(student, tokens),
+            head(teacher, tokens),
+            mesh=mesh,
+            token_axes="data",
+            vocab_axis="model",
+            temperature=2.0,
+            where=where,  # the mean is over all that count, in all processes
+        )
+
+    def step(student, *batch):
+        loss, grads = jax.value_and_grad(loss_fn)(student, *batch)
+        return jax.tree.map(jnp.subtract, student, grads), loss
+
+    step = jax.jit(step, out_shardings=(shardings, None), donate_argnums=0)
+    # Under `jit`, each device makes its own part of the parameters, and no more.
+    start = jax.jit(init, static_argnums=(1, 2), out_shardings=shardings)
+    student = start(jax.random.key(0), args.vocab, 32)
+    teacher = start(jax.random.key(1), args.vocab, 64)
+
+    first, processes = jax.process_index() == 0, jax.process_count()
+    if first:
+        each = f"{jax.local_device_count()} {jax.devices()[0].platform} devices"
+        print(
+            f"processes: {processes} with {each}; mesh: {dict(mesh.shape)}", flush=True
+        )
+    for i in range(1, args.steps + 1):
+        if i == args.die_at and jax.process_index() == processes - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        batch = jax.make_array_from_process_local_data(
+            by_row, own_rows(args, i, by_row)
+        )
+        student, loss = step(student, teacher, *batch)
+        loss = float(loss)  # waits for all processes
+        if first:
+            print(f"step {i:3}   loss {loss:.5f}", flush=True)
+    if first:
+        print(f"final loss {loss:.5f}", flush=True)
+
+
+def join(args):
+    if args.devices_per_process:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", args.devices_per_process)
+    # JAX multiplies float32 matrices in less on a GPU or TPU unless it is told not to.
+    jax.config.update("jax_default_matmul_precision", "highest")
+    if args.coordinator:
+        who = f"process {args.process} of {args.processes}"
+        print(f"{who} joins at {args.coordinator}, within {START} s", flush=True)
+    try:
+        jax.distributed.initialize(
+            args.coordinator,
+            args.processes,
+            args.process,
+            initialization_timeout=START,
+            heartbeat_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=SHUTDOWN,
+        )
+    except ValueError as error:
+        # Not told of other processes, nor on a cluster that JAX knows: there is one.
+        if "coordinator_address" not in str(error):
+            raise
+
+
+def run(args):
+    join(args)
+    try:
+        return train(args)
+    except jax.errors.JaxRuntimeError as error:
+        print(
+            f"Process {jax.process_index()} stops: {error}\nIf a connection is lost, "
+            "another process died before: see why in its output, and start all again.",
+            file=sys.stderr,
+        )
+    except Exception:
+        traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(1)  # sys.exit would wait for the other processes, dead or not
+
+
+def follow(i, child):
+    with child.stdout:
+        for line in child.stdout:
+            if "connected peer ranks is" not in line:  # Gloo's, for every group
+                sys.stdout.write(f"[{i}] {line}")
+                sys.stdout.flush()
+    return child.wait()
+
+
+def launch(args):
+    """Runs all processes of the job here; if one fails, none is left, and it exits."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    # Else JAX listens on all interfaces, and gRPC may ask a proxy for 127.0.0.1.
+    network = dict(JAX_COORDINATOR_BIND_ADDRESS=address, no_grpc_proxy="127.0.0.1")
+    options = ["--launch=0", f"--coordinator={address}", f"--processes={args.launch}"]
+    options += [f"--devices-per-process={args.devices_per_process or 4}"]
+    command = [sys.executable, "-u", __file__, *sys.argv[1:], *options]
+    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace")
+    children, jobs = [], {}
+    with futures.ThreadPoolExecutor(args.launch) as pool:
+        try:
+            for i in range(args.launch):
+                own = [*command, f"--process={i}"]
+                children.append(subprocess.Popen(own, env=os.environ | network, **pipe))
+                jobs[pool.submit(follow, i, children[i])] = i
+            for job in futures.as_completed(jobs):
+                if status := job.result():
+                    break
+            else:
+                return
+            how = signal.Signals(-status).name if status < 0 else f"status {status}"
+            print(
+                f"Process {jobs[job]} died first ({how}). The others cannot go on and "
+                f"end within {GRACE} s. Its lines, [{jobs[job]}], may say why; after "
+                "that, start all again.",
+                file=sys.stderr,
+                flush=True,
+            )
+            futures.wait(jobs, timeout=GRACE)
+            sys.exit(1)
+        finally:
+            for child in children:
+                child.kill()
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--launch", type=int, default=0, help="start so many processes here")
+    add("--devices-per-process", type=int, help="CPU devices, in place of real ones")
+    add("--coordinator", help="HOST:PORT of process 0")
+    add("--processes", type=int, help="in all")
+    add("--process", type=int, help="number of this one, from 0")
+    add("--model", type=int, help="size of the mesh axis that spreads the vocabulary")
+    add("--steps", type=int, default=10)
+    add("--batch", type=int, default=16)
+    add("--length", type=int, default=32)
+    add("--vocab", type=int, default=1000)
+    add(
+        "--die-at", type=int, help="rehearsal: in this step, the last process is killed"
+    )
+    args = parser.parse_args()
+    told = {x is not None for x in (args.coordinator, args.processes, args.process)}
+    if len(told) == 2:
+        parser.error("--coordinator, --processes and --process go together")
+    (launch if args.launch else run)(args)
+
+
+if __name__ == "__main__":
+    main()
