@@ -6,11 +6,12 @@ from typing import Any, TypedDict, Unpack
 import jax
 import jax.numpy as jnp
 
+from ._arguments import IGNORED_LABEL
 from ._divergences import Divergence
 from ._engine import weighted_loss
 from ._metrics import DistillationMetrics
 from ._numerics import zero_unless
-from ._problem import IGNORED_LABEL, prepare, Reduction
+from ._problem import prepare, Reduction
 from ._sharding import check_layout, sharded_weighted_loss
 from ._tile import weigh
 
