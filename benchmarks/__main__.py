@@ -8,12 +8,14 @@ import sys
 # Unless it is said: else JAX, where libtpu is installed, spends a minute seeking a TPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from . import dense, heads, memory, report, tpu
+from . import dense, heads, memory, report, sharded, tpu
 from .harness import Settings
 
 
 CELLS = {
-    cell.name: cell for module in (heads, dense, tpu, memory) for cell in module.CELLS
+    cell.name: cell
+    for module in (heads, dense, tpu, sharded, memory)
+    for cell in module.CELLS
 }
 
 

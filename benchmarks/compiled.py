@@ -1,10 +1,11 @@
-"""Memory of a loss as XLA compiles it for a device that need not be there.
+"""Memory of a loss as XLA compiles it for devices that need not be there.
 
 As a program it is the part that needs libtpu and its environment, set by `tpu_memory`:
 jobs as JSON in its first argument, one line of JSON for each of them on its output.
 """
 
 import dataclasses
+import functools as ft
 import importlib.util
 import json
 import os
@@ -12,10 +13,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P, SingleDeviceSharding
 
 import jaxkl
 
@@ -35,20 +38,33 @@ TPUS = {
 class Job:
     """Value and gradient by the student's arrays, T = 2."""
 
-    implementation: str  # "jaxkl" or "plain JAX"
+    implementation: str  # "jaxkl", "plain JAX"; "jaxkl, jit": the partitioner's way
     tokens: int
     vocab: int
     hidden: int | None = None  # None: from logits
     dtype: str = "bfloat16"
     divergence: str = "forward-kl"
+    mesh: Sequence[int] | None = None  # devices for tokens, for columns; None: one
 
 
-def compiled_memory(job, sharding=None):
-    """Bytes, and the seconds that compiling took; "error" if it does not fit."""
-    ours = job.implementation == "jaxkl"
+def compiled_memory(job, devices=None):
+    """Bytes, and the seconds that compiling took; "error" if it does not fit.
+
+    Bytes are those of one device. On a mesh, also the compiled text.
+    """
+    ours = job.implementation != "plain JAX"
     loss = (losses.with_jaxkl if ours else losses.with_plain_jax)(job.divergence)
+    mesh, sharding = None, lambda *axes: None
+    if job.mesh is not None:
+        grid = np.array(devices[: np.prod(job.mesh)]).reshape(job.mesh)
+        mesh = Mesh(grid, ("data", "model"))
+        sharding = lambda *axes: NamedSharding(mesh, P(*axes))
+        if job.implementation == "jaxkl":
+            loss = _on(mesh, job.divergence)
+    elif devices is not None:
+        sharding = lambda *axes: SingleDeviceSharding(devices[0])
     if job.hidden is None:
-        f, shapes = loss, [(job.tokens, job.vocab)] * 2
+        f, shapes = loss, [((job.tokens, job.vocab), ("data", "model"))] * 2
     else:
 
         def f(h, k, th, tk):
@@ -56,8 +72,14 @@ def compiled_memory(job, sharding=None):
                 return loss(jaxkl.LinearHead(h, k), jaxkl.LinearHead(th, tk))
             return loss(h @ k, th @ tk)
 
-        shapes = [(job.tokens, job.hidden), (job.hidden, job.vocab)] * 2
-    args = [jax.ShapeDtypeStruct(s, job.dtype, sharding=sharding) for s in shapes]
+        shapes = [
+            ((job.tokens, job.hidden), ("data",)),
+            ((job.hidden, job.vocab), (None, "model")),
+        ] * 2
+    args = [
+        jax.ShapeDtypeStruct(shape, job.dtype, sharding=sharding(*axes))
+        for shape, axes in shapes
+    ]
     student = tuple(range(len(shapes) // 2))
     start = time.perf_counter()
     try:
@@ -67,18 +89,31 @@ def compiled_memory(job, sharding=None):
             raise
         return {"error": "does not fit in the device's memory"}
     memory = compiled.memory_analysis()
-    return {
+    facts = {
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
         "compile_s": time.perf_counter() - start,
     }
+    return facts if mesh is None else facts | {"text": compiled.as_text()}
+
+
+def _on(mesh, divergence):
+    return ft.partial(
+        jaxkl.sharded_distillation_loss,
+        divergence=losses.DIVERGENCES[divergence],
+        temperature=losses.T,
+        mesh=mesh,
+        token_axes="data",
+        vocab_axis="model",
+    )
 
 
 def tpu_memory(tpu, jobs):
     """One dictionary per job, in their order; ImportError if libtpu is not there."""
     if importlib.util.find_spec("libtpu") is None:
         raise ImportError("No module named 'libtpu'")
+    topology = TPUS.get(tpu, tpu)
     with tempfile.TemporaryDirectory() as logs:
         environment = os.environ | {
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -92,7 +127,7 @@ def tpu_memory(tpu, jobs):
         text = json.dumps([dataclasses.asdict(job) for job in jobs])
         with open(os.path.join(logs, "stderr"), "w+", encoding="utf-8") as errors:
             program = subprocess.Popen(
-                [sys.executable, "-m", __name__, TPUS[tpu], text],
+                [sys.executable, "-m", __name__, topology, text],
                 env=environment,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -114,9 +149,8 @@ def tpu_memory(tpu, jobs):
 def main():
     topology, jobs = sys.argv[1], [Job(**job) for job in json.loads(sys.argv[2])]
     description = topologies.get_topology_desc(topology, platform="tpu")
-    sharding = SingleDeviceSharding(description.devices[0])
     for job in jobs:
-        print(json.dumps(compiled_memory(job, sharding)), flush=True)
+        print(json.dumps(compiled_memory(job, description.devices)), flush=True)
 
 
 if __name__ == "__main__":

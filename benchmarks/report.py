@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import platform
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
 
@@ -93,6 +94,12 @@ def _gib(size):
     return f"{size / 2**30:.3f}"
 
 
+def _counted(texts):
+    """`3: a; 2 × b`."""
+    parts = [f"{n} × {x}" if n > 1 else x for x, n in Counter(texts).items()]
+    return ": ".join(filter(None, (str(len(texts)), "; ".join(parts))))
+
+
 def table(result):
     """Titles and lines of text, in the columns for which there is something."""
     large = any("total_bytes" in row for row in result.rows)
@@ -111,6 +118,8 @@ def table(result):
         ("compile, s", "compile_s", "{:.1f}".format if large else None),
         ("value off by", "value_error", "{:.0e}".format),
         ("gradient off by", "gradient_error", "{:.0e}".format),
+        ("exchanged in a loop", "in_loop", _counted),
+        ("exchanged outside", "outside", _counted),
     ):
         if form_ and any(key in row for row in result.rows):
             columns[title] = lambda row, key=key, form_=form_: (
