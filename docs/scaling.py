@@ -1,0 +1,226 @@
+"""The tables of `scaling.md`: arithmetic from published rates, nothing is measured.
+
+`python docs/scaling.py` prints them.
+"""
+
+import dataclasses
+import math
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    name: str
+    flops: float  # a second, bf16
+    hbm: float  # bytes a second
+    link: float  # bytes a second, one way
+    ring: int  # a dimension of a slice is a ring if this divides it, else a line
+    dcn: float  # bytes a second, a chip's share of the data-centre network
+
+
+V5E = Chip("v5e", 197e12, 819e9, 1600e9 / 8 / 4, 16, 6.4e12 / 8 / 256)
+V5P = Chip("v5p", 459e12, 2765e9, 4800e9 / 8 / 6, 4, 50e9 / 8)
+HOP = 1e-6  # seconds: an estimate
+
+TOKENS, HIDDEN, VOCAB = 8192, 4096, 262144  # tokens of a chip, vocabulary of them all
+VOCABS = 32000, 128256, 262144
+BF16, FLOAT32 = 2, 4
+TILE, TILE_BYTES = 1024, 192 * 2**20  # at most, as jaxkl chooses on TPUs
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """The vocabulary over `vocab` neighbours in the first dimension, tokens over the
+    rest of it, the other dimensions, and pods."""
+
+    chip: Chip
+    dimensions: tuple[int, ...]
+    vocab: int
+    pods: int = 1
+
+    @property
+    def token_shards(self):
+        return math.prod(self.dimensions) * self.pods // self.vocab
+
+    @property
+    def columns(self):
+        return VOCAB / self.vocab
+
+    @property
+    def tiles(self):
+        return math.ceil(TOKENS / min(TILE, TILE_BYTES // (FLOAT32 * self.columns)))
+
+    def is_ring(self, size):
+        return size % self.chip.ring == 0
+
+    def gemms(self):
+        """Student and teacher forward, `d hidden`, `d kernel`."""
+        return 4 * 2 * TOKENS * HIDDEN * self.columns / self.chip.flops
+
+    def hbm(self):
+        """A tile reads three kernels, and reads and writes the sum of `d kernel`."""
+        a_tile = (3 * BF16 + 2 * FLOAT32) * HIDDEN * self.columns
+        return self.tiles * a_tile / self.chip.hbm
+
+    @property
+    def vocab_is_ring(self):
+        return self.vocab == self.dimensions[0] and self.is_ring(self.vocab)
+
+    def over_vocab(self, size):
+        """Bytes that a chip sends, and seconds."""
+        sent = ring_all_reduce(size, self.vocab)
+        return sent, sent / (self.chip.link * (2 if self.vocab_is_ring else 1))
+
+    def statistics(self):
+        """24 bytes a token, in three all-reduces a tile."""
+        sent, seconds = self.over_vocab(24 * TOKENS)
+        there_and_back = self.vocab if self.vocab_is_ring else 2 * (self.vocab - 1)
+        return sent, seconds, self.tiles * 3 * there_and_back * HOP
+
+    def d_hidden(self):
+        return self.over_vocab(BF16 * TOKENS * HIDDEN)
+
+    def d_kernel(self):
+        """Bytes on a pod's links, seconds there, seconds between pods.
+
+        First over the dimensions that hold tokens alone, all at once; what is then
+        left of the array on each chip, over the rest of the first dimension, whose
+        links as many groups share as the vocabulary has shards; last over pods.
+        """
+        size, link = BF16 * HIDDEN * self.columns, self.chip.link
+        others = self.dimensions[1:]
+        ways = sum(2 if self.is_ring(n) else 1 for n in others)
+        sent = ring_all_reduce(size, math.prod(others))
+        seconds = sent / (ways * link)
+        size /= math.prod(others)
+        rest = self.dimensions[0] // self.vocab
+        more = ring_all_reduce(size, rest)
+        ways = (2 if self.is_ring(self.dimensions[0]) else 1) / self.vocab
+        between = ring_all_reduce(size / rest, self.pods)
+        return sent + more, seconds + more / (ways * link), between / self.chip.dcn
+
+    def communication(self):
+        """Seconds: statistics, `d hidden`, `d kernel`."""
+        return sum(self.statistics()[1:]), self.d_hidden()[1], sum(self.d_kernel()[1:])
+
+    def fewest_tokens(self):
+        """Of a chip, for the GEMMs to take as long as all communication: `d kernel`
+        does not depend on tokens, the rest is taken as proportional to them."""
+        statistics, d_hidden, d_kernel = self.communication()
+        return TOKENS * d_kernel / (self.gemms() - statistics - d_hidden)
+
+
+def ring_all_reduce(size, shards):
+    """Bytes that each of them sends."""
+    return 2 * size * (shards - 1) / shards
+
+
+def most_shards(chip, vocab, ways):
+    """Of the vocabulary, for the GEMMs to take as long as the sum of `d hidden`."""
+    return 1 + 2 * vocab * ways * chip.link / chip.flops
+
+
+def most_shards_by_latency(chip, vocab):
+    """On one ring: for a tile's GEMMs to take as long as the hops of its statistics."""
+    return math.sqrt(4 * 2 * TILE * HIDDEN * vocab / chip.flops / (3 * HOP))
+
+
+MESHES = [
+    Mesh(V5E, (4, 4), 4),
+    Mesh(V5E, (16, 16), 4),
+    Mesh(V5E, (16, 16), 16),
+    Mesh(V5E, (16, 16), 4, pods=16),
+    Mesh(V5P, (4, 8, 8), 4),
+    Mesh(V5P, (8, 4, 8), 8),
+    Mesh(V5P, (16, 16, 16), 4),
+    Mesh(V5P, (16, 16, 16), 8),
+    Mesh(V5P, (16, 16, 16), 16),
+]
+
+
+def table(titles, lines):
+    rules = [":--", *["--:"] * (len(titles) - 1)]
+    return "\n".join("| " + " | ".join(x) + " |" for x in (titles, rules, *lines))
+
+
+def name(mesh):
+    chips = math.prod(mesh.dimensions) * mesh.pods
+    pods = f", {mesh.pods} pods" if mesh.pods > 1 else ""
+    return f"{chips} {mesh.chip.name}{pods}: {mesh.token_shards} × {mesh.vocab}"
+
+
+def step_table():
+    lines = []
+    for mesh in MESHES:
+        sent = mesh.statistics()[0], mesh.d_hidden()[0], mesh.d_kernel()[0]
+        times = mesh.communication()
+        lines.append(
+            [
+                name(mesh),
+                f"{1e3 * mesh.gemms():.1f}",
+                f"{1e3 * mesh.hbm():.1f}",
+                f"{sent[0] / 1e6:.2f}",
+                *(f"{x / 1e6:.0f}" for x in sent[1:]),
+                *(f"{1e3 * x:.2f}" for x in times),
+                f"{sum(times) / mesh.gemms():.1%}",
+                f"{mesh.fewest_tokens():.0f}",
+            ]
+        )
+    titles = [
+        "chips: tokens × vocabulary",
+        "GEMMs, ms",
+        "HBM, ms",
+        "statistics, MB",
+        "d hidden, MB",
+        "d kernel, MB",
+        "statistics, ms",
+        "d hidden, ms",
+        "d kernel, ms",
+        "all ÷ GEMMs",
+        "equal at, tokens",
+    ]
+    return table(titles, lines)
+
+
+def shards_table():
+    lines = []
+    for chip in (V5E, V5P):
+        for form, ways in (("line", 1), ("ring", 2)):
+            most = [most_shards(chip, vocab, ways) for vocab in VOCABS]
+            lines.append(
+                [f"d hidden, {chip.name}, {form}", *(f"{m:.0f}" for m in most)]
+            )
+    for chip in (V5E, V5P):
+        most = [most_shards_by_latency(chip, vocab) for vocab in VOCABS]
+        lines.append([f"latency, {chip.name}, ring", *(f"{m:.0f}" for m in most)])
+    return table(["", *(f"V {vocab}" for vocab in VOCABS)], lines)
+
+
+def facts():
+    """The numbers in the text."""
+    one_ring, two_rings = (
+        chip.flops / (2 * ways * 2 * chip.link) for chip, ways in ((V5E, 1), (V5P, 2))
+    )
+    seconds = MESHES[3].d_kernel()[2]
+    sent = seconds * V5E.dcn * math.prod(MESHES[3].dimensions)
+    lines = [
+        f"d kernel as long as the GEMMs at {one_ring:.0f} tokens on a ring of v5e, "
+        f"{two_rings:.0f} on two of v5p",
+        f"between 16 pods of v5e: {1e3 * seconds:.2f} ms, {sent / 1e9:.2f} GB a pod",
+    ]
+    for vocab, shards, ways in ((32000, 4, 1), (32000, 16, 2)):
+        shares = [
+            (shards - 1) / (most_shards(chip, vocab, ways) - 1) for chip in (V5E, V5P)
+        ]
+        lines.append(
+            f"d hidden ÷ GEMMs, V {vocab}, m = {shards}: {shares[0]:.0%} on v5e, "
+            f"{shares[1]:.0%} on v5p"
+        )
+    rows = 48  # of a chip in a tile, as compiled from plain `jit`
+    tiles = math.ceil(TOKENS / rows)
+    hbm = MESHES[0].hbm() / MESHES[0].tiles * tiles
+    lines.append(f"jit on 4 × 4 v5e: {tiles} tiles, {1e3 * hbm:.0f} ms of HBM")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(step_table(), shards_table(), facts(), sep="\n\n")
