@@ -187,8 +187,9 @@ def launch(args):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    # Else JAX listens on all interfaces, and gRPC may ask a proxy for 127.0.0.1.
-    network = dict(JAX_COORDINATOR_BIND_ADDRESS=address, no_grpc_proxy="127.0.0.1")
+    # gRPC would ask a proxy even for 127.0.0.1, and JAX listen on all interfaces.
+    env = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
+    env["JAX_COORDINATOR_BIND_ADDRESS"] = address
     options = ["--launch=0", f"--coordinator={address}", f"--processes={args.launch}"]
     options += [f"--devices-per-process={args.devices_per_process or 4}"]
     command = [sys.executable, "-u", __file__, *sys.argv[1:], *options]
@@ -198,7 +199,7 @@ def launch(args):
         try:
             for i in range(args.launch):
                 own = [*command, f"--process={i}"]
-                children.append(subprocess.Popen(own, env=os.environ | network, **pipe))
+                children.append(subprocess.Popen(own, env=env, **pipe))
                 jobs[pool.submit(follow, i, children[i])] = i
             for job in futures.as_completed(jobs):
                 if status := job.result():
@@ -235,9 +236,7 @@ def main():
     add("--batch", type=int, default=16)
     add("--length", type=int, default=32)
     add("--vocab", type=int, default=1000)
-    add(
-        "--die-at", type=int, help="rehearsal: in this step, the last process is killed"
-    )
+    add("--die-at", type=int, help="rehearsal: kill the last process there")
     args = parser.parse_args()
     told = {x is not None for x in (args.coordinator, args.processes, args.process)}
     if len(told) == 2:

@@ -67,7 +67,7 @@ def test_loss_and_gradients_in_two_processes(tmp_path):
         inputs = dict(student=student, teacher=teacher)
         inputs |= {k: arguments[k] for k in FLOATS if k in arguments}
         expected = expected_of(student, teacher, divergence=divergence[1], **arguments)
-        for mesh in MESHES:
+        for mesh in MESHES[name]:
             case = prefix(name, mesh)
             grads = jax.tree.map_with_path(
                 lambda path, _, case=case: results.pop(
