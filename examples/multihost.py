@@ -40,7 +40,7 @@ import jaxkl
 
 
 # Seconds that JAX waits for another process: to join, to give a sign of life, to end.
-# After that it ends this one too, and says which it missed.
+# After that it ends this one too, with a message.
 START, HEARTBEAT, SHUTDOWN = 60, 10, 30
 GRACE = 2 * HEARTBEAT  # the launcher's, for the others to say what they saw
 
