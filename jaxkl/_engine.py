@@ -133,8 +133,8 @@ def _run(spec: Spec, operands: Operands, wanted: Operands) -> Tile:
     def tiled(tile):
         return whole if tile >= tokens else ft.partial(_run_tiles, spec, wanted, tile)
 
-    def fitting(tile_bytes):
-        rows = max(tile_bytes // (spec.vocab.width * spec.dtype.itemsize), 1)
+    def fitting(tile_bytes, least=1):
+        rows = max(tile_bytes // (spec.vocab.width * spec.dtype.itemsize), least)
         return tiled(_tile_size(tokens, min(rows // 8 * 8 or rows, _MAX_TILE)))
 
     if spec.tile is not None:
@@ -146,8 +146,9 @@ def _run(spec: Spec, operands: Operands, wanted: Operands) -> Tile:
         half = min(x.values.dtype.itemsize for x in operands[:2]) == 2
         on_cpu, elsewhere = whole if half else fitting(2 * _MIB), whole
     else:
-        # Accelerators: each tile reads and writes the sum of `d kernel`, so make few.
-        on_cpu, elsewhere = fitting(32 * _MIB), fitting(192 * _MIB)
+        # Accelerators: each tile reads and writes the sum of `d kernel`, which takes as
+        # long as the products of some 400 tokens.
+        on_cpu, elsewhere = fitting(32 * _MIB), fitting(192 * _MIB, least=384)
     if on_cpu is elsewhere:
         return whole(operands)
     return jax.lax.platform_dependent(operands, cpu=on_cpu, default=elsewhere)

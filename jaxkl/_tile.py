@@ -177,7 +177,9 @@ def _terms(x, share, plain_log_q, vocab):
 
 def _is_label(labels, like, vocab):
     """`[B, V]`: one True in a row with a label. (A gather would not shard.)"""
-    column = jax.lax.broadcasted_iota(jnp.int32, like.shape, 1) + vocab.start
+    # Made like `like`, whose type may say how it is spread over a mesh.
+    column = jnp.zeros_like(like, jnp.int32) + jnp.arange(vocab.width)[None, :]
+    column += vocab.start
     return jnp.zeros_like(like, bool) if labels is None else column == labels[:, None]
 
 

@@ -181,6 +181,17 @@ def test_sparse_teacher(rng, form, tail):
     assert_source_gradient(student, grad, want_grad, "student", 1e-5)
 
 
+@pytest.mark.parametrize("tail", ["renormalize", "drop", "bucket", "uniform"])
+def test_a_list_of_all_columns_is_the_dense_teacher(rng, tail):
+    """Though padding columns are never listed."""
+    s, t = (rounded(rng, (3, 29)) for _ in range(2))
+    teacher = top_k_teacher(t, 29, tail=tail)
+    value, grad = jax.jit(jax.value_and_grad(sharded("2x4")))(s, teacher)
+    want, want_grad = jax.value_and_grad(distillation_loss)(s, t)
+    assert_close(value, want, 1e-6)
+    assert_close(grad, want_grad, 1e-5)
+
+
 @pytest.mark.parametrize("teacher_form", ["dense", "bucket", "uniform"])
 @pytest.mark.parametrize(
     "layout",
@@ -486,10 +497,12 @@ def test_explicit_axes(rng, spec):
     s, t = (rounded(rng, (8, 24)) for _ in range(2))
     log_q, p = jax.nn.log_softmax(s), jax.nn.softmax(t)
     kl_div = ft.partial(jaxkl.kl_div, reduction="batchmean")
+    more = arguments_of_all_kinds(rng, (8,), 24)
     summed = lambda f: lambda x, y: jnp.sum(f(x, y))
     for loss, args in [
         (ft.partial(distillation_loss, temperature=2.0), (s, t)),
         (ft.partial(distillation_loss, tile=2, reduction="sum"), (s, t)),
+        (ft.partial(distillation_loss, **more), (s, t)),
         (kl_div, (log_q, p)),
         (ft.partial(kl_div, log_target=True), (log_q, jnp.log(p))),
         (summed(jaxkl.losses.kl_divergence), (log_q, p)),
