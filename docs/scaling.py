@@ -215,7 +215,7 @@ def facts():
             f"d hidden ÷ GEMMs, V {vocab}, m = {shards}: {shares[0]:.0%} on v5e, "
             f"{shares[1]:.0%} on v5p"
         )
-    rows = 48  # of a chip in a tile, as compiled from plain `jit`
+    rows = 96  # of a chip in a tile, as compiled from plain `jit`
     tiles = math.ceil(TOKENS / rows)
     hbm = MESHES[0].hbm() / MESHES[0].tiles * tiles
     lines.append(f"jit on 4 × 4 v5e: {tiles} tiles, {1e3 * hbm:.0f} ms of HBM")
