@@ -20,6 +20,7 @@ def zero_unless(condition, x):
 class LogSoftmax(NamedTuple):
     log_probs: jax.Array  # [B, V]
     lse: jax.Array  # [B]
+    shifted: jax.Array  # [B, V]: logits / temperature, less their maximum
 
 
 def log_softmax(vocab, *models) -> list[LogSoftmax]:
@@ -44,7 +45,7 @@ def log_softmax(vocab, *models) -> list[LogSoftmax]:
         peaks.append(peak)
     sums = vocab.sum(*(jnp.sum(jnp.exp(x), axis=-1) for x in shifted))
     return [
-        LogSoftmax(x - jnp.log(total)[:, None], peak + jnp.log(total))
+        LogSoftmax(x - jnp.log(total)[:, None], peak + jnp.log(total), x)
         for x, peak, total in zip(shifted, peaks, sums, strict=True)
     ]
 

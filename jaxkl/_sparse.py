@@ -120,7 +120,7 @@ class SparseTeacher(Source):
     def _slots(self, vocab):
         """Where the slots point, those of no column here out of bounds."""
         rows = jnp.arange(self.indices.shape[0])[:, None]
-        local = self.indices - vocab.start
+        local = self.indices - jnp.asarray(vocab.start, self.indices.dtype)
         here = (self.indices >= 0) & (local >= 0) & (local < vocab.width)
         return rows, jnp.where(here, local, vocab.width)
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from ._compat import to_varying, varying_axes
 from ._divergences import Divergence, ForwardKL
-from ._numerics import entropy, log_softmax, zero_unless
+from ._numerics import entropy, log_softmax, LogSoftmax, zero_unless
 from ._vocabulary import Vocabulary
 
 
@@ -108,12 +108,12 @@ def run_tile(spec: Spec, x: Operands, live: jax.Array) -> Tile:
     log_p, log_q, plain_log_p, plain_log_q = _log_probs(spec, x, s, t)
 
     compare = ft.partial(x.teacher.compare, spec.divergence, vocab=vocab)
-    share, pull = jax.vjp(compare, log_p, log_q.log_probs)
+    share, pull = jax.vjp(compare, log_p.log_probs, log_q.log_probs)
     f_p, f_q = pull(jnp.ones_like(share))
     terms, hit = _terms(x, share, plain_log_q, vocab)
 
     pull_back = ft.partial(_d_logits, x.weights, vocab)
-    d_s, d_student_temperature = pull_back(f_q, log_q.log_probs, x.student_temperature)
+    d_s, d_student_temperature = pull_back(f_q, log_q, x.student_temperature)
     d_t, d_teacher_temperature = pull_back(f_p, log_p, x.teacher_temperature)
     d_s += _d_plain_logits(x.weights, plain_log_q, hit, vocab)
     # 0 · NaN is NaN in a product too: leave out what has no weight and no finite loss.
@@ -128,7 +128,8 @@ def run_tile(spec: Spec, x: Operands, live: jax.Array) -> Tile:
     )
     statistics = None
     if spec.statistics:
-        statistics = _statistics(x.teacher, plain_log_p, plain_log_q.log_probs, vocab)
+        models = plain_log_p.log_probs, plain_log_q.log_probs
+        statistics = _statistics(x.teacher, *models, vocab)
     return Tile(terms, statistics, gradients)
 
 
@@ -154,18 +155,17 @@ def _log_probs(spec, x, s, t) -> Any:
         if spec.statistics:
             models["plain_log_p"] = t, t_peak, None
     found = dict(zip(models, log_softmax(spec.vocab, *models.values()), strict=True))
-    log_p = plain_log_p = t
-    if not x.teacher.is_normalized:
-        log_p = found["log_p"].log_probs
-        plain_log_p = found["plain_log_p"].log_probs if spec.statistics else None
-    return log_p, found["log_q"], plain_log_p, found.get("plain_log_q")
+    if x.teacher.is_normalized:
+        found["log_p"] = found["plain_log_p"] = LogSoftmax(t, jnp.zeros_like(t_peak), t)
+    names = "log_p", "log_q", "plain_log_p", "plain_log_q"
+    return [found.get(name) for name in names]
 
 
 def _terms(x, share, plain_log_q, vocab):
     """All terms that have a weight, and which columns are labels."""
     if plain_log_q is None:
         return Terms(*vocab.sum(share)), None
-    log_q, lse = plain_log_q
+    log_q, lse, _ = plain_log_q
     hit = _is_label(x.labels, log_q, vocab)
     label = -jnp.sum(zero_unless(hit, log_q), axis=-1)
     uniform = -jnp.sum(vocab.mask(log_q), axis=-1) / vocab.size
@@ -178,26 +178,25 @@ def _terms(x, share, plain_log_q, vocab):
 def _is_label(labels, like, vocab):
     """`[B, V]`: one True in a row with a label. (A gather would not shard.)"""
     # Made like `like`, whose type may say how it is spread over a mesh.
-    column = jnp.zeros_like(like, jnp.int32) + jnp.arange(vocab.width)[None, :]
-    column += vocab.start
+    column = jnp.zeros_like(like, jnp.int32) + vocab.columns[None, :]
     return jnp.zeros_like(like, bool) if labels is None else column == labels[:, None]
 
 
-def _d_logits(weights, vocab, f_q, log_q, temperature):
+def _d_logits(weights, vocab, f_q, model, temperature):
     """Gradients of `weight · Σ_v f` to the logits, `[B, V]`, and temperature, `[B]`.
 
     The second is this device's share, as is that to hidden states: both are summed
     over devices outside, once.
     """
     (sum_f_q,) = vocab.sum(jnp.sum(f_q, axis=-1))
-    inner = f_q - jnp.exp(log_q) * sum_f_q[:, None]
+    inner = f_q - jnp.exp(model.log_probs) * sum_f_q[:, None]
     weight = weights.divergence
     if temperature is None:
         return weigh(weight[:, None], inner), None
     weight = weight / temperature
-    # ∂D/∂T = -Σ inner · z / T; as Σ inner = 0, log q may stand for z, with fewer digits
-    # to cancel. Where `inner` is 0, z may be infinite.
-    d_temperature = -jnp.sum(inner * zero_unless(inner != 0, log_q), axis=-1)
+    # ∂D/∂T = -Σ inner · z / T; as Σ inner = 0, z may be less its maximum, with fewer
+    # digits to cancel. Where `inner` is 0, z may be infinite.
+    d_temperature = -jnp.sum(inner * zero_unless(inner != 0, model.shifted), axis=-1)
     return weigh(weight[:, None], inner), weigh(weight, d_temperature)
 
 
@@ -206,7 +205,7 @@ def _d_plain_logits(weights, plain_log_q, hit, vocab):
     if plain_log_q is None:
         return 0
     parts = []
-    log_q, lse = plain_log_q
+    log_q, lse, _ = plain_log_q
     q = jnp.exp(log_q)
     if weights.label is not None:
         parts.append(weigh(weights.label[:, None], q - hit.astype(q.dtype)))
@@ -232,5 +231,5 @@ def _argmax(x, vocab):
     """The first column that holds the maximum, `[B]`."""
     here = jnp.max(x, axis=-1)
     (top,) = vocab.max(here)
-    column = jnp.argmax(x, axis=-1) + vocab.start
+    column = jax.lax.argmax(x, 1, jnp.int32) + vocab.start
     return vocab.min(jnp.where(here == top, column, vocab.size))

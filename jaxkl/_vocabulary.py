@@ -58,11 +58,16 @@ class Vocabulary:
         return jax.lax.axis_index(self.axis_name) * self.width
 
     @property
+    def columns(self):
+        """Their numbers, `[width]`."""
+        return jnp.arange(self.width, dtype=jnp.int32) + self.start
+
+    @property
     def valid(self):
         """Columns that are no padding, `[width]`; None: all."""
         if self.width * self.shards == self.size:
             return None
-        return jnp.arange(self.width) < self.size - self.start
+        return self.columns < self.size
 
     def mask(self, x):
         """0 in padding, whatever `x`, `[..., width]`, holds there."""

@@ -132,7 +132,7 @@ def assert_matches(
     return value, grads
 
 
-def assert_gradient(name, grad, expected, tol, cotangent=1.0):
+def assert_gradient(name, grad, expected, tol, cotangent=1.0, rounding=0.0):
     """To `tol` of the largest entry; for temperature and weights, also of the loss.
 
     `T² D` hardly depends on T, nor a mean on a weight: the slope is a difference of two
@@ -145,7 +145,7 @@ def assert_gradient(name, grad, expected, tol, cotangent=1.0):
         scale = max(scale, np.max(loss, where=np.isfinite(loss), initial=0.0))
     # Below these are float16's steps near 0, and the oracle's rounding of a true 0.
     floor = float(jnp.finfo(grad.dtype).smallest_subnormal) + 1e-17
-    atol = tol * scale + floor
+    atol = tol * scale + floor + rounding
     np.testing.assert_allclose(
         np.asarray(grad, np.float64), want, rtol=0, atol=atol, err_msg=name
     )

@@ -6,8 +6,9 @@ import numpy as np
 TOLERANCE = {"float32": (1e-6, 1e-5), "bfloat16": (1e-2, 1e-2), "float16": (1e-3, 1e-3)}
 
 
-def assert_close(actual, expected, tol, name=""):
+def assert_close(actual, expected, tol, name="", floor=0.0):
     """Checks to `tol` of the largest entry, so a zero `actual` never passes."""
     actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))
     scale = np.max(np.abs(expected), where=np.isfinite(expected), initial=0.0)
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=tol * scale, err_msg=name)
+    atol = tol * scale + floor
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=atol, err_msg=name)

@@ -115,11 +115,15 @@ def test_drawn_inputs(
     # Log-probabilities are rounded to digits of their own size, not of the small
     # differences between models or columns that make the loss.
     conditioned = 1e-6 * (1 + scale) / min(scale, noise or 1.0)
-    assert_close(value, expected.loss, max(5e-6, conditioned), "value")
+    # The cross-entropy of a label that is nearly certain is a small difference of
+    # numbers of order one; and where student = teacher the oracle's own rounding is all.
+    rounding = 1e-17 if alpha == 1.0 else 4e-7 * max(weights)
+    assert_close(value, expected.loss, max(5e-6, conditioned), "value", rounding)
     for argument in ARGUMENTS:
         grad = grads[argument]
         assert grad.dtype == floats[argument].dtype
         assert grad.shape == floats[argument].shape
         assert np.isfinite(grad).all()
         tol = max(TOLERANCE[str(grad.dtype)][1], 3e-5, conditioned)
-        assert_gradient(argument, grad, expected, tol, g)
+        slope = rounding * (1 + scale) * float(np.max(np.abs(g)))
+        assert_gradient(argument, grad, expected, tol, g, slope)

@@ -106,7 +106,9 @@ def test_all_arguments(rng, form, reduction):
 
 
 @pytest.mark.parametrize("form", ["dense", "heads"])
-@pytest.mark.parametrize("vocab, tokens", [(1, 1), (3, 8), (700, 7), (1001, 33)])
+@pytest.mark.parametrize(
+    "vocab, tokens", [(1, 1), pytest.param(3, 8, marks=SLOW), (700, 7), (1001, 33)]
+)
 def test_odd_sizes_and_tiles(rng, form, vocab, tokens):
     student, teacher = sources(rng, form, (tokens,), vocab)
     value, _ = evaluate(student, teacher, loss=sharded("2x4"), tile=3, temperature=2.0)
@@ -490,7 +492,9 @@ def test_plain_jit_gathers_no_logits_and_no_head(rng, form, tile):
             assert "128" not in shape and "512" not in shape, (name, shape)
 
 
-@pytest.mark.parametrize("spec", [P("data"), P("data", "model")])
+@pytest.mark.parametrize(
+    "spec", [pytest.param(P("data"), marks=SLOW), P("data", "model")]
+)
 def test_explicit_axes(rng, spec):
     """Dense losses on arrays whose type holds their sharding, under plain `jit`."""
     mesh = mesh_of("2x4", AxisType.Explicit)
