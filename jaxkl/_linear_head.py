@@ -108,9 +108,8 @@ class LinearHead(Source):
         d_product = _as_operand(d_x * self.scale, self.hidden, self.kernel)
         dtype = d_logits.dtype
         d_hidden = _dot(d_product[:, : used.shape[-1]], used, (1, 1), dtype)
-        # A token without weight may hold NaN, and 0 · NaN is NaN.
+        # A token without weight may hold NaN, and 0 · NaN is NaN; its `d_logits` are 0.
         hidden = zero_unless(live[:, None], self.hidden)
-        d_product = zero_unless(live[:, None], d_product)
         d_kernel = _dot(hidden, d_product, (0, 0), dtype)
         return dataclasses.replace(
             self,

@@ -116,7 +116,7 @@ def test_drawn_inputs(
     # differences between models or columns that make the loss.
     conditioned = 1e-6 * (1 + scale) / min(scale, noise or 1.0)
     # The cross-entropy of a label that is nearly certain is a small difference of
-    # numbers of order one; and where student = teacher the oracle's own rounding is all.
+    # numbers of order one; at student = teacher there is only the oracle's rounding.
     rounding = 1e-17 if alpha == 1.0 else 4e-7 * max(weights)
     assert_close(value, expected.loss, max(5e-6, conditioned), "value", rounding)
     for argument in ARGUMENTS:
