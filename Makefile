@@ -14,7 +14,7 @@ distill: .venv/.train  ## train a teacher, distil a student: table and picture
 	$(BIN)/python examples/digits.py $(ARGS)
 
 test: .venv-test/.test  ## the test suite and the doctests
-	$(TEST)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
+	$(TEST)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow" $(ARGS)
 
 test-slow: .venv-test/.test  ## the rare heavy cases
 	$(TEST)/python -m pytest -n $(WORKERS) -m slow $(ARGS)

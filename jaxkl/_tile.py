@@ -193,7 +193,8 @@ def _d_logits(weights, vocab, f_q, model, temperature):
     weight = weights.divergence
     if temperature is None:
         return weigh(weight[:, None], inner), None
-    weight = weight / temperature
+    # A token without weight, or of padding, may have no temperature.
+    weight = weigh(weight, 1 / temperature)
     # ∂D/∂T = -Σ inner · z / T; as Σ inner = 0, z may be less its maximum, with fewer
     # digits to cancel. Where `inner` is 0, z may be infinite.
     d_temperature = -jnp.sum(inner * zero_unless(inner != 0, model.shifted), axis=-1)

@@ -13,6 +13,7 @@ from .tpu_programs import CASES, PLAIN
 
 
 TIMEOUT = 600
+pytestmark = pytest.mark.xdist_group("tpu")  # one worker: it compiles once
 
 
 @pytest.fixture(scope="module")
