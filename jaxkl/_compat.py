@@ -1,4 +1,4 @@
-"""The few places where JAX versions differ."""
+"""What JAX says of meshes and devices; the few places where its versions differ."""
 
 from collections.abc import Iterable
 
@@ -35,7 +35,7 @@ def zeros(like, shape: tuple[int, ...]) -> jax.Array:
     return to_varying(jnp.zeros(shape, like.dtype), varying_axes(like))
 
 
-def explicit_axes(mesh) -> bool:
+def has_explicit_axes(mesh) -> bool:
     """Whether arrays on the mesh carry their sharding in their type."""
     return any(t == jax.sharding.AxisType.Explicit for t in mesh.axis_types)
 

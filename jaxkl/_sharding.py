@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec as P
 
-from ._compat import explicit_axes
+from ._compat import has_explicit_axes
 from ._engine import weighted_loss
 from ._tile import Operands, Spec
 from ._vocabulary import Vocabulary
@@ -124,6 +124,6 @@ def _specs(operands, layout) -> Any:
 
 def _placed(layout, x, spec):
     """Explicitly sharded axes want it said; others, XLA moves by itself."""
-    if not explicit_axes(layout.mesh):
+    if not has_explicit_axes(layout.mesh):
         return x
     return jax.sharding.reshard(x, jax.sharding.NamedSharding(layout.mesh, spec))

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 
 
@@ -12,3 +15,15 @@ def assert_close(actual, expected, tol, name="", floor=0.0):
     scale = np.max(np.abs(expected), where=np.isfinite(expected), initial=0.0)
     atol = tol * scale + floor
     np.testing.assert_allclose(actual, expected, rtol=0, atol=atol, err_msg=name)
+
+
+def run_python(*arguments):
+    """A program as a user runs it; its warnings are errors."""
+    command = [sys.executable, "-W", "error", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300)
+
+
+def run_with(patch, program, *arguments):
+    """The program, after a line of Python has put something wrong in its way."""
+    code = f"{patch};import runpy;runpy.run_path({str(program)!r}, run_name='__main__')"
+    return run_python("-c", code, *arguments)

@@ -1,24 +1,19 @@
 """The example of a loss from hidden states, as a user runs it."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from .helpers import run_python, run_with
 
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "fused_head.py"
 SMALL = "--length 128 --steps 2".split()
 
 
-def run(*arguments):
-    command = [sys.executable, "-W", "error", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300)
-
-
 def test_fused_head():
-    result = run(EXAMPLE, *SMALL)
+    result = run_python(EXAMPLE, *SMALL)
     assert result.returncode == 0, result.stdout + result.stderr
     lines = result.stdout.splitlines()
     assert max(map(len, lines)) <= 80
@@ -33,12 +28,11 @@ def test_fused_head():
 
 @pytest.mark.slow
 def test_fused_head_fails_if_the_forms_differ():
-    code = (
-        "import jaxkl, runpy;"
+    patch = (
+        "import jaxkl;"
         "Head = jaxkl.LinearHead;"
-        "jaxkl.LinearHead = lambda hidden, kernel: Head(1.001 * hidden, kernel);"
-        f"runpy.run_path({str(EXAMPLE)!r}, run_name='__main__')"
+        "jaxkl.LinearHead = lambda hidden, kernel: Head(1.001 * hidden, kernel)"
     )
-    result = run("-c", code, *"--vocab 256 --length 16 --steps 1".split())
+    result = run_with(patch, EXAMPLE, *"--vocab 256 --length 16 --steps 1".split())
     assert result.returncode == 1, result.stdout + result.stderr
     assert "NOT the same" in result.stderr

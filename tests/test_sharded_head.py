@@ -1,19 +1,14 @@
 """The example of a head that is spread over devices, as a user runs it."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from .helpers import run_python, run_with
+
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "sharded_head.py"
-
-
-def run(*arguments):
-    command = [sys.executable, "-W", "error", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300)
 
 
 @pytest.mark.parametrize(
@@ -24,7 +19,7 @@ def run(*arguments):
     ],
 )
 def test_same_losses_as_on_one_device(options, part):
-    result = run(EXAMPLE, *options.split())
+    result = run_python(EXAMPLE, *options.split())
     assert result.returncode == 0, result.stdout + result.stderr
     lines = result.stdout.splitlines()
     assert lines[0].startswith("8 cpu devices") and "same" in lines[-1]
@@ -36,12 +31,11 @@ def test_same_losses_as_on_one_device(options, part):
 
 
 def test_it_fails_if_the_losses_differ():
-    code = (
-        "import jaxkl, runpy;"
+    patch = (
+        "import jaxkl;"
         "loss = jaxkl.sharded_distillation_loss;"
-        "jaxkl.sharded_distillation_loss = lambda *x, **y: 1.001 * loss(*x, **y);"
-        f"runpy.run_path({str(EXAMPLE)!r}, run_name='__main__')"
+        "jaxkl.sharded_distillation_loss = lambda *x, **y: 1.001 * loss(*x, **y)"
     )
-    result = run("-c", code, *"--vocab 64 --tokens 16 --steps 1".split())
+    result = run_with(patch, EXAMPLE, *"--vocab 64 --tokens 16 --steps 1".split())
     assert result.returncode == 1, result.stdout + result.stderr
     assert "NOT the same" in result.stderr
