@@ -178,7 +178,8 @@ def _term_weights(
         # A token without weight may hold NaN: keep its divergence off temperature's
         # gradient.
         squared = temperature * temperature
-        divergence *= jnp.where(weight != 0, squared, jax.lax.stop_gradient(squared))
+        known = zero_unless(jnp.isfinite(squared), squared)
+        divergence *= jnp.where(weight != 0, squared, jax.lax.stop_gradient(known))
     label = uniform = lse_squared = None
     if labels is not None and has_cross_entropy:
         valid = (labels >= 0) & (labels < vocab_size)

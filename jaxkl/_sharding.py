@@ -106,12 +106,6 @@ def _padded(operands, layout):
     if more:
         rows = lambda x: jnp.pad(x, ((0, more),) + ((0, 0),) * (x.ndim - 1))
         operands = operands.map_tokens(rows)
-        # No division by 0 there.
-        ones = lambda x: None if x is None else x.at[tokens:].set(1)
-        operands = operands._replace(
-            student_temperature=ones(operands.student_temperature),
-            teacher_temperature=ones(operands.teacher_temperature),
-        )
     return operands
 
 

@@ -450,6 +450,23 @@ def test_second_order(rng, divergence, reference, reduction):
     assert_close(jax.jit(jax.jacrev(jax.grad(fused)))(flat), hessian, 1e-5)
 
 
+@pytest.mark.parametrize("bad", [0.0, np.nan])
+@pytest.mark.parametrize("tile", [None, 2])
+def test_a_token_without_weight_needs_no_temperature(rng, bad, tile):
+    student, teacher = make_head(rng, (5,), 4, 11), make_head(rng, (5,), 3, 11)
+    weights = jnp.ones(5).at[1].set(0)
+    grad = jax.jit(
+        jax.grad(
+            lambda head, temperature: distillation_loss(
+                head, teacher, temperature=temperature, weights=weights, tile=tile
+            )
+        )
+    )
+    good = jnp.full(5, 2.0)
+    actual = grad(student, good.at[1].set(bad))
+    assert_source_gradient(student, actual, grad(student, good), "student")
+
+
 def test_one_trace_for_repeated_calls(rng):
     traces = 0
 
