@@ -6,11 +6,10 @@ import jax
 import numpy as np
 
 from . import losses
-from .harness import Cell, jax_work, measure, Peer, Result, Target, time_ratio
+from .harness import against_peers, Cell, jax_work, measure, Peer, Result
 from .torch_peers import torch_peers
 
 
-OTHERS = ("plain JAX", "optax", "ejkernel", "torch eager")
 BOUNDS = {  # time against torch.compile, and against the best of the others
     "forward-kl": (1.0, 0.6),
     "reverse-kl": (0.8, 0.8),
@@ -40,17 +39,7 @@ def run(name, settings):
         *torch_peers(partial(losses.with_torch, name), arrays, 1, expected),
     ]
     rows = measure(peers, settings)
-    compiled, others = BOUNDS[name]
-    ratios = [time_ratio(rows, "jaxkl", other) for other in OTHERS]
-    best = max((x for x in ratios if x is not None), default=None)  # the fastest one's
-    targets = [
-        Target("time ÷ the best of " + ", ".join(OTHERS), best, others),
-        Target(
-            "time ÷ torch.compile",
-            time_ratio(rows, "jaxkl", "torch.compile"),
-            compiled,
-        ),
-    ]
+    targets = against_peers(rows, *BOUNDS[name])
     return Result(rows, targets, ("plain JAX", "torch.compile"))
 
 

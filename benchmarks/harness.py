@@ -176,3 +176,20 @@ def ratio(rows, key, peer, base):
     """Of one fact of two peers, or None where either is not there."""
     x, y = find(rows, peer).get(key), find(rows, base).get(key)
     return None if x is None or y is None else x / y
+
+
+OTHERS = ("plain JAX", "optax", "ejkernel", "torch eager")
+
+
+def against_peers(rows, compiled, others):
+    """Bounds of jaxkl's time, against torch.compile and the fastest of the others."""
+    ratios = {name: time_ratio(rows, "jaxkl", name) for name in OTHERS}
+    present = {name: x for name, x in ratios.items() if x is not None}
+    best = max(present, key=present.get, default=None)
+    targets = [
+        Target(f"time ÷ the best of the others ({best})", present.get(best), others)
+    ]
+    if compiled is not None:
+        value = time_ratio(rows, "jaxkl", "torch.compile")
+        targets.append(Target("time ÷ torch.compile", value, compiled))
+    return targets

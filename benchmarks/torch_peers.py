@@ -17,6 +17,9 @@ def torch_work(f, arrays, with_gradient, compile):
         f = torch.compile(f, dynamic=False)
 
     def run():
+        if not with_gradient:
+            with torch.no_grad():
+                return f(*inputs).numpy(), []
         value = f(*inputs)
         gradients = torch.autograd.grad(value, inputs[:with_gradient])
         return value.detach().numpy(), [x.numpy() for x in gradients]
