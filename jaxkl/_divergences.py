@@ -7,18 +7,51 @@ a user's own function of this form works wherever these do.
 
 import dataclasses
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from ._terms import alpha_term, kl_term, log_mixture, log_ratio_of
+from ._numerics import Outcomes
+from ._terms import alpha_term, kl_term, log_ratio_of, mixture
 
 
 Divergence = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def _forward_kl(log_p, log_q):
-    return kl_term(log_p, log_q, log_ratio_of(log_p, log_q))
+class _Divergence:
+    """Base of the catalogue: `of` is the divergence where probabilities are known."""
+
+    # Of distributions that sum to 1, `Σ_v ∂f/∂log q_v` as a multiple of the divergence,
+    # which is then the more accurate of the two; None: it is no multiple.
+    slope_share: ClassVar[float | None] = None
+
+    def of(self, p: Outcomes, q: Outcomes) -> jax.Array:
+        raise NotImplementedError
+
+    def __call__(self, log_p, log_q):
+        return self.of(Outcomes.of_log(log_p), Outcomes.of_log(log_q))
+
+
+def _catalogued(divergence) -> _Divergence | None:
+    """None for a function of a user's, and a subclass that has a formula of its own."""
+    own = isinstance(divergence, _Divergence)
+    return divergence if own and type(divergence).__module__ == __name__ else None
+
+
+def evaluate(divergence: Divergence, p: Outcomes, q: Outcomes) -> jax.Array:
+    """`divergence(log p, log q)`, without an exponential if it can be had so."""
+    known = _catalogued(divergence)
+    return divergence(p.log, q.log) if known is None else known.of(p, q)
+
+
+def slope_share(divergence: Divergence) -> float | None:
+    known = _catalogued(divergence)
+    return None if known is None else known.slope_share
+
+
+def _kl(p, q):
+    return kl_term(p, q, log_ratio_of(p, q))
 
 
 def _check_number(name, value, low, high, *, open_low=False, open_high=False):
@@ -34,7 +67,7 @@ def _check_number(name, value, low, high, *, open_low=False, open_high=False):
 
 
 @dataclasses.dataclass(frozen=True)
-class ForwardKL:
+class ForwardKL(_Divergence):
     r"""Forward KL divergence $\mathrm{KL}(p \,\|\, q)$ of the student from the teacher.
 
     $$ D = \sum_v p_v \log \frac{p_v}{q_v}
@@ -55,12 +88,14 @@ class ForwardKL:
       Network](https://arxiv.org/abs/1503.02531), 2015.
     """
 
-    def __call__(self, log_p, log_q):
-        return _forward_kl(log_p, log_q)
+    slope_share = 0.0
+
+    def of(self, p, q):
+        return _kl(p, q)
 
 
 @dataclasses.dataclass(frozen=True)
-class ReverseKL:
+class ReverseKL(_Divergence):
     r"""Reverse KL divergence $\mathrm{KL}(q \,\|\, p)$ of the teacher from the student.
 
     $$ D = \sum_v q_v \log \frac{q_v}{p_v}, \qquad
@@ -73,12 +108,14 @@ class ReverseKL:
       Models](https://arxiv.org/abs/2306.08543), 2023.
     """
 
-    def __call__(self, log_p, log_q):
-        return _forward_kl(log_q, log_p)
+    slope_share = 1.0
+
+    def of(self, p, q):
+        return _kl(q, p)
 
 
 @dataclasses.dataclass(frozen=True)
-class SymmetricKL:
+class SymmetricKL(_Divergence):
     r"""$w\,\mathrm{KL}(p \,\|\, q) + (1 - w)\,\mathrm{KL}(q \,\|\, p)$.
 
     Jeffreys' divergence is twice its value at `weight=0.5`.
@@ -96,18 +133,18 @@ class SymmetricKL:
     def __post_init__(self):
         _check_number("weight", self.weight, 0, 1)
 
-    def __call__(self, log_p, log_q):
+    def of(self, p, q):
         # An end of the interval leaves out the other term, which may be infinite.
         if self.weight == 1:
-            return _forward_kl(log_p, log_q)
+            return _kl(p, q)
         if self.weight == 0:
-            return _forward_kl(log_q, log_p)
-        forward, reverse = _forward_kl(log_p, log_q), _forward_kl(log_q, log_p)
+            return _kl(q, p)
+        forward, reverse = _kl(p, q), _kl(q, p)
         return self.weight * forward + (1 - self.weight) * reverse
 
 
 @dataclasses.dataclass(frozen=True)
-class JensenShannon:
+class JensenShannon(_Divergence):
     r"""Generalised Jensen-Shannon divergence, with the weights of TRL and Liger.
 
     $$ m = \beta p + (1 - \beta) q, \qquad
@@ -135,22 +172,22 @@ class JensenShannon:
         ends = not self.normalized
         _check_number("beta", self.beta, 0, 1, open_low=ends, open_high=ends)
 
-    def __call__(self, log_p, log_q):
+    def of(self, p, q):
         beta = self.beta
         if beta == 0:
-            return _forward_kl(log_p, log_q)
+            return _kl(p, q)
         if beta == 1:
-            return _forward_kl(log_q, log_p)
-        log_m, log_m_over_p, log_m_over_q = log_mixture(log_p, log_q, beta)
-        p_term = kl_term(log_p, log_m, log_m_over_p)
-        q_term = kl_term(log_q, log_m, log_m_over_q)
+            return _kl(q, p)
+        m, log_m_over_p, log_m_over_q = mixture(p, q, beta)
+        p_term = kl_term(p, m, log_m_over_p)
+        q_term = kl_term(q, m, log_m_over_q)
         if self.normalized:
             return p_term / (1 - beta) + q_term / beta
         return beta * p_term + (1 - beta) * q_term
 
 
 @dataclasses.dataclass(frozen=True)
-class SkewForwardKL:
+class SkewForwardKL(_Divergence):
     r"""Skewed forward KL, $\mathrm{KL}(p \,\|\, \alpha p + (1 - \alpha) q)$.
 
     Finite for $\alpha > 0$, with a bounded gradient.
@@ -168,15 +205,15 @@ class SkewForwardKL:
     def __post_init__(self):
         _check_number("alpha", self.alpha, 0, 1, open_high=True)
 
-    def __call__(self, log_p, log_q):
+    def of(self, p, q):
         if self.alpha == 0:
-            return _forward_kl(log_p, log_q)
-        log_m, log_m_over_p, _ = log_mixture(log_p, log_q, self.alpha)
-        return kl_term(log_p, log_m, log_m_over_p)
+            return _kl(p, q)
+        m, log_m_over_p, _ = mixture(p, q, self.alpha)
+        return kl_term(p, m, log_m_over_p)
 
 
 @dataclasses.dataclass(frozen=True)
-class SkewReverseKL:
+class SkewReverseKL(_Divergence):
     r"""Skewed reverse KL, $\mathrm{KL}(q \,\|\, (1 - \alpha) p + \alpha q)$.
 
     Finite for $\alpha > 0$, with a bounded gradient.
@@ -194,12 +231,12 @@ class SkewReverseKL:
     def __post_init__(self):
         _check_number("alpha", self.alpha, 0, 1, open_high=True)
 
-    def __call__(self, log_p, log_q):
-        return SkewForwardKL(self.alpha)(log_q, log_p)
+    def of(self, p, q):
+        return SkewForwardKL(self.alpha).of(q, p)
 
 
 @dataclasses.dataclass(frozen=True)
-class TotalVariation:
+class TotalVariation(_Divergence):
     r"""Total variation distance $\tfrac12 \sum_v |p_v - q_v|$, in [0, 1].
 
     Its gradient is taken as 0 where $p_v = q_v$.
@@ -209,14 +246,14 @@ class TotalVariation:
       Distillation](https://arxiv.org/abs/2307.15190), 2023.
     """
 
-    def __call__(self, log_p, log_q):
-        difference = jnp.exp(log_p) - jnp.exp(log_q)
+    def of(self, p, q):
+        difference = p.prob - q.prob
         # Not `jnp.abs`, whose derivative at 0 is 1 or -1.
         return jnp.sign(difference) * difference / 2
 
 
 @dataclasses.dataclass(frozen=True)
-class AlphaDivergence:
+class AlphaDivergence(_Divergence):
     r"""Amari's alpha-divergence.
 
     $$ D = \frac{\sum_v p_v^\alpha q_v^{1 - \alpha} - 1}{\alpha (\alpha - 1)}, $$
@@ -239,5 +276,5 @@ class AlphaDivergence:
         limit = float("inf")
         _check_number("alpha", self.alpha, -limit, limit, open_low=True, open_high=True)
 
-    def __call__(self, log_p, log_q):
-        return alpha_term(log_p, log_q, float(self.alpha))
+    def of(self, p, q):
+        return alpha_term(p, q, float(self.alpha))

@@ -177,7 +177,9 @@ def _run_tiles(spec, wanted, tile, operands):
     tokens = operands.weights.divergence.shape[0]
     tiles = (Strided if _can_stride(operands) else Blocks)(tokens, tile)
     is_shared = _shared(operands)
-    inputs = operands.map_tokens(tiles.arrange)
+    student, teacher = (x.with_peak(spec.vocab) for x in operands[:2])
+    inputs = operands._replace(student=student, teacher=teacher)
+    inputs = inputs.map_tokens(tiles.arrange)
 
     def run(i):
         result = run_tile(

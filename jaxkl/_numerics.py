@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 
 
+_LOWEST = -1e30  # of logits, less their maximum: e^x is 0 there at any temperature
+
+
 def loss_dtype(*arrays) -> jnp.dtype:
     """Dtype of statistics and losses: float64 if an array is, else float32."""
     is_double = any(x is not None and x.dtype == jnp.float64 for x in arrays)
@@ -17,15 +20,50 @@ def zero_unless(condition, x):
     return jnp.where(condition, x, jnp.zeros_like(x))
 
 
-class LogSoftmax(NamedTuple):
-    log_probs: jax.Array  # [B, V]
+class Outcomes(NamedTuple):
+    """Logarithms of probabilities, with the probabilities: an exponential costs as
+    much as all the rest of a divergence."""
+
+    log: jax.Array
+    prob: jax.Array
+
+    @classmethod
+    def of_log(cls, log):
+        return cls(log, jnp.exp(log))
+
+    @classmethod
+    def known(cls, log, prob):
+        """As a function of `log`, though `prob` is there already."""
+        return cls(log, _known_exp(log, prob))
+
+
+@jax.custom_jvp
+def _known_exp(x, exp_x):
+    del x
+    return exp_x
+
+
+@_known_exp.defjvp
+def _known_exp_jvp(primals, tangents):
+    x, exp_x = primals
+    return _known_exp(x, exp_x), exp_x * tangents[0]
+
+
+class Softmax(NamedTuple):
+    """Of a tile, all but `lse` `[B, V]`."""
+
+    log: jax.Array
+    prob: jax.Array
     lse: jax.Array  # [B]
-    shifted: jax.Array  # [B, V]: logits / temperature, less their maximum
+    shifted: jax.Array  # logits / temperature, less their maximum
+
+    @property
+    def outcomes(self):
+        return Outcomes(self.log, self.prob)
 
 
-def log_softmax(vocab, *models) -> list[LogSoftmax]:
-    """Of each `(logits, peak, temperature)`: log-probabilities, `[B, V]`, of
-    `logits / temperature`, and their normaliser, `[B]`.
+def softmax(vocab, *models) -> list[Softmax]:
+    """Of each `(logits, peak, temperature)`: that of `logits / temperature`.
 
     `peak`, `[B]`, is the largest logit of the vocabulary. It is subtracted before the
     division, where the difference of two near logits is exact; a constant added to all
@@ -35,22 +73,30 @@ def log_softmax(vocab, *models) -> list[LogSoftmax]:
     for logits, peak, temperature in models:
         # A row of -inf only, or one with +inf, has no softmax: NaN comes from `logits`.
         peak = jnp.where(jnp.abs(peak) == jnp.inf, jnp.zeros_like(peak), peak)
-        x = logits - peak[:, None]
+        # Finite, as the second derivative of -inf / T would be NaN. A maximum, not a
+        # select: XLA on CPU then fuses all this with the sum.
+        x = jnp.maximum(logits - peak[:, None], _LOWEST)
         if temperature is not None:
-            # Only the finite entries: the second derivative of -inf / T would be NaN.
-            absent = x == -jnp.inf
-            tempered = zero_unless(~absent, x) / temperature[:, None]
-            x, peak = jnp.where(absent, -jnp.inf, tempered), peak / temperature
+            x, peak = x / temperature[:, None], peak / temperature
         shifted.append(x)
         peaks.append(peak)
-    sums = vocab.sum(*(jnp.sum(jnp.exp(x), axis=-1) for x in shifted))
-    return [
-        LogSoftmax(x - jnp.log(total)[:, None], peak + jnp.log(total), x)
-        for x, peak, total in zip(shifted, peaks, sums, strict=True)
-    ]
+    exps = [jnp.exp(x) for x in shifted]
+    sums = vocab.sum(*(jnp.sum(e, axis=-1) for e in exps))
+    results = []
+    for i, (logits, *_) in enumerate(models):
+        log_total = jnp.log(sums[i])
+        x = jnp.where(logits == -jnp.inf, -jnp.inf, shifted[i])
+        results.append(
+            Softmax(
+                x - log_total[:, None],
+                exps[i] / sums[i][:, None],
+                peaks[i] + log_total,
+                x,
+            )
+        )
+    return results
 
 
-def entropy(log_probs):
+def entropy(x: Outcomes):
     """`-Σ_v p log p` with `0 log 0 = 0`, `[B]`, from `[B, V]`."""
-    finite = zero_unless(log_probs > -jnp.inf, log_probs)
-    return -jnp.sum(jnp.exp(log_probs) * finite, axis=-1)
+    return -jnp.sum(x.prob * zero_unless(x.log > -jnp.inf, x.log), axis=-1)

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from ._numerics import entropy, zero_unless
+from ._divergences import evaluate, slope_share
+from ._numerics import entropy, Outcomes, zero_unless
 from ._vocabulary import Vocabulary
 
 
@@ -75,6 +76,15 @@ class Source:
         """
         raise NotImplementedError
 
+    def with_peak(self, vocab: Vocabulary) -> Self:
+        """With what is cheaper found for all tokens at once than in each tile."""
+        del vocab
+        return self
+
+    def peak(self, logits: jax.Array) -> jax.Array:
+        """The largest logit of the columns at hand, `[B]`."""
+        return jnp.max(logits, axis=-1)
+
     @property
     def is_normalized(self) -> bool:
         """As a teacher: whether the logits are log-probabilities already."""
@@ -82,15 +92,19 @@ class Source:
 
     # The two below are this device's shares: `vocab.sum` of them is the whole.
 
-    def compare(self, divergence, log_p, log_q, vocab: Vocabulary) -> jax.Array:
+    def compare(self, divergence, p: Outcomes, q: Outcomes, vocab: Vocabulary):
         """As a teacher: the divergence from it of each token, `[B]`."""
-        f = divergence(vocab.mask(log_p), vocab.mask(log_q))
-        return jnp.sum(vocab.mask(f), axis=-1)
+        p, q = jax.tree.map(vocab.mask, (p, q))
+        return jnp.sum(vocab.mask(evaluate(divergence, p, q)), axis=-1)
 
-    def entropy(self, log_p: jax.Array, vocab: Vocabulary) -> jax.Array:
+    def slope_share(self, divergence) -> float | None:
+        """As a teacher: `Σ_v ∂f/∂log q_v` as a multiple of the divergence, if it is."""
+        return slope_share(divergence)
+
+    def entropy(self, p: Outcomes, vocab: Vocabulary) -> jax.Array:
         """As a teacher: its entropy, `[B]`, in nats."""
         del vocab
-        return entropy(log_p)
+        return entropy(p)
 
 
 @jax.tree_util.register_dataclass
@@ -99,6 +113,7 @@ class Logits(Source):
     """Logits that exist already, `[B, V]`."""
 
     values: Any
+    peaks: Any = None  # [B]; None: not known yet
 
     is_dense: ClassVar[bool] = True
 
@@ -114,6 +129,13 @@ class Logits(Source):
 
     def logits(self, dtype, vocab):
         return vocab.fit(self.values).astype(dtype)
+
+    def with_peak(self, vocab):
+        peaks = jnp.max(vocab.fit(self.values), axis=-1)
+        return Logits(self.values, jax.lax.stop_gradient(peaks))
+
+    def peak(self, logits):
+        return super().peak(logits) if self.peaks is None else self.peaks
 
     def pull(self, logits, d_logits, live):
         del logits, live

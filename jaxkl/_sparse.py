@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from . import _checks as check
-from ._divergences import ForwardKL
-from ._numerics import entropy, log_softmax, loss_dtype, zero_unless
+from ._divergences import evaluate, ForwardKL
+from ._numerics import entropy, loss_dtype, Outcomes, softmax, zero_unless
 from ._sources import Source
 from ._vocabulary import Vocabulary
 
@@ -68,71 +68,96 @@ class SparseTeacher(Source):
         return self.map_fields(lambda *_: P(token_axes or None, None))
 
     def logits(self, dtype, vocab):
-        """Log-probabilities, -inf outside the list: a softmax renormalises them."""
-        shape = (self.indices.shape[0], vocab.width)
-        at = self._slots(vocab)
-        log_probs = jnp.where(self.indices < 0, -jnp.inf, self.log_probs.astype(dtype))
-        # The largest of a column, then the sum relative to it: exact for a single one.
-        top = jnp.full(shape, -jnp.inf, dtype).at[at].max(log_probs, mode="drop")
-        top_here = top.at[at].get(mode="fill", fill_value=-jnp.inf)
-        share = zero_unless(log_probs > -jnp.inf, jnp.exp(log_probs - top_here))
-        total = jnp.zeros(shape, dtype).at[at].add(share, mode="drop")
-        listed = top + jnp.log(jnp.maximum(total, 1))
-        if self.tail != "uniform":
-            return listed
-        outside = vocab.mask(~self._listed(vocab))
-        (number,) = vocab.sum(jnp.sum(outside, axis=-1, dtype=dtype))
-        rest = _log(_rest(listed, vocab) / jnp.maximum(number, 1))
-        return jnp.where(outside, rest[:, None], listed)
+        """Log-probabilities: the softmax is done, on the list alone."""
+        columns, log_probs = self._distinct(dtype)
+        others = jnp.full_like(log_probs[:, :1], -jnp.inf)
+        total = jax.nn.logsumexp(log_probs, axis=-1, keepdims=True)
+        if self.tail == "renormalize":
+            log_probs -= total
+            others = jnp.where(total == -jnp.inf, jnp.nan, others)
+        elif self.tail == "uniform":
+            number = jnp.sum(columns < vocab.size, axis=-1, keepdims=True)
+            outside = jnp.maximum(vocab.size - number, 1).astype(dtype)
+            others = _log(_rest(log_probs)[:, None] / outside)
+            log_probs -= jnp.maximum(total, 0)  # rounded values may sum to more than 1
+        dense = jnp.broadcast_to(others, (len(others), vocab.width))
+        if vocab.valid is not None:
+            dense = jnp.where(vocab.valid, dense, -jnp.inf)
+        return dense.at[self._slots(columns, vocab)].set(log_probs, mode="drop")
 
     def pull(self, logits, d_logits, live):
         return self.map_fields(lambda _, x: jnp.zeros_like(x))  # a constant
 
     @property
     def is_normalized(self):
-        return self.tail in ("drop", "bucket")
+        return True
 
-    def compare(self, divergence, log_p, log_q, vocab):
-        if not self.is_normalized:
-            return super().compare(divergence, log_p, log_q, vocab)
-        listed = self._listed(vocab)
+    def compare(self, divergence, p, q, vocab):
+        if self.tail not in ("drop", "bucket"):
+            return super().compare(divergence, p, q, vocab)
         if self.tail == "drop":
             # The listed masses do not sum to 1: the form without cancellation does not
             # hold, and the plain one is right.
-            p = jnp.exp(log_p)
-            return jnp.sum(p * zero_unless(p > 0, log_p - log_q), axis=-1)
-        inside = divergence(zero_unless(listed, log_p), zero_unless(listed, log_q))
+            return jnp.sum(p.prob * zero_unless(p.prob > 0, p.log - q.log), axis=-1)
+        listed = self._listed(vocab)
+        # Elsewhere two equal outcomes, of which all divergences are 0.
+        inside = lambda x: Outcomes(*(zero_unless(listed, y) for y in x))
+        share = zero_unless(listed, evaluate(divergence, inside(p), inside(q)))
         unlisted = vocab.mask(~listed)
         (number,) = vocab.sum(jnp.sum(unlisted, axis=-1))
-        log_p_rest = _log(zero_unless(number > 0, _rest(log_p, vocab)))
-        q_rest = jnp.sum(zero_unless(unlisted, jnp.exp(log_q)), axis=-1)
-        log_q_rest = _log(*vocab.sum(q_rest))
-        outside = divergence(log_p_rest[:, None], log_q_rest[:, None])[:, 0]
-        return jnp.sum(zero_unless(listed, inside), axis=-1) + vocab.once(outside)
+        _, log_probs = self._distinct(p.log.dtype)
+        log_p_rest = _log(zero_unless(number > 0, _rest(log_probs)))
+        (q_rest,) = vocab.sum(jnp.sum(zero_unless(unlisted, q.prob), axis=-1))
+        rest = (Outcomes.of_log(x[:, None]) for x in (log_p_rest, _log(q_rest)))
+        outside = evaluate(divergence, *rest)[:, 0]
+        return jnp.sum(share, axis=-1) + vocab.once(outside)
 
-    def entropy(self, log_p, vocab):
-        listed = super().entropy(log_p, vocab)
+    def slope_share(self, divergence):
+        # Listed values, rounded, need not sum to 1.
+        is_distribution = self.tail in ("renormalize", "uniform")
+        return super().slope_share(divergence) if is_distribution else None
+
+    def entropy(self, p, vocab):
+        listed = super().entropy(p, vocab)
         if self.tail != "bucket":
             return listed
-        rest = _log(_rest(log_p, vocab))
-        return listed + vocab.once(entropy(rest[:, None]))
+        rest = _log(_rest(self._distinct(p.log.dtype)[1]))
+        return listed + vocab.once(entropy(Outcomes.of_log(rest[:, None])))
 
-    def _slots(self, vocab):
-        """Where the slots point, those of no column here out of bounds."""
-        rows = jnp.arange(self.indices.shape[0])[:, None]
-        local = self.indices - jnp.asarray(vocab.start, self.indices.dtype)
-        here = (self.indices >= 0) & (local >= 0) & (local < vocab.width)
+    def _distinct(self, dtype):
+        """Columns and log-probabilities, `[B, k]`, repeated ones added up. Slots that
+        are left over have a column beyond all others, and `-inf`."""
+        none = jnp.iinfo(self.indices.dtype).max
+        empty = self.indices < 0
+        columns = jnp.where(empty, none, self.indices)
+        log_probs = jnp.where(empty, -jnp.inf, self.log_probs.astype(dtype))
+        columns, log_probs = jax.lax.sort((columns, log_probs), num_keys=1)
+        new = columns[:, 1:] != columns[:, :-1]
+        place = jnp.cumsum(jnp.pad(new, ((0, 0), (1, 0))), axis=-1)
+        at = jnp.arange(len(place))[:, None], place
+        # The largest of a column, then the sum relative to it: exact for a single one.
+        top = jnp.full_like(log_probs, -jnp.inf).at[at].max(log_probs)
+        share = zero_unless(log_probs > -jnp.inf, jnp.exp(log_probs - top[at]))
+        total = jnp.zeros_like(log_probs).at[at].add(share)
+        columns = jnp.full_like(columns, none).at[at].set(columns)
+        return columns, top + jnp.log(jnp.maximum(total, 1))
+
+    def _slots(self, columns, vocab):
+        """Where columns are in a tile, those of no column here out of bounds."""
+        rows = jnp.arange(len(columns))[:, None]
+        local = columns - jnp.asarray(vocab.start, columns.dtype)
+        here = (columns >= 0) & (local >= 0) & (local < vocab.width)
         return rows, jnp.where(here, local, vocab.width)
 
     def _listed(self, vocab):
-        shape = (self.indices.shape[0], vocab.width)
-        return jnp.zeros(shape, bool).at[self._slots(vocab)].set(True, mode="drop")
+        shape = (len(self.indices), vocab.width)
+        at = self._slots(self.indices, vocab)
+        return jnp.zeros(shape, bool).at[at].set(True, mode="drop")
 
 
-def _rest(log_p, vocab):
+def _rest(log_probs):
     """The mass that is not listed, `[B]`."""
-    (listed,) = vocab.sum(jnp.sum(jnp.exp(log_p), axis=-1))
-    return jnp.maximum(1 - listed, 0)
+    return jnp.maximum(1 - jnp.sum(jnp.exp(log_probs), axis=-1), 0)
 
 
 def _log(x):
@@ -285,6 +310,5 @@ def _log_probs(logits, temperature):
     if temperature is not None:
         temperature = temperature.astype(dtype).reshape(-1)
     vocab = Vocabulary.whole(logits.shape[-1])
-    model = flat, *vocab.max(jnp.max(flat, axis=-1)), temperature
-    (result,) = log_softmax(vocab, model)
-    return result.log_probs.reshape(logits.shape)
+    (result,) = softmax(vocab, (flat, jnp.max(flat, axis=-1), temperature))
+    return result.log.reshape(logits.shape)

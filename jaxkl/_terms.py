@@ -18,7 +18,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from ._numerics import zero_unless
+from ._numerics import Outcomes, zero_unless
 
 
 _NEAR = 0.5  # |r| below which `e^r - 1 - r` is summed as a series
@@ -39,40 +39,50 @@ def _near(log_ratio, limit=_NEAR):
     return near, zero_unless(near, log_ratio)
 
 
-def log_ratio_of(log_p, log_q):
+def log_ratio_of(p: Outcomes, q: Outcomes):
     """`log q - log p`; 0 where both are `-inf`: an outcome that neither model has."""
+    return _log_ratio(p.log, q.log)
+
+
+def _log_ratio(log_p, log_q):
     absent = (log_p == -jnp.inf) & (log_q == -jnp.inf)
     return zero_unless(~absent, log_q - log_p)
 
 
 @jax.custom_jvp
-def kl_term(log_p, log_q, log_ratio):
+def kl_term(p: Outcomes, q: Outcomes, log_ratio):
     """`p (e^r - 1 - r)` with `r = log_ratio = log q - log p`: summed, KL(p ‖ q).
 
     `log_ratio` is an argument because a caller may know it better than the difference
     of two rounded logarithms.
     """
-    p, q = jnp.exp(log_p), jnp.exp(log_q)
     near, r = _near(log_ratio)
-    p_log_ratio = p * zero_unless(p > 0, log_ratio)
-    return jnp.where(near, p * r * r * _series(r, lambda k: 1.0), q - p - p_log_ratio)
+    p_log_ratio = p.prob * zero_unless(p.prob > 0, log_ratio)
+    second_order = p.prob * r * r * _series(r, lambda k: 1.0)
+    return jnp.where(near, second_order, q.prob - p.prob - p_log_ratio)
 
 
 @kl_term.defjvp
 def _kl_term_jvp(primals, tangents):
     # ∂/∂log q = p (e^r - 1), ∂/∂log p = -p r: these two are the whole derivative.
-    (log_p, log_q, log_ratio), (d_log_p, d_log_q, _) = primals, tangents
-    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    (p, q, log_ratio), (d_p, d_q, _) = primals, tangents
     near, r = _near(log_ratio)
-    p_log_ratio = p * zero_unless(p > 0, log_ratio)
-    p_expm1 = jnp.where(near, p * (r + r * r * _series(r, lambda k: 1.0)), q - p)
-    return kl_term(*primals), p_expm1 * d_log_q - p_log_ratio * d_log_p
+    p_log_ratio = p.prob * zero_unless(p.prob > 0, log_ratio)
+    first_order = p.prob * (r + r * r * _series(r, lambda k: 1.0))
+    p_expm1 = jnp.where(near, first_order, q.prob - p.prob)
+    return kl_term(*primals), p_expm1 * d_q.log - p_log_ratio * d_p.log
+
+
+def mixture(p: Outcomes, q: Outcomes, beta):
+    """`m = β p + (1 - β) q`, β in (0, 1), with `log(m / p)` and `log(m / q)`."""
+    log_m, log_m_over_p, log_m_over_q = _log_mixture(p.log, q.log, beta)
+    m = Outcomes.known(log_m, beta * p.prob + (1 - beta) * q.prob)
+    return m, log_m_over_p, log_m_over_q
 
 
 @ft.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def log_mixture(log_p, log_q, beta):
-    """`log m`, `log(m / p)` and `log(m / q)` of `m = β p + (1 - β) q`, β in (0, 1)."""
-    r = log_ratio_of(log_p, log_q)
+def _log_mixture(log_p, log_q, beta):
+    r = _log_ratio(log_p, log_q)
     up = r > 0
     # The larger of p and q is factored out; log1p and expm1 keep small differences.
     gain = jnp.log1p(jnp.where(up, beta, 1 - beta) * jnp.expm1(-jnp.abs(r)))
@@ -80,51 +90,48 @@ def log_mixture(log_p, log_q, beta):
     return log_m, gain + zero_unless(up, r), gain - zero_unless(~up, r)
 
 
-@log_mixture.defjvp
+@_log_mixture.defjvp
 def _log_mixture_jvp(beta, primals, tangents):
     (log_p, log_q), (d_log_p, d_log_q) = primals, tangents
     # The share of q in the mixture, (1 - β) q / m.
-    share = jax.nn.sigmoid(log_ratio_of(log_p, log_q) + math.log((1 - beta) / beta))
+    share = jax.nn.sigmoid(_log_ratio(log_p, log_q) + math.log((1 - beta) / beta))
     d_ratio = d_log_q - d_log_p
     d_log_m = (1 - share) * d_log_p + share * d_log_q
     tangent = d_log_m, share * d_ratio, (share - 1) * d_ratio
-    return log_mixture(log_p, log_q, beta), tangent
+    return _log_mixture(log_p, log_q, beta), tangent
 
 
-def _excess(log_x, log_y, c):
+def _excess(x: Outcomes, y: Outcomes, c):
     """`(x^(1-c) y^c - x) / c`, which tends to `x (log y - log x)` at c = 0."""
-    x = jnp.exp(log_x)
-    r = log_ratio_of(log_x, log_y)
+    r = log_ratio_of(x, y)
     if c == 0:
-        return x * zero_unless(x > 0, r)
+        return x.prob * zero_unless(x.prob > 0, r)
     near, cr = _near(c * r, 1.0)
-    absent = (log_x == -jnp.inf) & (log_y == -jnp.inf)
+    absent = (x.log == -jnp.inf) & (y.log == -jnp.inf)
     # One factor alone drops out at exponent 0: 0^0 = 1, as the limit has it.
-    log_power = (1 - c) * log_x + c * log_y if c != 1 else log_y
+    log_power = (1 - c) * x.log + c * y.log if c != 1 else y.log
     power = jnp.exp(jnp.where(absent, -jnp.inf, log_power))
-    return jnp.where(near, x * jnp.expm1(cr), power - x) / c
+    return jnp.where(near, x.prob * jnp.expm1(cr), power - x.prob) / c
 
 
 @ft.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def alpha_term(log_p, log_q, alpha):
+def alpha_term(p: Outcomes, q: Outcomes, alpha):
     """`(α p + (1-α) q - p^α q^(1-α)) / (α (1-α))`: KL(p ‖ q) at 1, KL(q ‖ p) at 0."""
     beta = 1 - alpha
-    p, q = jnp.exp(log_p), jnp.exp(log_q)
     limit = _NEAR / max(1.0, abs(alpha), abs(beta))
-    near, r = _near(log_ratio_of(log_p, log_q), limit)
+    near, r = _near(log_ratio_of(p, q), limit)
     # Σ_k (1 + β + … + β^k) r^k / (k + 2)!, in which no small α or β is divided by.
-    series = p * r * r * _series(r, lambda k: sum(beta**j for j in range(k + 1)))
+    series = _series(r, lambda k: sum(beta**j for j in range(k + 1)))
     if abs(alpha) >= abs(beta):
-        far = (q - p - _excess(log_p, log_q, beta)) / alpha
+        far = (q.prob - p.prob - _excess(p, q, beta)) / alpha
     else:
-        far = (p - q - _excess(log_q, log_p, alpha)) / beta
-    return jnp.where(near, series, far)
+        far = (p.prob - q.prob - _excess(q, p, alpha)) / beta
+    return jnp.where(near, p.prob * r * r * series, far)
 
 
 @alpha_term.defjvp
 def _alpha_term_jvp(alpha, primals, tangents):
     # ∂/∂log q = (q - p^α q^(1-α)) / α and ∂/∂log p = (p - p^α q^(1-α)) / (1-α).
-    (log_p, log_q), (d_log_p, d_log_q) = primals, tangents
-    f_q = -_excess(log_q, log_p, alpha)
-    f_p = -_excess(log_p, log_q, 1 - alpha)
-    return alpha_term(log_p, log_q, alpha), f_q * d_log_q + f_p * d_log_p
+    (p, q), (d_p, d_q) = primals, tangents
+    f_q, f_p = -_excess(q, p, alpha), -_excess(p, q, 1 - alpha)
+    return alpha_term(p, q, alpha), f_q * d_q.log + f_p * d_p.log

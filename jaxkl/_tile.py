@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from ._compat import to_varying, varying_axes
 from ._divergences import Divergence, ForwardKL
-from ._numerics import entropy, log_softmax, LogSoftmax, zero_unless
+from ._numerics import entropy, Outcomes, Softmax, softmax, zero_unless
 from ._vocabulary import Vocabulary
 
 
@@ -105,20 +105,26 @@ def run_tile(spec: Spec, x: Operands, live: jax.Array) -> Tile:
     vocab = spec.vocab
     s = x.student.logits(spec.dtype, vocab)
     t = x.teacher.logits(spec.dtype, vocab)
-    log_p, log_q, plain_log_p, plain_log_q = _log_probs(spec, x, s, t)
+    p, q, plain_p, plain_q = _softmaxes(spec, x, s, t)
 
-    compare = ft.partial(x.teacher.compare, spec.divergence, vocab=vocab)
-    share, pull = jax.vjp(compare, log_p.log_probs, log_q.log_probs)
+    def compare(log_p, log_q):
+        outcomes = Outcomes.known(log_p, p.prob), Outcomes.known(log_q, q.prob)
+        return x.teacher.compare(spec.divergence, *outcomes, vocab)
+
+    share, pull = jax.vjp(compare, p.log, q.log)
     f_p, f_q = pull(jnp.ones_like(share))
-    terms, hit = _terms(x, share, plain_log_q, vocab)
+    terms, hit = _terms(x, share, plain_q, vocab)
 
-    pull_back = ft.partial(_d_logits, x.weights, vocab)
-    d_s, d_student_temperature = pull_back(f_q, log_q, x.student_temperature)
-    d_t, d_teacher_temperature = pull_back(f_p, log_p, x.teacher_temperature)
-    d_s += _d_plain_logits(x.weights, plain_log_q, hit, vocab)
+    share_q = x.teacher.slope_share(spec.divergence)
+    # By Euler's theorem the two add up to 1: f is homogeneous in p and q.
+    share_p = None if share_q is None else 1 - share_q
+    pull_back = ft.partial(_d_logits, x.weights, vocab, terms.divergence)
+    d_s, d_student_temperature = pull_back(f_q, share_q, q, x.student_temperature)
+    d_t, d_teacher_temperature = pull_back(f_p, share_p, p, x.teacher_temperature)
+    d_s += _d_plain_logits(x.weights, plain_q, hit, vocab)
     # 0 · NaN is NaN in a product too: leave out what has no weight and no finite loss.
     weighty = ft.reduce(jnp.logical_or, [w != 0 for w in jax.tree.leaves(x.weights)])
-    live &= weighty | jnp.isfinite(terms.divergence + log_q.lse)
+    live &= weighty | jnp.isfinite(terms.divergence + q.lse)
     gradients = x._replace(
         student=x.student.pull(s, d_s, live),
         teacher=x.teacher.pull(t, d_t, live),
@@ -128,7 +134,7 @@ def run_tile(spec: Spec, x: Operands, live: jax.Array) -> Tile:
     )
     statistics = None
     if spec.statistics:
-        models = plain_log_p.log_probs, plain_log_q.log_probs
+        models = plain_p.outcomes, plain_q.outcomes
         statistics = _statistics(x.teacher, *models, vocab)
     return Tile(terms, statistics, gradients)
 
@@ -143,29 +149,29 @@ def weighted_sum(weights: Terms, terms: Terms):
     return sum(jax.tree.leaves(jax.tree.map(weigh, weights, terms)))
 
 
-def _log_probs(spec, x, s, t) -> Any:
+def _softmaxes(spec, x, s, t) -> Any:
     """Of teacher and student, tempered and at temperature 1; None: of no use."""
-    s_peak, t_peak = spec.vocab.max(jnp.max(s, axis=-1), jnp.max(t, axis=-1))
+    s_peak, t_peak = spec.vocab.max(x.student.peak(s), x.teacher.peak(t))
     needs_plain = spec.statistics or any(w is not None for w in x.weights[1:])
-    models = {"log_q": (s, s_peak, x.student_temperature)}
+    models = {"q": (s, s_peak, x.student_temperature)}
     if needs_plain:
-        models["plain_log_q"] = s, s_peak, None
+        models["plain_q"] = s, s_peak, None
     if not x.teacher.is_normalized:
-        models["log_p"] = t, t_peak, x.teacher_temperature
+        models["p"] = t, t_peak, x.teacher_temperature
         if spec.statistics:
-            models["plain_log_p"] = t, t_peak, None
-    found = dict(zip(models, log_softmax(spec.vocab, *models.values()), strict=True))
+            models["plain_p"] = t, t_peak, None
+    found = dict(zip(models, softmax(spec.vocab, *models.values()), strict=True))
     if x.teacher.is_normalized:
-        found["log_p"] = found["plain_log_p"] = LogSoftmax(t, jnp.zeros_like(t_peak), t)
-    names = "log_p", "log_q", "plain_log_p", "plain_log_q"
-    return [found.get(name) for name in names]
+        p = Softmax(t, jnp.exp(t), jnp.zeros_like(t_peak), t)
+        found["p"] = found["plain_p"] = p
+    return [found.get(name) for name in ("p", "q", "plain_p", "plain_q")]
 
 
-def _terms(x, share, plain_log_q, vocab):
+def _terms(x, share, plain_q, vocab):
     """All terms that have a weight, and which columns are labels."""
-    if plain_log_q is None:
+    if plain_q is None:
         return Terms(*vocab.sum(share)), None
-    log_q, lse, _ = plain_log_q
+    log_q, lse = plain_q.log, plain_q.lse
     hit = _is_label(x.labels, log_q, vocab)
     label = -jnp.sum(zero_unless(hit, log_q), axis=-1)
     uniform = -jnp.sum(vocab.mask(log_q), axis=-1) / vocab.size
@@ -182,14 +188,18 @@ def _is_label(labels, like, vocab):
     return jnp.zeros_like(like, bool) if labels is None else column == labels[:, None]
 
 
-def _d_logits(weights, vocab, f_q, model, temperature):
+def _d_logits(weights, vocab, divergence, f_q, share, model, temperature):
     """Gradients of `weight · Σ_v f` to the logits, `[B, V]`, and temperature, `[B]`.
 
     The second is this device's share, as is that to hidden states: both are summed
-    over devices outside, once.
+    over devices outside, once. `share` is `Σ_v f_q / divergence`, if that is known.
     """
-    (sum_f_q,) = vocab.sum(jnp.sum(f_q, axis=-1))
-    inner = f_q - jnp.exp(model.log_probs) * sum_f_q[:, None]
+    if share == 0:
+        inner = f_q
+    else:
+        unknown = share is None
+        total = vocab.sum(jnp.sum(f_q, axis=-1))[0] if unknown else share * divergence
+        inner = f_q - model.prob * total[:, None]
     weight = weights.divergence
     if temperature is None:
         return weigh(weight[:, None], inner), None
@@ -201,13 +211,12 @@ def _d_logits(weights, vocab, f_q, model, temperature):
     return weigh(weight[:, None], inner), weigh(weight, d_temperature)
 
 
-def _d_plain_logits(weights, plain_log_q, hit, vocab):
+def _d_plain_logits(weights, plain_q, hit, vocab):
     """Gradient of the terms at temperature 1 to the student's logits, `[B, V]` or 0."""
-    if plain_log_q is None:
+    if plain_q is None:
         return 0
     parts = []
-    log_q, lse, _ = plain_log_q
-    q = jnp.exp(log_q)
+    q, lse = plain_q.prob, plain_q.lse
     if weights.label is not None:
         parts.append(weigh(weights.label[:, None], q - hit.astype(q.dtype)))
     if weights.uniform is not None:
@@ -218,14 +227,14 @@ def _d_plain_logits(weights, plain_log_q, hit, vocab):
     return sum(parts)
 
 
-def _statistics(teacher, log_p, log_q, vocab):
-    agree = _argmax(log_p, vocab) == _argmax(log_q, vocab)
+def _statistics(teacher, p, q, vocab):
+    agree = _argmax(p.log, vocab) == _argmax(q.log, vocab)
     kl, student_entropy, teacher_entropy = vocab.sum(
-        teacher.compare(ForwardKL(), log_p, log_q, vocab),
-        entropy(log_q),
-        teacher.entropy(log_p, vocab),
+        teacher.compare(ForwardKL(), p, q, vocab),
+        entropy(q),
+        teacher.entropy(p, vocab),
     )
-    return Statistics(kl, student_entropy, teacher_entropy, agree.astype(log_q.dtype))
+    return Statistics(kl, student_entropy, teacher_entropy, agree.astype(q.log.dtype))
 
 
 def _argmax(x, vocab):

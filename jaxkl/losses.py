@@ -13,7 +13,8 @@ import dataclasses
 import functools as ft
 import math
 import operator
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +86,7 @@ def kl_divergence(
       DeepMind. [optax.losses.kl_divergence](https://optax.readthedocs.io/en/latest/api/losses.html).
     """
     args = {"log_predictions": log_predictions, "targets": targets}
-    return _divergence(_kl, 0.0, args, axis, where)
+    return _divergence(_KL, 0.0, args, axis, where)
 
 
 def kl_divergence_with_log_targets(
@@ -137,7 +138,7 @@ def kl_divergence_with_log_targets(
       DeepMind. [optax.losses.kl_divergence_with_log_targets](https://optax.readthedocs.io/en/latest/api/losses.html).
     """
     args = {"log_predictions": log_predictions, "log_targets": log_targets}
-    return _divergence(_kl_log_targets, -math.inf, args, axis, where)
+    return _divergence(_KL_LOG_TARGETS, -math.inf, args, axis, where)
 
 
 def generalized_kl_divergence(
@@ -191,7 +192,7 @@ def generalized_kl_divergence(
       DeepMind. [optax.losses.generalized_kl_divergence](https://optax.readthedocs.io/en/latest/api/losses.html).
     """
     args = {"log_predictions": log_predictions, "targets": targets}
-    return _divergence(_generalized_kl, 0.0, args, axis, where)
+    return _divergence(_GENERALIZED_KL, 0.0, args, axis, where)
 
 
 def softmax_kl_divergence(
@@ -375,10 +376,10 @@ class _OfPossibleClasses:
         return jnp.where(removed, 0, terms) if terms.shape == log_p.shape else terms
 
 
-def _divergence(term, zero_target, args, axis, where):
-    """Validates, and sums `term` over `axis` where `where` holds."""
+def _divergence(loss, zero_target, args, axis, where):
+    """Validates, and sums `loss.term` over `axis` where `where` holds."""
     (x, y), shape, axes, where = _check(args, axis, where)
-    static = dict(term=term, zero_target=zero_target, shape=shape, axes=axes)
+    static = dict(loss=loss, zero_target=zero_target, shape=shape, axes=axes)
     return _sum(x, y, where, **static)
 
 
@@ -425,8 +426,8 @@ def _check_axis(axis, ndim):
     return axes
 
 
-@ft.partial(jax.jit, static_argnames=("term", "zero_target", "shape", "axes"))
-def _sum(log_predictions, targets, where, *, term, zero_target, shape, axes):
+@ft.partial(jax.jit, static_argnames=("loss", "zero_target", "shape", "axes"))
+def _sum(log_predictions, targets, where, *, loss, zero_target, shape, axes):
     # Convert before broadcasting: a broadcast operand's gradient is summed in float32.
     dtype = loss_dtype(log_predictions, targets)
     log_predictions = jnp.broadcast_to(log_predictions.astype(dtype), shape)
@@ -436,24 +437,42 @@ def _sum(log_predictions, targets, where, *, term, zero_target, shape, axes):
         where = jnp.broadcast_to(where, shape)
         log_predictions = jnp.where(where, log_predictions, -jnp.inf)
         targets = jnp.where(where, targets, zero_target)
-    return jnp.sum(term(log_predictions, targets), axis=axes)
+    return _total(loss, axes, log_predictions, targets)
 
 
-# The terms. They have a `custom_jvp`, not a `custom_vjp`: optax's losses have a forward
-# mode and a drop-in may not lose it. The slopes are plain JAX, so all orders exist.
+class _Loss(NamedTuple):
+    """Elementwise functions of log-predictions and targets."""
+
+    term: Callable
+    slopes: Callable  # the derivative of `term` by each
+    # `term` without a select, if no prediction is `-inf`: XLA on CPU fuses it with the
+    # sum, and holds no array of terms.
+    quick: Callable | None = None
 
 
-def _defslopes(term, slopes):
-    """Sets the derivative of `term` to `slopes(x, y)`, with respect to x and y."""
+# It has a `custom_jvp`, not a `custom_vjp`: optax's losses have a forward mode and a
+# drop-in may not lose it. The slopes are plain JAX, so all orders exist.
+@ft.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _total(loss, axes, x, y):
+    total = lambda f: lambda x, y: jnp.sum(f(x, y), axis=axes)
+    exact = total(loss.term)
+    if loss.quick is None or x.size == 0:
+        return exact(x, y)
+    quick = total(loss.quick)
+    choose = lambda x, y: jax.lax.cond(jnp.min(x) > -jnp.inf, quick, exact, x, y)
+    return jax.lax.platform_dependent(x, y, cpu=choose, default=exact)
 
-    def jvp(primals, tangents):
-        # An input that is not differentiated comes as a symbolic zero, and costs
-        # nothing. Nor does it make a NaN, as 0 would if its slope is infinite.
-        pairs = zip(slopes(*primals), tangents, strict=True)
-        terms = [slope * d for slope, d in pairs if not isinstance(d, SymbolicZero)]
-        return term(*primals), ft.reduce(operator.add, terms)
 
-    term.defjvp(jvp, symbolic_zeros=True)
+def _total_jvp(loss, axes, primals, tangents):
+    # An input that is not differentiated comes as a symbolic zero, and costs nothing.
+    # Nor does it make a NaN, as 0 would if its slope is infinite.
+    pairs = zip(loss.slopes(*primals), tangents, strict=True)
+    terms = [slope * d for slope, d in pairs if not isinstance(d, SymbolicZero)]
+    tangent = jnp.sum(ft.reduce(operator.add, terms), axis=axes)
+    return _total(loss, axes, *primals), tangent
+
+
+_total.defjvp(_total_jvp, symbolic_zeros=True)
 
 
 def _log_ratio(log_predictions, targets):
@@ -464,8 +483,7 @@ def _log_ratio(log_predictions, targets):
     return jnp.log(jnp.where(zero, 1, targets)) - jnp.where(drop, 0, log_predictions)
 
 
-@jax.custom_jvp
-def _kl(log_predictions, targets):
+def _kl_term(log_predictions, targets):
     return targets * _log_ratio(log_predictions, targets)
 
 
@@ -474,7 +492,16 @@ def _kl_slopes(log_predictions, targets):
     return -targets, slope
 
 
-_defslopes(_kl, _kl_slopes)
+def _kl_quick(log_predictions, targets):
+    return targets * (_finite(jnp.log(targets)) - log_predictions)
+
+
+def _finite(log):
+    """With the lowest number for `-inf`: times 0 it is 0."""
+    return jnp.maximum(log, jnp.finfo(log.dtype).min)
+
+
+_KL = _Loss(_kl_term, _kl_slopes, _kl_quick)
 
 
 def _log_target_ratio(log_predictions, log_targets):
@@ -486,8 +513,7 @@ def _log_target_ratio(log_predictions, log_targets):
     return targets, log_ratio
 
 
-@jax.custom_jvp
-def _kl_log_targets(log_predictions, log_targets):
+def _kl_log_targets_term(log_predictions, log_targets):
     targets, log_ratio = _log_target_ratio(log_predictions, log_targets)
     return targets * log_ratio
 
@@ -497,7 +523,13 @@ def _kl_log_targets_slopes(log_predictions, log_targets):
     return -targets, targets * (log_ratio + 1)
 
 
-_defslopes(_kl_log_targets, _kl_log_targets_slopes)
+def _kl_log_targets_quick(log_predictions, log_targets):
+    return jnp.exp(log_targets) * (_finite(log_targets) - log_predictions)
+
+
+_KL_LOG_TARGETS = _Loss(
+    _kl_log_targets_term, _kl_log_targets_slopes, _kl_log_targets_quick
+)
 
 
 def _near(log_predictions, targets):
@@ -507,8 +539,7 @@ def _near(log_predictions, targets):
     return r, near, jnp.where(near, r, 0)
 
 
-@jax.custom_jvp
-def _generalized_kl(log_predictions, targets):
+def _generalized_kl_term(log_predictions, targets):
     r, near, r_near = _near(log_predictions, targets)
     # e^r - 1 - r = r²/2 (1 + r/3 (1 + r/4 (1 + ...))), to the last bit for |r| < 1.
     series = jnp.ones_like(r)
@@ -525,4 +556,4 @@ def _generalized_kl_slopes(log_predictions, targets):
     return slope, jnp.where(targets == 0, 0, -r)
 
 
-_defslopes(_generalized_kl, _generalized_kl_slopes)
+_GENERALIZED_KL = _Loss(_generalized_kl_term, _generalized_kl_slopes)

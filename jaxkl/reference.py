@@ -13,7 +13,7 @@ from jax.scipy.special import xlogy
 from jax.typing import ArrayLike
 
 from ._distillation import Options, public_signature
-from ._numerics import zero_unless
+from ._numerics import Outcomes, zero_unless
 from ._problem import prepare
 from ._torch import (
     check_arrays,
@@ -112,7 +112,8 @@ def distillation_loss(student, teacher, **options: Unpack[Options]) -> Array:
         log_p = jax.nn.log_softmax(log_p, axis=-1)
     plain_log_q = jax.nn.log_softmax(s, axis=-1)
 
-    loss = x.weights.divergence * teacher.compare(spec.divergence, log_p, log_q, vocab)
+    p, q = Outcomes.of_log(log_p), Outcomes.of_log(log_q)
+    loss = x.weights.divergence * teacher.compare(spec.divergence, p, q, vocab)
     if x.weights.label is not None:
         is_label = jnp.arange(vocab.size)[None, :] == x.labels[:, None]
         label = -jnp.sum(zero_unless(is_label, plain_log_q), axis=-1)
