@@ -8,13 +8,13 @@ import sys
 # Unless it is said: else JAX, where libtpu is installed, spends a minute seeking a TPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from . import dense, given, heads, memory, report, sharded, sparse, tpu
+from . import ceilings, dense, given, heads, memory, report, sharded, sparse, tpu
 from .harness import Settings
 
 
 CELLS = {
     cell.name: cell
-    for module in (given, dense, sparse, heads, tpu, sharded, memory)
+    for module in (ceilings, given, dense, sparse, heads, tpu, sharded, memory)
     for cell in module.CELLS
 }
 

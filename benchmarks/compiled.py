@@ -9,6 +9,7 @@ import functools as ft
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -95,7 +96,38 @@ def compiled_memory(job, devices=None):
         "temp_bytes": memory.temp_size_in_bytes,
         "compile_s": time.perf_counter() - start,
     }
-    return facts if mesh is None else facts | {"text": compiled.as_text()}
+    if mesh is not None:
+        return facts | {"text": compiled.as_text()}
+    return facts if job.hidden else facts | {"reads": reads(compiled.as_text())}
+
+
+def reads(text):
+    """How many operations of a compiled program take each of its arguments, in order.
+
+    Each is one pass over the argument: what fuses is one operation.
+    """
+    entry = text[text.index("\nENTRY ") :].splitlines()[2:]
+    lines = [line.partition(" = ") for line in entry if " = " in line]
+    source = {}  # of an argument, or what is the same in memory: its number
+    counts = {}
+    for name, _, rest in lines:
+        name = name.replace("ROOT", "").strip().lstrip("%")
+        operation = re.search(r"([\w-]+)\(([^)]*)\)", rest)
+        if operation is None:
+            continue
+        kind, operands = operation.groups()
+        if kind == "parameter":
+            source[name] = int(operands)
+            counts[int(operands)] = 0
+            continue
+        used = {source[x] for x in re.findall(r"%([\w.-]+)", operands) if x in source}
+        if kind == "bitcast":
+            if used:
+                (source[name],) = used
+            continue
+        for i in used:
+            counts[i] += 1
+    return [counts[i] for i in sorted(counts)]
 
 
 def _on(mesh, divergence):

@@ -6,7 +6,16 @@ import jax
 import numpy as np
 
 from . import losses
-from .harness import against_peers, Cell, jax_work, measure, Peer, Result
+from .harness import (
+    against_peers,
+    BYTES,
+    bytes_alone,
+    Cell,
+    jax_work,
+    measure,
+    Peer,
+    Result,
+)
 from .torch_peers import torch_peers
 
 
@@ -36,11 +45,12 @@ def run(name, settings):
         peer("plain JAX", losses.with_plain_jax, optional=False),
         peer("optax", losses.with_optax),
         peer("ejkernel", losses.with_ejkernel),
+        bytes_alone(on_device, True),
         *torch_peers(partial(losses.with_torch, name), arrays, 1, expected),
     ]
     rows = measure(peers, settings)
     targets = against_peers(rows, *BOUNDS[name])
-    return Result(rows, targets, ("plain JAX", "torch.compile"))
+    return Result(rows, targets, ("plain JAX", "torch.compile", BYTES))
 
 
 CELLS = [

@@ -8,7 +8,16 @@ import numpy as np
 
 import jaxkl
 
-from .harness import against_peers, Cell, jax_work, measure, Peer, Result
+from .harness import (
+    against_peers,
+    BYTES,
+    bytes_alone,
+    Cell,
+    jax_work,
+    measure,
+    Peer,
+    Result,
+)
 from .torch_peers import torch_peers
 
 
@@ -81,11 +90,12 @@ def run(name, settings):
         peer("jaxkl", with_jaxkl, optional=False),
         peer("plain JAX", with_plain_jax, optional=False),
         peer("optax", with_optax),
+        bytes_alone(on_device, gradient),
         *torch_peers(partial(with_torch, name), arrays, int(gradient), expected),
     ]
     rows = measure(peers, settings)
     return Result(
-        rows, against_peers(rows, *BOUNDS[name]), ("plain JAX", "torch.compile")
+        rows, against_peers(rows, *BOUNDS[name]), ("plain JAX", "torch.compile", BYTES)
     )
 
 

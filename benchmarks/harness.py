@@ -178,6 +178,13 @@ def ratio(rows, key, peer, base):
     return None if x is None or y is None else x / y
 
 
+def bytes_alone(arrays, gradient):
+    """What nothing avoids: to read the arrays and, for a gradient, write a new one."""
+    f = (lambda x, y: x - y) if gradient else (lambda x, y: jax.numpy.sum(x - y))
+    return Peer(BYTES, lambda: jax_work(f, *arrays), optional=False)
+
+
+BYTES = "reads and writes alone"
 OTHERS = ("plain JAX", "optax", "ejkernel", "torch eager")
 
 
