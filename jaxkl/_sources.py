@@ -131,8 +131,10 @@ class Logits(Source):
         return vocab.fit(self.values).astype(dtype)
 
     def with_peak(self, vocab):
-        peaks = jnp.max(vocab.fit(self.values), axis=-1)
-        return Logits(self.values, jax.lax.stop_gradient(peaks))
+        if vocab.valid is not None or self.values.shape[-1] != vocab.width:
+            return self  # without its padding it would be a copy
+        peaks = jnp.max(jax.lax.stop_gradient(self.values), axis=-1)
+        return Logits(self.values, peaks)
 
     def peak(self, logits):
         return super().peak(logits) if self.peaks is None else self.peaks

@@ -104,3 +104,20 @@ def test_a_users_callable_needs_no_class(rng):
     value_, grad_ = f(jaxkl.ForwardKL())
     assert_close(value, value_, 1e-6)
     assert_close(grad, grad_, 1e-5)
+
+
+class Twice(jaxkl.ForwardKL):
+    def __call__(self, log_p, log_q):
+        return 2 * super().__call__(log_p, log_q)
+
+
+def test_a_subclass_with_a_formula_of_its_own(rng):
+    student, teacher = jnp.asarray(rng.normal(size=(2, 3, 11)), jnp.float32)
+
+    def loss(student, divergence):
+        return jaxkl.distillation_loss(student, teacher, divergence=divergence)
+
+    once = jax.value_and_grad(loss)(student, jaxkl.ForwardKL())
+    twice = jax.value_and_grad(loss)(student, Twice())
+    for x, y in zip(once, twice, strict=True):
+        assert_close(y, 2 * np.asarray(x), 1e-6)
