@@ -81,11 +81,11 @@ def check_distributions(
             "`input` and `target` must have shapes that broadcast, got "
             f"{input.shape} and {target.shape}."
         ) from None
-    _check("input", input, True)
-    _check("target", target, check.boolean("log_target", log_target))
+    check_rows("input", input, True)
+    check_rows("target", target, check.boolean("log_target", log_target))
 
 
-def _check(name, x, is_log):
+def check_rows(name, x, is_log):
     if x.ndim == 0:
         raise ValueError(f"`{name}` must have an axis of outcomes, got shape ().")
     rows = x.shape[:-1]

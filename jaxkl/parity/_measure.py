@@ -92,3 +92,12 @@ def difference(actual, expected, exact, scale, count) -> Difference:
 
 def _first(bad) -> tuple[int, ...]:
     return tuple(map(int, np.argwhere(bad)[0]))
+
+
+def plain(x):
+    """JSON has no NaN and no infinity: their names instead."""
+    if isinstance(x, dict):
+        return {k: plain(v) for k, v in x.items()}
+    if isinstance(x, list | tuple):
+        return [plain(v) for v in x]
+    return x if not isinstance(x, float) or math.isfinite(x) else str(x)

@@ -2,10 +2,9 @@
 
 import dataclasses
 import json
-import math
 
 from ._cases import NOT_COMPARED
-from ._measure import ELEMENTWISE
+from ._measure import ELEMENTWISE, plain
 from ._run import Report, Result
 from ._snippet import snippet
 
@@ -111,7 +110,7 @@ def as_json(report: Report) -> str:
         "groups": [dataclasses.asdict(g) for g in groups(report)],
         "results": [_result(r) for r in report.results],
     }
-    return json.dumps(_plain(content), indent=1, ensure_ascii=False)
+    return json.dumps(plain(content), indent=1, ensure_ascii=False)
 
 
 def _result(result):
@@ -124,12 +123,3 @@ def _result(result):
     }
     found = dataclasses.asdict(result.difference)
     return case | found | ({} if result.agrees else {"snippet": snippet(result)})
-
-
-def _plain(x):
-    """JSON has no NaN and no infinity: their names instead."""
-    if isinstance(x, dict):
-        return {k: _plain(v) for k, v in x.items()}
-    if isinstance(x, list | tuple):
-        return [_plain(v) for v in x]
-    return x if not isinstance(x, float) or math.isfinite(x) else str(x)

@@ -85,7 +85,7 @@ def run(groups: Iterable[str] | None = None, progress: Callable = print) -> Repo
             chosen = [c for c in cases if c.group == group]
             progress(f"{group}: {len(chosen)} cases")
             for _, together in itertools.groupby(chosen, key=_arrays):
-                results += _compare(list(together))
+                results += compare_cases(list(together))
     return Report(tuple(results), _versions())
 
 
@@ -100,7 +100,7 @@ def _arrays(case):
     return case.function, case.make, case.arguments, case.dtypes, case.peer
 
 
-def _compare(cases):
+def compare_cases(cases):
     """Of cases that differ in their options only."""
     numbers, dtypes = cases[0].numbers(), cases[0].dtypes
     every = zip(
