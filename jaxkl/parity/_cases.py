@@ -73,7 +73,7 @@ def battery(optax: bool = True) -> list[Case]:
 
 def _by_size() -> Iterator[Case]:
     for log_target, shape, dtype in itertools.product((False, True), SIZES, DTYPES):
-        for reduction in REDUCTIONS:
+        for reduction in REDUCTIONS if shape == SIZES[1] else ("none", "batchmean"):
             name = f"{dtype} {shape} {reduction}{', log_target' * log_target}"
             options = dict(reduction=reduction, log_target=log_target)
             yield Case(
@@ -105,7 +105,12 @@ def _legacy() -> Iterator[Case]:
 
 
 def _shapes() -> Iterator[Case]:
-    choices = [(r, False) for r in REDUCTIONS] + [("batchmean", True)]
+    choices = (
+        ("none", False),
+        ("mean", False),
+        ("batchmean", False),
+        ("batchmean", True),
+    )
     for (shape, other), (reduction, log_target) in itertools.product(SHAPES, choices):
         yield Case(
             "shapes",
@@ -120,7 +125,8 @@ def _shapes() -> Iterator[Case]:
 def _dtypes() -> Iterator[Case]:
     shapes = ((2, 3), (2, 3)), ((), (2,)), ((2,), ())
     for dtypes in itertools.product(DTYPES, repeat=2):
-        for shape, other in shapes if len(set(dtypes)) > 1 else shapes[:1]:
+        different = len(set(dtypes)) > 1 and "float32" in dtypes
+        for shape, other in shapes if different else shapes[:1]:
             yield Case(
                 "dtypes",
                 f"{dtypes[0]} {shape}, {dtypes[1]} {other}",
@@ -149,7 +155,7 @@ def _special() -> Iterator[Case]:
 def _second_order() -> Iterator[Case]:
     shapes = ((2, 3), (2, 3)), ((2, 3), (1, 3))
     for dtype, log_target in itertools.product(("float32", "float64"), (False, True)):
-        for (shape, other), reduction in itertools.product(shapes, ("none", "mean")):
+        for (shape, other), reduction in zip(shapes, ("none", "mean"), strict=True):
             yield Case(
                 "second order",
                 f"{dtype} {shape}, {other} {reduction}{', log_target' * log_target}",
@@ -192,12 +198,12 @@ def _errors() -> Iterator[Case]:
 
 
 def _optax() -> Iterator[Case]:
-    masks = [(None, (-1, (0, 1), None)), ("elements", (-1, None)), ("rows", (-1,))]
+    masks = [(False, (-1, (0, 1))), (True, (-1, None))]
     for name, (where, axes) in itertools.product(OPTAX, masks):
         for axis in axes:
             yield Case(
                 "optax",
-                f"{name} axis={axis}, where={where}",
+                f"{name} axis={axis}{', where' * where}",
                 "losses",
                 data.masked,
                 ((4, 3, 6), where, name == "kl_divergence_with_log_targets"),

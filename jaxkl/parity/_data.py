@@ -58,10 +58,7 @@ def ones(shape, other):
 
 
 def masked(shape, where, log_target=False):
-    """Of `rows`, with a mask: of elements, of rows, or none."""
+    """Of `rows`, with a mask or without."""
     x, t, g = rows(shape, shape, log_target)
-    if where is None:
-        return x, t, g
-    kept = shape if where == "elements" else (*shape[:-1], 1)
-    mask = np.random.default_rng(1).random(kept) < 0.7
-    return x, t, g, np.broadcast_to(mask, shape)
+    mask = np.random.default_rng(1).random(shape) < 0.7
+    return (x, t, g, mask) if where else (x, t, g)

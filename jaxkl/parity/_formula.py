@@ -1,6 +1,7 @@
 """A KL loss as one may have written it: rightly, or with a classic mistake."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -62,9 +63,9 @@ class Formula:
         if self.reduction == "sum":
             return 1
         width = shape[-1] if shape else 1
-        rows = max(int(jnp.size(jnp.empty(shape)) // max(width, 1)), 1)
+        rows = math.prod(shape[:-1]) or 1
         if mask is not None and self.padding == "none":
-            rows = jnp.sum(jnp.broadcast_to(mask, shape[:-1]))
+            rows = jnp.sum(jnp.broadcast_to(mask, shape[:-1]), dtype=x.dtype)
         elif self.reduction == "batchmean" and mask is None:
             return x.shape[0] if x.ndim else 1
         return rows * width if self.reduction == "mean" else rows
