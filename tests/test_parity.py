@@ -134,7 +134,7 @@ SAMPLE = {
     "log_target": r"float32 \(1, 8\)",
     "legacy arguments": r"kl_div.*'(mean|batchmean|unknown)'",
     "shapes": r"\(2, 3, 5\)|\(0, 3\)",
-    "dtypes": r"bfloat16 \(2, 3\), float16 \(2, 3\)",
+    "dtypes": r"bfloat16 \(2, 3\), bfloat16 \(2, 3\)",
     "special values": "float64",
     "second order": r"float64 \(2, 3\), \(2, 3\).*log_target",
     "errors": "",
