@@ -15,7 +15,7 @@ def require_torch():
             import torch
     except ImportError as error:
         raise ParityError(
-            "jaxkl parity compares with PyTorch, which is not installed. Install it "
+            "PyTorch, which it compares with, is not installed. Install it "
             'with\n  pip install "torch==2.13.0"'
         ) from error
     return torch
