@@ -8,7 +8,7 @@ JAX_FLOOR := $(shell sed -n 's/.*"jax>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 WORKERS ?= 2
 CORE := tests/test_kl_div.py tests/test_divergences.py tests/test_distillation_singular.py
 
-.PHONY: bench distill test test-slow test-floor lint clean
+.PHONY: bench distill test test-slow test-floor parity package lint clean
 
 distill: .venv/.train  ## train a teacher, distil a student: table and picture
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -22,6 +22,21 @@ test-slow: .venv-test/.test  ## the rare heavy cases
 test-floor: .venv-floor/.done  ## the core tests on the oldest JAX that is supported
 	$(FLOOR)/python -m pytest -n $(WORKERS) -m "not slow" $(CORE) $(ARGS)
 
+parity: .venv-test/.test  ## every case beside the installed PyTorch
+	$(TEST)/jaxkl parity $(ARGS)
+
+package: .venv-build/.done  ## wheel and sdist, tested from an empty environment
+	rm -rf dist build/package
+	.venv-build/bin/python -m build --quiet
+	mkdir -p build/package
+	tar -xzf dist/jaxkl-*.tar.gz -C build/package --strip-components=1
+	rm -r build/package/jaxkl # what is tested is the installed wheel
+	$(PYTHON) -m venv --clear .venv-package
+	.venv-package/bin/pip install --quiet --disable-pip-version-check \
+	  dist/jaxkl-*.whl pytest pytest-xdist scipy "pyright[nodejs]"
+	cd build/package && ../../.venv-package/bin/python -m pytest -n $(WORKERS) -m "not slow" $(CORE)
+	cd build/package && ../../.venv-package/bin/pyright --pythonpath ../../.venv-package/bin/python -p tests/typed_use.json
+
 bench: .venv-bench/.done  ## time and memory beside other libraries: tables, pictures
 	$(BENCH)/python -m benchmarks $(ARGS)
 
@@ -31,7 +46,7 @@ lint: .venv-test/.lint
 	$(TEST)/pyright
 
 clean:
-	rm -rf .venv .venv-test .venv-bench .venv-floor
+	rm -rf .venv .venv-test .venv-bench .venv-floor .venv-build .venv-package build dist
 
 .venv/.train: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -52,6 +67,11 @@ clean:
 	$(PYTHON) -m venv .venv-floor
 	$(FLOOR)/pip install --quiet --disable-pip-version-check -e . \
 	  "jax==$(JAX_FLOOR)" "jaxlib==$(JAX_FLOOR)" pytest pytest-xdist scipy
+	touch $@
+
+.venv-build/.done: pyproject.toml
+	$(PYTHON) -m venv .venv-build
+	.venv-build/bin/pip install --quiet --disable-pip-version-check build
 	touch $@
 
 .venv-bench/.done: pyproject.toml

@@ -1,8 +1,7 @@
 """Kullback-Leibler and other divergences for JAX: PyTorch parity and distillation."""
 
-from importlib.metadata import version as _version
-
 from . import losses as losses, reference as reference
+from ._check_distributions import check_distributions as check_distributions
 from ._distillation import (
     distillation_loss as distillation_loss,
     distillation_loss_with_metrics as distillation_loss_with_metrics,
@@ -29,4 +28,4 @@ from ._sparse import (
 )
 
 
-__version__ = _version("jaxkl")
+__version__ = "0.1.0"

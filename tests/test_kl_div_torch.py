@@ -1,4 +1,8 @@
-"""`kl_div` and `KLDivLoss` side by side with the installed PyTorch."""
+"""`kl_div` and `KLDivLoss` side by side with the installed PyTorch.
+
+Beyond the battery of `jaxkl parity`, which `test_parity.py` runs: sizes, special values
+of first order, every pair of dtypes.
+"""
 
 import functools
 import itertools
@@ -122,40 +126,10 @@ def grid(dtype, *more):
 
 
 @both
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_special_values(dtype, log_target):
-    x, t, g = grid(dtype, [0.0, 1.0, -2.0, inf])
-    f = lambda x, t: jaxkl.kl_div(x, t, reduction="none", log_target=log_target)
-    value, pull = jax.vjp(f, x, t)
-    x_, t_ = to_torch(x), to_torch(t)
-    value_ = torch_kl_div(x_, t_, reduction="none", log_target=log_target)
-    grads_ = torch.autograd.grad(value_, (x_, t_), to_torch(g, False))
-    agree(value, value_, 1e-6, "value")
-    for actual, expected, name in zip(
-        pull(g), grads_, ("input", "target"), strict=True
-    ):
-        agree(actual, expected, 1e-6, f"d_{name}")
-    assert jnp.isnan(value).any() and jnp.isinf(value).any()
-    agree(jax.jit(f)(x, t), value_, 1e-6, "jit")
-
-
-@both
 def test_special_values_of_the_reference(log_target):
     x, t = grid("float32")
     # At cotangent 0 and a negative target the reference has NaN, as it says.
     compare(reference.kl_div, x, t, reduction="none", log_target=log_target, tol=1e-6)
-
-
-@both
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_special_values_in_half_precision(dtype, log_target):
-    x, t = grid(dtype)
-    # PyTorch overflows at exp(100) in float16 alone; both dtypes do in the product.
-    keep = jnp.asarray(
-        [abs(v) != 100 and v != 1e-25 for v in np.array(t, float).round()]
-    )
-    x, t = x[keep], t[keep]
-    compare(jaxkl.kl_div, x, t, reduction="none", log_target=log_target)
 
 
 @both
@@ -265,11 +239,10 @@ def test_module_and_function_differ_in_the_same_place(arrays):
 
 @both
 @pytest.mark.parametrize("dtypes", PAIRS, ids="-".join)
-@pytest.mark.parametrize("reduction", ["none", "batchmean"])
-def test_dtypes(arrays, dtypes, reduction, log_target):
+def test_dtypes(arrays, dtypes, log_target):
     x, t = arrays((2, 3), (2, 3), log_target, dtypes)
     tol = 4 * max(EPS[d] for d in dtypes)  # PyTorch rounds to the narrower on the way
-    options = dict(reduction=reduction, log_target=log_target)
+    options = dict(reduction="none", log_target=log_target)
 
     @jax.jit
     def run(x, t):

@@ -1,0 +1,22 @@
+"""The command line: `jaxkl parity`."""
+
+import argparse
+import sys
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "jaxkl", description="KL divergence and distillation losses for JAX."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    from .parity import _cli
+
+    _cli.add_arguments(
+        commands.add_parser("parity", help=_cli.HELP, description=_cli.HELP)
+    )
+    arguments = parser.parse_args(argv)
+    return arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

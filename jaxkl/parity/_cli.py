@@ -1,0 +1,144 @@
+"""`jaxkl parity` and `jaxkl parity compare`."""
+
+import argparse
+import pathlib
+import sys
+
+from ._errors import ParityError, require_torch
+from ._files import MAX_BYTES, NAMES, read
+
+
+HELP = "compare jaxkl with the installed PyTorch, on a battery of cases"
+COMPARE = "compare your own arrays, and name the mistake if a recorded loss differs"
+FILES = (
+    f".npz, .safetensors or .pt with the arrays {', '.join(NAMES[:2])}, and as far as "
+    f"recorded {', '.join(NAMES[2:])}; or two .npy files, an input and its target"
+)
+STDOUT = "-"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_output(parser)
+    parser.add_argument(
+        "--html", metavar="FILE", help="write a self-contained page with the report"
+    )
+    parser.add_argument(
+        "--group",
+        action="append",
+        metavar="NAME",
+        help="run this group only; may be given several times",
+    )
+    parser.set_defaults(run=_reporting(_battery))
+    commands = parser.add_subparsers(metavar="compare FILE…")
+    _add_compare(commands.add_parser("compare", help=COMPARE, description=COMPARE))
+
+
+def _add_compare(parser):
+    parser.add_argument("files", nargs="+", metavar="FILE", help=FILES)
+    parser.add_argument(
+        "--reduction",
+        choices=("none", "sum", "mean", "batchmean"),
+        default="batchmean",
+        help="what the recorded loss is meant to be (default: batchmean)",
+    )
+    parser.add_argument(
+        "--log-target", action="store_true", help="target holds log-probabilities"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="the recorded loss is meant to be T² times kl_div (default: the file's)",
+    )
+    parser.add_argument(
+        "--max-bytes",
+        type=int,
+        default=MAX_BYTES,
+        metavar="N",
+        help=f"refuse files with larger arrays (default: {MAX_BYTES})",
+    )
+    _add_output(parser)
+    parser.set_defaults(run=_reporting(_compare))
+
+
+def _add_output(parser):
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const=STDOUT,
+        metavar="FILE",
+        help="write the report as JSON, to standard output if no FILE is given",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="write over files that exist"
+    )
+
+
+def _reporting(command):
+    """Runs a command: exit status 2, and no traceback, if it cannot be run."""
+
+    def run(arguments):
+        try:
+            return command(arguments)
+        except ParityError as error:
+            print(f"jaxkl parity: {error}", file=sys.stderr)
+            return 2
+
+    return run
+
+
+def _battery(arguments):
+    from . import _report, _run
+
+    _check_free(arguments, arguments.json, arguments.html)
+    talk = lambda line: print(line, file=sys.stderr, flush=True)
+    report = _run.run(arguments.group, progress=talk)
+    if arguments.json != STDOUT:
+        print(_report.table(report))
+    if arguments.json:
+        _write(arguments, arguments.json, _report.as_json(report))
+    if arguments.html:
+        from ._html import page
+
+        _write(arguments, arguments.html, page(report))
+    return 0 if report.agrees else 1
+
+
+def _compare(arguments):
+    from . import _compare, _compare_report
+
+    require_torch()
+    _check_free(arguments, arguments.json)
+    comparisons = [
+        _compare.compare(
+            recording,
+            arguments.reduction,
+            arguments.log_target,
+            arguments.temperature,
+        )
+        for recording in read(arguments.files, arguments.max_bytes)
+    ]
+    if arguments.json != STDOUT:
+        print(_compare_report.text(comparisons))
+    if arguments.json:
+        _write(arguments, arguments.json, _compare_report.as_json(comparisons))
+    return 0 if all(c.agrees for c in comparisons) else 1
+
+
+def _check_free(arguments, *paths):
+    """Before the work: nothing is written over."""
+    for path in paths:
+        if path and path != STDOUT and not arguments.force:
+            if pathlib.Path(path).exists():
+                raise ParityError(f"{path} exists; --force writes over it")
+
+
+def _write(arguments, path, text):
+    if path == STDOUT:
+        print(text)
+        return
+    try:
+        with open(path, "w" if arguments.force else "x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise ParityError(f"cannot write {path}: {error.strerror}") from None

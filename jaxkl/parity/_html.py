@@ -1,0 +1,121 @@
+"""A report as one self-contained page."""
+
+import html
+
+from ._cases import NOT_COMPARED
+from ._picture import picture
+from ._report import groups, HOW, place, summary
+from ._run import Report
+from ._snippet import snippet
+
+
+# Of the rest there are only the names.
+SNIPPETS = 50
+
+
+def page(report: Report) -> str:
+    verdict = "good" if report.agrees else "bad"
+    versions = ", ".join(f"{k} {v}" for k, v in report.versions.items())
+    body = [
+        "<h1>jaxkl parity</h1>",
+        f'<p class="verdict {verdict}">{_text(summary(report))}</p>',
+        f"<p>{_text(versions)}</p>",
+        _failures(report),
+        '<h2>By group</h2><div class="wide">',
+        _table(report),
+        "</div>",
+        f"<p>{_text(HOW)}.</p>",
+        "<h2>Errors by dtype and size</h2>",
+        "<p>The largest error of each array in the groups reductions and log_target, "
+        "values and gradients: jaxkl filled, PyTorch in the same dtype hollow; "
+        "both against PyTorch in float64.</p>",
+        f'<div class="wide">{picture(report)}</div>',
+        "<h2>Not compared</h2><ul>",
+        *(f"<li>{_text(x)}</li>" for x in NOT_COMPARED),
+        "</ul>",
+    ]
+    return _PAGE.format(style=_STYLE, body="\n".join(body))
+
+
+def _table(report):
+    cells = "group", "", "cases", "numbers", "ulp", "peer's own", "relative", "where"
+    rows = [f"<tr>{''.join(f'<th>{c}</th>' for c in cells)}</tr>"]
+    for g in groups(report):
+        ends = f"{g.failures} differ" if g.failures else "agreed"
+        numbers = (
+            f"{g.cases}",
+            f"{g.numbers:,}",
+            f"{g.ulp:.2f}",
+            f"{g.peer_ulp:.3g}",
+            f"{g.relative:.1e}",
+        )
+        rows.append(
+            f'<tr class="{"bad" if g.failures else ""}"><td>{_text(g.name)}</td>'
+            f'<td class="verdict">{ends}</td>'
+            + "".join(f'<td class="number">{n}</td>' for n in numbers)
+            + f"<td>{_text(g.where)}</td></tr>"
+        )
+    return f"<table>{''.join(rows)}</table>"
+
+
+def _failures(report):
+    if report.agrees:
+        return ""
+    parts = ["<h2>What differs</h2>"]
+    for i, result in enumerate(report.failures):
+        name = f"{result.group}: {place(result)}"
+        problem = f"<p>{_text(result.difference.problem)}</p>"
+        code = ""
+        if i < SNIPPETS:
+            code = f"<pre><code>{_text(snippet(result))}</code></pre>"
+        parts.append(
+            f"<details{' open' * (i == 0)}><summary>{_text(name)}</summary>"
+            f"{problem}{code}</details>"
+        )
+    return "\n".join(parts)
+
+
+def _text(x):
+    return html.escape(str(x))
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>jaxkl parity</title>
+<style>{style}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1d2433; --paper: #fff; --line: #c9ced8;
+  --good: #14703a; --bad: #b3261e; --soft: #f3f5f8;
+  --float16: #b45309; --bfloat16: #7c3aed; --float32: #1d6fd1; --float64: #0f766e; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e8f0; --paper: #14181f;
+  --line: #3b4350; --good: #5fd38d; --bad: #ff8a80; --soft: #1d232d;
+  --float16: #f5a349; --bfloat16: #b794f6; --float32: #6cb2ff; --float64: #4fd1c0; } }
+* { box-sizing: border-box; }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink);
+  background: var(--paper); max-width: 68rem; margin: 0 auto; padding: 1rem; }
+h1, h2 { line-height: 1.2; } h2 { margin-top: 2rem; }
+p, li { max-width: 48rem; overflow-wrap: anywhere; }
+p.verdict { font-size: 1.4rem; font-weight: 600; }
+.verdict { color: var(--good); } .bad.verdict, .bad .verdict { color: var(--bad); }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; }
+th, td { text-align: left; padding: .3rem .7rem; border-bottom: 1px solid var(--line);
+  white-space: nowrap; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; }
+pre { background: var(--soft); padding: .8rem; overflow-x: auto; font-size: .85rem; }
+details { border: 1px solid var(--line); border-radius: .4rem; padding: .4rem .8rem;
+  margin: .5rem 0; }
+summary { cursor: pointer; overflow-wrap: anywhere; }
+svg { width: 100%; max-width: 48rem; height: auto; display: block; }
+svg text { fill: var(--ink); font: 14px system-ui, sans-serif; }
+"""

@@ -1,0 +1,124 @@
+"""`check_distributions`: what it lets through, what it names, and under `checkify`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import checkify
+from scipy.special import log_softmax
+
+import jaxkl
+
+from .helpers import assert_close
+
+
+inf, nan = float("inf"), float("nan")
+LOG_PROBS = np.log([[0.5, 0.5], [0.25, 0.75]])
+PROBS = np.array([[1.0, 0.0], [0.2, 0.8]])
+
+# (input, target, log_target): what is said.
+WRONG = {
+    "probabilities": (PROBS, PROBS, False, r"`input`.*row \[0\] has 1\.0"),
+    "nan": ([[0, -inf], [nan, 0]], PROBS, False, r"`input`.*row \[1\] has NaN"),
+    "+inf": ([[0, inf], [0, 0]], PROBS, False, r"`input`.*row \[0\] has inf"),
+    "-inf": (np.full((2, 2), -inf), PROBS, False, r"`input`.*row \[0\].* sum of 0\.0"),
+    "unnormalised": (LOG_PROBS - 1, PROBS, False, r"`input`.*\[0\].* sum of 0\.36"),
+    "negative": (LOG_PROBS, PROBS - 1e-3, False, r"`target`.*row \[0\] has -0\.001"),
+    "counts": (LOG_PROBS, [[1, 0], [2, 2]], False, r"`target`.*row \[1\] sums to 4\.0"),
+    "logs": (LOG_PROBS, LOG_PROBS, False, r"`target`.*probabilities.*\[0\] has -0\.69"),
+    "not logs": (LOG_PROBS, PROBS, True, r"`target`.*log-prob.*row \[0\] has 1\.0"),
+    "target nan": (LOG_PROBS, [[0, 1], [1, nan]], False, r"`target`.*\[1\] has NaN"),
+    "target inf": (LOG_PROBS, [[0, 1], [1, inf]], False, r"`target`.*\[1\] sums to in"),
+    # The first row that is wrong, whatever is wrong with the others.
+    "two": (LOG_PROBS, [[1, 1], [nan, 0]], False, r"`target`.*row \[0\] sums to 2\.0"),
+}
+wrong = pytest.mark.parametrize("x, t, log_target, says", WRONG.values(), ids=WRONG)
+
+
+@wrong
+def test_names_the_first_wrong_row(x, t, log_target, says):
+    x, t = np.asarray(x, np.float32), np.asarray(t, np.float32)
+    with pytest.raises(ValueError, match=says):
+        jaxkl.check_distributions(x, t, log_target)
+
+
+@pytest.mark.parametrize("log_target", [False, True])
+def test_same_under_checkify_and_silent_without(log_target):
+    @jax.jit
+    def loss(x, t):
+        jaxkl.check_distributions(x, t, log_target)
+        return jaxkl.kl_div(x, t, reduction="sum", log_target=log_target)
+
+    checked = jax.jit(checkify.checkify(loss))
+    for x, t, log, says in WRONG.values():
+        if log == log_target:
+            x, t = jnp.asarray(x, jnp.float32), jnp.asarray(t, jnp.float32)
+            error, value = checked(x, t)
+            with pytest.raises(ValueError, match=says):
+                error.throw()
+            np.testing.assert_array_equal(loss(x, t), value)
+
+
+def test_costs_nothing_in_jit():
+    def loss(x, t):
+        jaxkl.check_distributions(x, t)
+        return jaxkl.kl_div(x, t, reduction="sum")
+
+    x, t = jnp.asarray(LOG_PROBS, jnp.float32), jnp.asarray(PROBS, jnp.float32)
+    plain = lambda x, t: jaxkl.kl_div(x, t, reduction="sum")
+    flops = [jax.jit(f).lower(x, t).compile().cost_analysis() for f in (loss, plain)]
+    assert flops[0]["flops"] == flops[1]["flops"]
+
+
+def test_transforms():
+    def loss(x, t):
+        jaxkl.check_distributions(x, t)
+        return jaxkl.kl_div(x, t, reduction="sum")
+
+    x, t = jnp.asarray(LOG_PROBS, jnp.float32), jnp.asarray(PROBS, jnp.float32)
+    assert_close(jax.grad(loss)(x, t), -t, 1e-6)
+    assert jax.vmap(loss)(x, t).shape == (2,)
+    error, _ = checkify.checkify(jax.vmap(jax.grad(loss)))(x, t)
+    error.throw()
+    error, _ = checkify.checkify(jax.vmap(loss))(x, 2 * t)
+    assert "`target` must hold probabilities" in error.get()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("size", [7, 131072])
+def test_takes_a_softmax_of_any_dtype(rng, dtype, size):
+    with jax.enable_x64(True):
+        uniform = np.full(size, -np.log(size))
+        rows = np.stack([log_softmax(rng.normal(size=size)), uniform])
+        x, t = jnp.asarray(rows, dtype), jnp.asarray(np.exp(rows), dtype)
+        jaxkl.check_distributions(x, t)
+        jaxkl.check_distributions(x, x, log_target=True)
+        with pytest.raises(ValueError, match=r"`input`.*row \[0\] exponentiates"):
+            jaxkl.check_distributions(x - 0.25, t)
+        with pytest.raises(ValueError, match=r"`target`.*row \[1\] sums to 1\.2"):
+            jaxkl.check_distributions(x, t.at[1].multiply(1.25))
+
+
+def test_shapes():
+    x, t = LOG_PROBS.astype(np.float32), PROBS.astype(np.float32)
+    jaxkl.check_distributions(x[0], t)
+    jaxkl.check_distributions(x[None], t[0])
+    with pytest.raises(ValueError, match=r"row \[1, 0\] exponentiates"):
+        jaxkl.check_distributions(np.stack([x, x - 1]), t)
+    jaxkl.check_distributions(x[:0], t[:0])
+    with pytest.raises(ValueError, match="sum of 0"):  # no outcomes
+        jaxkl.check_distributions(x[:, :0], t[:, :1])
+    with pytest.raises(ValueError, match=r"row \[\] sums to 2"):
+        jaxkl.check_distributions(x[0], 2 * t[0])
+
+
+def test_errors():
+    x, t = LOG_PROBS.astype(np.float32), PROBS.astype(np.float32)
+    with pytest.raises(ValueError, match="`input` must have an axis"):
+        jaxkl.check_distributions(np.float32(0), t)
+    with pytest.raises(ValueError, match="`input` and `target`.*broadcast"):
+        jaxkl.check_distributions(x, t[:, :1].repeat(3, 1))
+    with pytest.raises(TypeError, match="`target`"):
+        jaxkl.check_distributions(x, t.astype(int))
+    with pytest.raises(TypeError, match="`log_target`"):
+        jaxkl.check_distributions(x, t, 1)

@@ -1,0 +1,267 @@
+"""`jaxkl parity compare` names the classic mistakes, and only where they are."""
+
+import json
+import warnings
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from scipy.special import log_softmax
+
+from jaxkl.__main__ import main
+from jaxkl.parity import compare, ParityError, Recording
+
+
+TEMPERATURE = 3.0
+rng = np.random.default_rng(0)
+x, log_t = log_softmax(2 * rng.normal(size=(2, 8, 50)), -1).astype(np.float32)
+t = np.exp(log_t)
+mask = np.arange(8) < 5
+ARRAYS = {"input": x, "target": t}
+
+
+def torch_loss(input, target, reduction="batchmean", log_target=False):
+    """What a PyTorch user would have recorded, with both gradients."""
+    input, target = (torch.tensor(a).requires_grad_() for a in (input, target))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loss = torch.nn.functional.kl_div(
+            input, target, reduction=reduction, log_target=log_target
+        )
+    grads = torch.autograd.grad(loss.sum(), (input, target))
+    loss, *grads = (a.detach().numpy() for a in (loss, *grads))
+    return dict(loss=loss, grad_input=grads[0], grad_target=grads[1])
+
+
+def scaled(recorded, factor):
+    return {k: (factor * v).astype(v.dtype) for k, v in recorded.items()}
+
+
+def only_loss(value):
+    return dict(loss=np.float32(value))
+
+
+kl = torch_loss(x, t)
+rows = torch_loss(x, t, "none")["loss"].sum(-1)
+cross_entropy = dict(loss=-(t * x).sum() / 8, grad_input=-t / 8)
+
+# What was recorded, more arrays of the file, options: the mistake, and its evidence.
+MISTAKES = {
+    "mean": (
+        torch_loss(x, t, "mean"),
+        {},
+        {},
+        ("mean for batchmean", "right / recorded = 50"),
+    ),
+    "sum": (torch_loss(x, t, "sum"), {}, {}, ("sum for batchmean", "= 0.125")),
+    "batchmean": (kl, {}, dict(reduction="mean"), ("batchmean for mean", "= 0.02")),
+    "T": (
+        kl,
+        {"temperature": np.float64(TEMPERATURE)},
+        {},
+        ("missing T²", "right / recorded = 9"),
+    ),
+    "T option": (kl, {}, dict(temperature=2.0), ("missing T²", "recorded = 4")),
+    "T unknown": (only_loss(4 * kl["loss"]), {}, {}, ("T²", "right times 2²")),
+    "log_target": (
+        torch_loss(x, t, log_target=True),
+        {},
+        {},
+        ("log_target wrong", "log_target=True"),
+    ),
+    "no log_target": (
+        torch_loss(x, log_t),
+        {"target": log_t},
+        dict(log_target=True),
+        ("log_target wrong", "recorded nan"),
+    ),
+    "probabilities": (
+        only_loss(torch_loss(np.exp(x), t)["loss"]),
+        {},
+        {},
+        ("probabilities passed as log-probabilities: input", "kl_div(exp(input)"),
+    ),
+    "log-probabilities": (
+        # All that is NaN looks alike: the gradient tells.
+        {k: torch_loss(x, log_t)[k] for k in ("loss", "grad_input")},
+        {},
+        {},
+        ("log-probabilities passed as probabilities: target", "log(target)"),
+    ),
+    "probabilities, log_target": (
+        only_loss(torch_loss(x, t, log_target=True)["loss"]),
+        {"target": log_t},
+        dict(log_target=True),
+        ("probabilities passed as log-probabilities: target", "exp(target)"),
+    ),
+    "reversed": (
+        only_loss(torch_loss(log_t, np.exp(x))["loss"]),
+        {},
+        {},
+        ("reversed direction", "kl_div(log(target), exp(input)"),
+    ),
+    "cross-entropy": (
+        cross_entropy,
+        {},
+        {},
+        ("cross-entropy taken for KL", "is the entropy of target"),
+    ),
+    "padding": (
+        only_loss(rows[:5].sum() / 8),
+        {"mask": mask},
+        {},
+        ("mean over padding", "right / recorded = 1.6"),
+    ),
+    "padding counted": (
+        only_loss(rows.sum() / 8),
+        {"mask": mask},
+        {},
+        ("padding not masked", ""),
+    ),
+    "padding without a mask": (
+        only_loss(rows[:5].sum() / 5),
+        {"target": t * mask[:, None]},
+        {},
+        ("mean over padding", "5 of 8 rows"),
+    ),
+    "rows": (
+        only_loss(rows.sum() / 8),
+        {"input": x.reshape(2, 4, 50), "target": t.reshape(2, 4, 50)},
+        {},
+        ("mean over all rows for batchmean", "right / recorded = 4"),
+    ),
+    "logits": (
+        only_loss(kl["loss"]),
+        {"input": x + 1},
+        {},
+        ("the file holds logits: input", "log_softmax(input)"),
+    ),
+    "two": (
+        only_loss(torch_loss(x, t, "mean")["loss"]),
+        {"temperature": np.float64(TEMPERATURE)},
+        {},
+        ("mean for batchmean, and missing T²", "= 450"),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "recorded, more, options, says", MISTAKES.values(), ids=MISTAKES
+)
+def test_names_the_mistake(recorded, more, options, says):
+    arrays = ARRAYS | {k: np.asarray(v) for k, v in (recorded | more).items()}
+    found = compare(Recording("file", arrays), **options)
+    assert not found.agrees
+    assert all(r.agrees for r in found.both), "jaxkl and PyTorch agree nevertheless"
+    assert not all(r.agrees for r in found.recorded)
+    (mistake,) = found.mistakes
+    name, evidence = says
+    assert mistake.name.startswith(name) and evidence in mistake.evidence
+
+
+def test_names_what_the_arrays_show():
+    """Numbers as PyTorch's, of arrays that are not what they should be."""
+    for arrays, options, says in [
+        ({"input": np.exp(x)}, {}, "probabilities passed as log-probabilities: input"),
+        ({"target": log_t}, {}, "log_target wrong: log-probabilities"),
+        ({}, dict(log_target=True), "log_target wrong: probabilities"),
+    ]:
+        arrays = ARRAYS | arrays
+        recorded = torch_loss(arrays["input"], arrays["target"], **options)
+        found = compare(Recording("file", arrays | recorded), **options)
+        assert all(r.agrees for r in found.recorded)
+        (mistake,) = found.mistakes
+        assert mistake.name.startswith(says) and "it holds" in mistake.evidence
+        assert not found.agrees
+
+
+RIGHT = {
+    "batchmean": (kl, {}, {}),
+    "mean": (torch_loss(x, t, "mean"), {}, dict(reduction="mean")),
+    "none": (torch_loss(x, t, "none"), {}, dict(reduction="none")),
+    "log_target": (
+        torch_loss(x, log_t, log_target=True),
+        {"target": log_t},
+        dict(log_target=True),
+    ),
+    "T": (scaled(kl, 9), {"temperature": np.float64(TEMPERATURE)}, {}),
+    "mask": (only_loss(rows[:5].sum() / 5), {"mask": mask}, {}),
+    "python float": (dict(loss=np.asarray(float(kl["loss"]))), {}, {}),
+    "shape (1,)": (dict(loss=kl["loss"][None]), {}, {}),
+    "nothing": ({}, {}, {}),
+}
+
+
+@pytest.mark.parametrize("recorded, more, options", RIGHT.values(), ids=RIGHT)
+def test_agrees(recorded, more, options):
+    found = compare(Recording("file", ARRAYS | recorded | more), **options)
+    assert found.agrees and not found.mistakes
+    assert len(found.recorded) == len(recorded)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision(dtype):
+    kind = getattr(torch, dtype)
+    x_, t_ = torch.tensor(x).to(kind), torch.tensor(t).to(kind)
+    arrays = {
+        name: a.double().numpy().astype(jnp.dtype(dtype))
+        for name, a in (("input", x_), ("target", t_))
+    }
+    for reduction in ("batchmean", "mean"):
+        loss = torch.nn.functional.kl_div(x_, t_, reduction="sum")
+        loss = loss / (8 if reduction == "batchmean" else x.size)
+        loss = loss.double().numpy().astype(jnp.dtype(dtype))
+        found = compare(Recording("file", arrays | {"loss": loss}))
+        names = [m.name for m in found.mistakes]
+        assert names == ([] if reduction == "batchmean" else ["mean for batchmean"])
+
+
+def test_says_if_it_does_not_know():
+    found = compare(Recording("file", ARRAYS | only_loss(0.777)))
+    (mistake,) = found.mistakes
+    assert mistake.name == "none of the known mistakes"
+    assert "right / recorded = " in mistake.evidence
+    wrong = ARRAYS | kl | {"grad_input": 0 * kl["grad_input"]}
+    found = compare(Recording("file", wrong))
+    assert [r.agrees for r in found.recorded] == [True, False, True]
+    assert found.mistakes[0].name == "none of the known mistakes"
+
+
+@pytest.mark.parametrize(
+    "arrays, says",
+    [
+        ({"target": t[:5]}, "do not broadcast"),
+        ({"loss": rows}, r"`loss` has shape \(8,\), expected \(\) with --reduction"),
+        ({"grad_input": t[:5]}, r"`grad_input` has shape \(5, 50\)"),
+        ({"mask": mask[:5]}, "`mask` has shape"),
+    ],
+)
+def test_other_shapes(arrays, says):
+    with pytest.raises(ParityError, match=says):
+        compare(Recording("file", ARRAYS | arrays))
+
+
+def test_command(tmp_path, capsys):
+    path, wrong = tmp_path / "right.npz", tmp_path / "wrong.npz"
+    np.savez(path, **ARRAYS, **kl)
+    assert main(["parity", "compare", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "agree to" in shown and shown.rstrip().endswith("\nagreed")
+
+    np.savez(wrong, **ARRAYS, **torch_loss(x, t, "mean"))
+    report = tmp_path / "report.json"
+    command = ["parity", "compare", str(path), str(wrong), "--json", str(report)]
+    assert main(command) == 1
+    assert "mean for batchmean:\n" in capsys.readouterr().out
+    first, second = json.loads(report.read_text(encoding="utf-8"))
+    assert first["agrees"] and not second["agrees"]
+    assert second["mistakes"][0]["name"] == "mean for batchmean"
+    assert main(["parity", "compare", str(wrong), "--reduction", "mean"]) == 0
+    capsys.readouterr()
+
+    np.save(tmp_path / "x.npy", x)
+    np.save(tmp_path / "t.npy", log_t)
+    pair = [str(tmp_path / "x.npy"), str(tmp_path / "t.npy")]
+    assert main(["parity", "compare", "--log-target", "--json", "-", *pair]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["agrees"]
