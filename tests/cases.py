@@ -44,6 +44,11 @@ FORWARD, REVERSE, JENSEN_SHANNON = (CATALOGUE[x] for x in ("forward", "reverse",
 KINDS = ("forward", "reverse", "js_normalized", "user")
 
 
+def rarely(*values):
+    """For `pytest.mark.parametrize`: values of which only CI runs all."""
+    return [pytest.param(x, marks=pytest.mark.slow) for x in values]
+
+
 def over(*names, slow=()):
     """Parametrises a test over divergences and their oracles; `slow`: in CI only."""
     case = lambda name, *marks: pytest.param(*ALL[name], id=name, marks=marks)
@@ -55,7 +60,8 @@ def over(*names, slow=()):
 # All of the catalogue where the formula of the divergence is what is tested.
 over_all = over(*KINDS, slow=[name for name in ALL if name not in KINDS])
 over_catalogue = over(*CATALOGUE)
-over_kinds = over(*KINDS)
+# Where it is something else: two quick ones, the others in CI.
+over_kinds = over("forward", "js_normalized", slow=("reverse", "user"))
 
 # Arguments that have a gradient.
 FLOATS = ("student", "teacher", "temperature", "teacher_temperature", "weights")

@@ -56,7 +56,7 @@ def _draw_logits(rng, shape, vocab, scale, dtype, masked):
     return jnp.asarray(logits, dtype)
 
 
-@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(
     compiled=st.sampled_from(COMPILED),
     scale=st.sampled_from([0.01, 1.0, 5.0]),

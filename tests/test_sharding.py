@@ -21,7 +21,7 @@ from jaxkl import (
     top_k_teacher,
 )
 
-from .cases import ALL, FORWARD, JENSEN_SHANNON, KINDS, over, REVERSE, rounded
+from .cases import ALL, FORWARD, JENSEN_SHANNON, over, rarely, REVERSE, rounded
 from .heads import assert_matches, assert_source_gradient, evaluate, make_head
 from .helpers import assert_close
 
@@ -59,7 +59,7 @@ def sources(rng, form, shape=(13,), vocab=37, dtype="float32"):
 
 
 @pytest.mark.parametrize("form", ["dense", "heads"])
-@over(*KINDS, slow=[name for name in ALL if name not in KINDS])
+@over("forward", "user", slow=[x for x in ALL if x not in ("forward", "user")])
 def test_every_divergence(rng, form, divergence, reference):
     student, teacher = sources(rng, form)
     pair = (divergence, reference)
@@ -90,7 +90,7 @@ def arguments_of_all_kinds(rng, shape, vocab):
     )
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("reduction", ["none", "mean", *rarely("sum")])
 @pytest.mark.parametrize("form", ["dense", "heads"])
 def test_all_arguments(rng, form, reduction):
     shape, vocab = (5, 3), 19
@@ -164,7 +164,7 @@ def test_columns_that_are_masked_in_both(rng):
         assert_close(grads[name], wants[name], 1e-6)
 
 
-@pytest.mark.parametrize("form", ["dense", "heads"])
+@pytest.mark.parametrize("form", ["dense", *rarely("heads")])
 @pytest.mark.parametrize("tail", ["renormalize", "drop", "bucket", "uniform"])
 def test_sparse_teacher(rng, form, tail):
     shape, vocab = (11,), 29
@@ -183,7 +183,7 @@ def test_sparse_teacher(rng, form, tail):
     assert_source_gradient(student, grad, want_grad, "student", 1e-5)
 
 
-@pytest.mark.parametrize("tail", ["renormalize", "drop", "bucket", "uniform"])
+@pytest.mark.parametrize("tail", ["uniform", *rarely("renormalize", "drop", "bucket")])
 def test_a_list_of_all_columns_is_the_dense_teacher(rng, tail):
     """Though padding columns are never listed."""
     s, t = (rounded(rng, (3, 29)) for _ in range(2))
@@ -194,7 +194,7 @@ def test_a_list_of_all_columns_is_the_dense_teacher(rng, tail):
     assert_close(grad, want_grad, 1e-5)
 
 
-@pytest.mark.parametrize("teacher_form", ["dense", "bucket", "uniform"])
+@pytest.mark.parametrize("teacher_form", ["dense", "bucket", *rarely("uniform")])
 @pytest.mark.parametrize(
     "layout",
     ["2x4", pytest.param("8x1", marks=SLOW), pytest.param("2x2x2", marks=SLOW)],
