@@ -32,12 +32,19 @@ def language_reference():
     return "\n\n".join(dict.fromkeys(paragraphs))
 
 
+def read(path):
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}.") from error
+
+
 def load(path, tokenizer, length, held_out, windows=None):
     """The text in `path`, or the language reference if None, cut into windows.
 
     The last `held_out` are kept apart; `windows` bounds those that are trained on.
     """
-    text = language_reference() if path is None else Path(path).read_text("utf-8")
+    text = language_reference() if path is None else read(Path(path))
     name = "the Python language reference" if path is None else Path(path).name
     tokens = np.array(tokenizer.encode(text).ids, np.int32)
     count = -(-(len(tokens) - 1) // length)

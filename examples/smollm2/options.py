@@ -23,18 +23,19 @@ DIVERGENCES = {
 }
 
 
+class Formatter(
+    argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
+):
+    """The description as it is, and the defaults of options that have one."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
 def parser(doc):
-    return argparse.ArgumentParser(
-        description=doc,
-        formatter_class=type(
-            "Formatter",
-            (
-                argparse.ArgumentDefaultsHelpFormatter,
-                argparse.RawDescriptionHelpFormatter,
-            ),
-            {},
-        ),
-    )
+    return argparse.ArgumentParser(description=doc, formatter_class=Formatter)
 
 
 def add_data(parser):
@@ -63,6 +64,12 @@ def file(text):
     if not (path := Path(text)).is_file():
         raise error("a file", text)
     return path
+
+
+def some(text):
+    if not text.strip():
+        raise error("some text", text)
+    return text
 
 
 def number(convert, accept, expected):
@@ -102,9 +109,12 @@ def divergence(text):
             values[key] = value == "true" if types[key] is bool else float(value)
         except ValueError:
             raise error(f"a number for {key}", text) from None
+    for field in dataclasses.fields(kind):
+        if field.default is dataclasses.MISSING and field.name not in values:
+            raise error(f"{name}:{field.name}=NUMBER", text)
     try:
         return kind(**values)
-    except (TypeError, ValueError) as why:
+    except ValueError as why:
         raise argparse.ArgumentTypeError(f"{text!r}: {why}") from None
 
 

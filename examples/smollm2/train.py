@@ -53,7 +53,7 @@ def parse_arguments(arguments=None):
     count, nonzero = options.integer(0), options.integer(1)
     add("--output", type=Path, default=Path("out/smollm2"), help="folder")
     add("--ways", nargs="+", choices=WAYS, default=WAYS, help="which to train")
-    add("--layers", type=options.layers, default=(0, 1, 8, 16, 24, 29), help="kept")
+    add("--layers", type=options.layers, default="0,1,8,16,24,29", help="kept")
     add("--steps", type=nonzero, default=60, help="updates")
     add("--batch", type=nonzero, default=2, help="windows at a time")
     add("--accumulate", type=nonzero, default=1, help="batches for each update")
@@ -89,7 +89,7 @@ def parse_arguments(arguments=None):
     add("--real", action="store_true", help="the mesh is of devices that are there")
     add("--save-every", type=nonzero, default=20, help="steps")
     add("--evaluate-every", type=nonzero, default=20, help="steps")
-    add("--prompt", default="The import statement", help="of the sample continuations")
+    add("--prompt", type=options.some, default="The import statement", help="sample's")
     args = parser.parse_args(arguments)
     sizes = args.mesh or {"data": 1}
     if args.batch % sizes["data"]:

@@ -24,6 +24,13 @@ def test_windows_cover_the_text(tmp_path, tokenizer):
     np.testing.assert_array_equal(tokens[counted][1:], labels[counted][:-1])
 
 
+def test_a_text_that_is_not_utf8(tmp_path, tokenizer):
+    path = tmp_path / "text"
+    path.write_bytes(b"\xff" * 1000)
+    with pytest.raises(ValueError, match=f"{path} is not UTF-8"):
+        data.load(path, tokenizer, 16, 2)
+
+
 def test_no_paragraph_of_the_reference_is_there_twice():
     paragraphs = data.language_reference().split("\n\n")
     assert len(paragraphs) > 1000 and len(set(paragraphs)) == len(paragraphs)
