@@ -179,14 +179,22 @@ class Cache:
         check_shards(directory, manifest)
         return cls(directory, manifest, tail)
 
-    def check_temperature(self, schedule):
-        """Lists of columns are at the temperature at which they were written."""
+    def check(self, divergence, temperature):
+        """Lists of columns do not serve every divergence, and only one temperature."""
+        path, kind = self.directory / "manifest.json", self.manifest["kind"]
+        if kind == "hidden":
+            return
         at = self.manifest["temperature"]
-        if at is not None and (schedule.first, schedule.last) != (at, at):
+        if (temperature.first, temperature.last) != (at, at):
             raise ValueError(
-                f"{self.directory / 'manifest.json'} is at temperature {at:g}: a "
-                f"{self.manifest['kind']} cache cannot be used at another."
+                f"{path} is at temperature {at:g}: a {kind} cache cannot be used at "
+                "another."
             )
+        batch = {"indices": jnp.zeros((1, 1), int)}
+        if kind == "top-k":
+            batch["log_probs"] = jnp.zeros((1, 1))
+        teacher = self.source(None, batch, None)
+        jaxkl.distillation_loss(jnp.zeros((1, 2)), teacher, divergence=divergence)
 
     def source(self, frozen, batch, x):
         """The teacher in the loss, from a batch's arrays."""

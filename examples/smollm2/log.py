@@ -26,9 +26,9 @@ def curve(path, split, name):
 
 class Log:
     def __init__(self, directory, start):
-        """Goes on after step `start`, and forgets what was written of later ones."""
+        """Goes on after step `start`, or anew at 0; drops the rows of later ones."""
         path = directory / "metrics.csv"
-        kept = [row for row in read(path) if int(row["step"]) <= start]
+        kept = [row for row in read(path) if start and int(row["step"]) <= start]
         temporary = path.with_suffix(".tmp")
         with temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)

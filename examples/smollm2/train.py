@@ -267,7 +267,7 @@ def main():
         cache = None
         if args.cache:
             cache = caches.Cache.open(args.cache, teacher, corpus, args.tail)
-            cache.check_temperature(args.temperature)
+            cache.check(args.divergence, args.temperature)
         check_settings(args, teacher, corpus, cache)
     except (ValueError, OSError) as error:
         parser.exit(1, f"train.py: {error}\n")

@@ -17,6 +17,7 @@ import data
 import jaxkl
 import model
 import tiny
+import train
 
 
 SHARDS = 11
@@ -207,9 +208,18 @@ def test_a_list_is_at_its_own_temperature(tmp_path, run, common, teacher, corpus
     run(cache, *common, *options)
     opened = cache.Cache.open(tmp_path, teacher, corpus)
     schedule = cache.options.Schedule
-    opened.check_temperature(schedule("constant", 2.0, 2.0))
+    opened.check(jaxkl.ForwardKL(), schedule("constant", 2.0, 2.0))
     for other in (schedule("constant", 1.0, 1.0), schedule("linear", 2.0, 1.0)):
         with pytest.raises(ValueError, match="is at temperature 2"):
-            opened.check_temperature(other)
-    logits = np.random.default_rng(0).normal(size=(1, 9))
-    assert jaxkl.top_k_teacher(logits.astype(np.float32), 4).tail == opened.tail
+            opened.check(jaxkl.ForwardKL(), other)
+
+
+def test_a_divergence_that_a_list_does_not_serve(run, common, tmp_path, capsys):
+    options = ["--kind", "sampled", "--k", 4, "--output", tmp_path / "sampled"]
+    run(cache, *common, *options)
+    command = [*common, "--divergence", "reverse-kl", "--output", tmp_path / "out"]
+    with pytest.raises(SystemExit) as exit:
+        run(train, *command, "--cache", tmp_path / "sampled")
+    assert exit.value.code == 1
+    assert "`divergence` ReverseKL() is not finite" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "distilled").exists()
