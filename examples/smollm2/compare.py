@@ -7,6 +7,7 @@ seeds; beside them one whose teacher is asked online and one of labels alone. Wh
 been made already is not made again.
 """
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -57,11 +58,9 @@ def write_caches(output, teacher, corpus, progress):
     return made
 
 
-def train_student(args, name, tail, seed, teacher, corpus, cache, progress):
-    """Returns the last held-out row."""
-    output = args.output / name / f"seed-{seed}"
-    way = "labels" if name == "labels alone" else "distilled"
-    settings = {
+def settings_of(args, name, tail, seed):
+    """As train.py has them, for a folder of this student's own."""
+    values = {
         "length": args.length,
         "windows": args.windows,
         "held-out": args.held_out,
@@ -70,16 +69,17 @@ def train_student(args, name, tail, seed, teacher, corpus, cache, progress):
         "save-every": args.steps,
         "seed": seed,
         "tail": tail,
-        "output": output,
+        "output": args.output / name / f"seed-{seed}",
     }
-    own = train.parse_arguments([f"--{k}={v}" for k, v in settings.items()])[1]
-    mesh = train.make_mesh(own)
+    return train.parse_arguments([f"--{k}={v}" for k, v in values.items()])[1]
+
+
+def train_student(own, way, teacher, corpus, cache, mesh, judged, progress):
+    """Returns the last held-out row."""
     train.check_settings(own, teacher, corpus, cache)
-    if last := report.held_out(output, way)[1:]:
-        return last[0]
-    judged = train.held_out(own, teacher, corpus, mesh)
-    train.train(own, way, teacher, corpus, cache, mesh, judged, progress)
-    return report.held_out(output, way)[-1]
+    if not report.held_out(own.output, way)[1:]:
+        train.train(own, way, teacher, corpus, cache, mesh, judged, progress)
+    return report.held_out(own.output, way)[-1]
 
 
 def show(results, made, tokens, seeds, vocab):
@@ -123,25 +123,21 @@ def main():
         teacher = model.load(args.teacher or model.teacher_file())
         cuts = args.length, args.held_out, args.windows
         corpus = data.load(args.text, teacher.tokenizer, *cuts)
-        with Progress(*columns) as progress:
+        some = settings_of(args, "online", "bucket", 0)
+        mesh = train.make_mesh(some)
+        results = {name: [] for name, _, _ in ROWS}
+        with Progress() as progress:
             made = write_caches(args.output, teacher, corpus, progress)
-            results = {name: [] for name, _, _ in ROWS}
-            for seed in range(args.seeds):
-                for name, cache, tail in ROWS:
-                    row = train_student(
-                        args,
-                        name,
-                        tail,
-                        seed,
-                        teacher,
-                        corpus,
-                        made.get(cache),
-                        progress,
-                    )
-                    results[name].append(row)
+        with Progress(*columns) as progress:
+            judged = train.held_out(some, teacher, corpus, mesh)
+            for seed, (name, cache, tail) in itertools.product(range(args.seeds), ROWS):
+                own = settings_of(args, name, tail, seed)
+                way = "labels" if name == "labels alone" else "distilled"
+                run = own, way, teacher, corpus, made.get(cache), mesh, judged, progress
+                results[name].append(train_student(*run))
     except (ValueError, OSError) as error:
         parser.exit(1, f"compare.py: {error}\n")
-    tokens = args.steps * 2 * args.length
+    tokens = args.steps * some.batch * args.length
     show(results, made, tokens, args.seeds, len(teacher.embedding))
 
 
