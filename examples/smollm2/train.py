@@ -54,7 +54,7 @@ def parse_arguments(arguments=None):
     add("--output", type=Path, default=Path("out/smollm2"), help="folder")
     add("--ways", nargs="+", choices=WAYS, default=WAYS, help="which to train")
     add("--layers", type=options.layers, default="0,1,8,16,24,29", help="kept")
-    add("--steps", type=nonzero, default=60, help="updates")
+    add("--steps", type=nonzero, default=40, help="updates")
     add("--batch", type=nonzero, default=2, help="windows at a time")
     add("--accumulate", type=nonzero, default=1, help="batches for each update")
     add("--learning-rate", type=options.positive, default=1e-3, help="highest")
