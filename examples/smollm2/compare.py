@@ -7,6 +7,7 @@ seeds; beside them one whose teacher is asked online and one of labels alone. Wh
 been made already is not made again.
 """
 
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -133,7 +134,8 @@ def main():
             for seed, (name, cache, tail) in itertools.product(range(args.seeds), ROWS):
                 own = settings_of(args, name, tail, seed)
                 way = "labels" if name == "labels alone" else "distilled"
-                run = own, way, teacher, corpus, made.get(cache), mesh, judged, progress
+                source = cache and dataclasses.replace(made[cache], tail=tail)
+                run = own, way, teacher, corpus, source, mesh, judged, progress
                 results[name].append(train_student(*run))
     except (ValueError, OSError) as error:
         parser.exit(1, f"compare.py: {error}\n")
