@@ -65,6 +65,7 @@ def settings_of(args, name, tail, seed):
         "length": args.length,
         "windows": args.windows,
         "held-out": args.held_out,
+        "layers": ",".join(map(str, args.layers)),
         "steps": args.steps,
         "evaluate-every": args.steps,
         "save-every": args.steps,
@@ -109,6 +110,7 @@ def parse_arguments():
     parser.set_defaults(windows=160)
     add = parser.add_argument
     add("--output", type=Path, default=Path("out/compare"), help="folder")
+    add("--layers", type=options.layers, default="0,1,8,16,24,29", help="kept")
     add("--steps", type=options.integer(1), default=30, help="updates of each student")
     add("--seeds", type=options.integer(2), default=3, help="a spread needs two")
     args = parser.parse_args()

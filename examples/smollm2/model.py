@@ -178,6 +178,10 @@ def _tokenizer(field):
 
 def student_of(teacher, layers):
     """A model of some of the teacher's layers, to be trained on."""
+    if not all(0 <= i < teacher.config.layers for i in layers):
+        raise ValueError(
+            f"`layers` {layers}: the teacher has {teacher.config.layers} layers."
+        )
     config = dataclasses.replace(teacher.config, layers=len(layers))
     structure, _ = nnx.split(nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0))))
     state = nnx.state(teacher.model)

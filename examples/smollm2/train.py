@@ -252,11 +252,7 @@ def main():
         mesh = make_mesh(args)
         print("Loading the teacher", flush=True)
         teacher = model.load(args.teacher or model.teacher_file(), args.dtype)
-        layers = teacher.config.layers
-        if not all(0 <= i < layers for i in args.layers):
-            raise ValueError(
-                f"--layers {args.layers}: the teacher has {layers} layers."
-            )
+        students = {"untrained": model.student_of(teacher, args.layers)}
         sizes = {"vocabulary": len(teacher.embedding), "MLP": teacher.config.ffn}
         for what, size in sizes.items():
             if size % (parts := mesh.shape["model"]):
@@ -279,7 +275,6 @@ def main():
     )
     columns = ("{task.description:9}", BarColumn(20), MofNCompleteColumn())
     columns += (TimeRemainingColumn(), "{task.fields[note]}")
-    students = {"untrained": model.student_of(teacher, args.layers)}
     with Progress(*columns) as progress:
         judged = held_out(args, teacher, corpus, mesh)
         for way in args.ways:
