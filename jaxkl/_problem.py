@@ -146,6 +146,8 @@ def _normalized(weight, reduction, normalizer):
     if normalizer is None:
         total = jnp.sum(weight)
     else:
+        if check.is_integer(normalizer):
+            normalizer = jnp.asarray(normalizer, weight.dtype)  # the sum of a mask
         total = check.scalar("normalizer", normalizer, 0, positive=True)
         total = jax.lax.stop_gradient(jnp.asarray(total, weight.dtype))
     # No weight at all: a loss of 0, with no gradient.

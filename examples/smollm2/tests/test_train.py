@@ -1,0 +1,268 @@
+"""Training in every mode, on a tiny teacher, and what survives a SIGKILL."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+import cache
+import log
+import train
+
+
+SHORT = ["--steps=2", "--evaluate-every=1", "--layers=0,3", "--batch=4"]
+
+
+def losses(out, way="distilled", split="train", name="loss"):
+    steps, values = log.curve(out / way / "metrics.csv", split, name)
+    return np.array(values)
+
+
+@pytest.fixture(scope="module")
+def online(run, common, tmp_path_factory):
+    """Trained with the defaults, for others to be compared with."""
+    out = tmp_path_factory.mktemp("online")
+    run(train, *common, *SHORT, "--output", out)
+    return out
+
+
+@pytest.fixture
+def distil(run, common, tmp_path):
+    """Trains with options; returns the folder."""
+
+    def distil(*options, ways="distilled"):
+        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        run(train, *common, *SHORT, "--output", out, *options, "--ways", *ways.split())
+        return out
+
+    return distil
+
+
+@pytest.fixture
+def cached(run, common, tmp_path):
+    def cached(*options):
+        out = tmp_path / f"cache{len(list(tmp_path.iterdir()))}"
+        run(cache, *common, "--output", out, *options)
+        return out
+
+    return cached
+
+
+def test_both_ways_online(distil, capsys):
+    out = distil(ways="distilled labels")
+    printed = capsys.readouterr().out
+    for way in ("distilled", "labels"):
+        assert len(losses(out, way)) == 2
+        for name in ("kl", "cross_entropy", "top1_agreement"):
+            values = losses(out, way, "held-out", name)
+            assert values.shape == (3,) and np.all(np.isfinite(values))
+            shown = f"{values[-1]:.3f}" if name != "top1_agreement" else ""
+            assert shown in printed
+        assert list((out / way).glob("events.out.tfevents.*"))
+    kl = losses(out, "labels", "held-out", "kl")
+    assert kl[0] == losses(out, "distilled", "held-out", "kl")[0]
+    assert losses(out, "labels", "train", "kl").size == 0  # it had no teacher
+    for name in ("teacher", "untrained", "distilled", "labels alone"):
+        assert f"\n  {name} " in printed
+    assert 0.5 < np.mean(imread(out / "curves.png")[..., :3] == 1) < 0.99
+    np.testing.assert_allclose(
+        losses(out, "labels"), losses(out, "labels", name="cross_entropy"), rtol=1e-5
+    )
+
+
+def test_a_cache_of_hidden_states_is_as_good_as_the_teacher(online, distil, cached):
+    exact = cached("--dtype=float32", "--shard-windows=16")
+    expected = losses(online)
+    np.testing.assert_allclose(losses(distil("--cache", exact)), expected, rtol=1e-5)
+    rounded = distil("--cache", cached())
+    np.testing.assert_allclose(losses(rounded), expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalize", "uniform", "drop"])
+def test_a_cache_of_top_k(distil, cached, tail):
+    few = cached("--kind=top-k", "--k=8")
+    assert np.all(np.isfinite(losses(distil("--cache", few, "--tail", tail))))
+
+
+def test_a_cache_of_all_columns_is_as_good_as_the_teacher(online, distil, cached):
+    every = cached("--kind=top-k", "--k=264", "--dtype=float32")
+    found = losses(distil("--cache", every, "--tail=uniform"))
+    np.testing.assert_allclose(found, losses(online), rtol=1e-4)
+
+
+def test_a_cache_of_samples(distil, cached):
+    found = distil("--cache", cached("--kind=sampled", "--k=8"))
+    assert np.all(np.isfinite(losses(found)))
+
+
+def test_a_mesh_has_the_losses_of_one_device(distil, capsys):
+    ways = "distilled labels"
+    alone = distil("--accumulate=2", ways=ways)
+    mesh = distil("--accumulate=2", "--mesh=data=4,model=2", "--real", ways=ways)
+    for way in ways.split():
+        expected = losses(alone, way)
+        np.testing.assert_allclose(losses(mesh, way), expected, rtol=1e-4)
+        expected = losses(alone, way, "held-out", "kl")
+        np.testing.assert_allclose(losses(mesh, way, "held-out", "kl"), expected, 1e-4)
+
+
+def test_a_mesh_streams_a_cache(distil, cached):
+    folder = cached("--kind=top-k", "--k=8")
+    alone = losses(distil("--cache", folder))
+    mesh = losses(distil("--cache", folder, "--mesh=data=2,model=4", "--real"))
+    np.testing.assert_allclose(mesh, alone, rtol=1e-4)
+
+
+def test_accumulated_batches_are_one_large_batch(distil):
+    # 84 windows, of which the last is cut off: 21 steps see it, in one of the parts.
+    whole = losses(distil("--steps=21", "--evaluate-every=21"))
+    parts = ["--steps=21", "--evaluate-every=21", "--batch=1", "--accumulate=4"]
+    np.testing.assert_allclose(losses(distil(*parts)), whole, rtol=1e-4)
+
+
+def test_bfloat16_is_close(online, distil):
+    rounded = distil("--dtype=bfloat16")
+    np.testing.assert_allclose(losses(rounded), losses(online), rtol=0.05)
+    assert np.any(losses(rounded) != losses(online))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--divergence=jensen-shannon:beta=0.3", "--temperature=linear:4:1"],
+        ["--divergence=reverse-kl", "--alpha=cosine:1:0.5", "--temperature=2"],
+    ],
+)
+def test_other_divergences_and_schedules(online, distil, options):
+    expected, found = losses(online), losses(distil(*options))
+    assert np.all(np.isfinite(found)) and np.all(found != expected)
+
+
+def test_alpha_0_is_the_cross_entropy(online, distil):
+    found, expected = losses(distil("--alpha=0")), losses(online, "labels")
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_a_finished_run_has_nothing_to_do(run, common, tmp_path, capsys):
+    command = [*common, *SHORT, "--output", tmp_path, "--ways", "labels"]
+    run(train, *command)
+    first = capsys.readouterr().out.split("held-out tokens")[1]
+    content = (tmp_path / "labels" / "metrics.csv").read_bytes()
+    run(train, *command)
+    assert capsys.readouterr().out.split("held-out tokens")[1] == first
+    assert (tmp_path / "labels" / "metrics.csv").read_bytes() == content
+
+
+@pytest.mark.parametrize("saving", [False, True], ids=["anything", "a save"])
+def test_killed_during(saving, common, tmp_path):
+    def command(out):
+        options = [*common, "--output", out, "--ways", "distilled", "--layers", "0,3"]
+        options += ["--steps=6", "--save-every=1", "--evaluate-every=5"]
+        return [sys.executable, train.__file__, *map(str, options)]
+
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    quiet = dict(stdout=subprocess.DEVNULL)
+    subprocess.run(command(whole), check=True, timeout=300, **quiet)
+    expected = (whole / "distilled" / "metrics.csv").read_bytes()
+
+    rng, killed, unfinished = random.Random(0), 0, 0
+    checkpoints = out / "distilled" / "checkpoints"
+
+    def state():
+        names = [path.name for path in checkpoints.glob("*")]
+        steps = {int(name) for name in names if name.isdecimal()}
+        return max(steps, default=0), any("tmp" in name for name in names)
+
+    for attempt in range(20):
+        child = subprocess.Popen(command(out), **quiet)
+        # The first never saves anything; each of the others gets further by a step.
+        goal = state()[0] + (attempt > 0)
+        while child.poll() is None:
+            step, in_save = state()
+            if step >= goal and (in_save or not saving and step > goal):
+                time.sleep(0 if saving else rng.uniform(0, 0.3))
+                break
+            time.sleep(0.0005)
+        child.kill()
+        if child.wait() == 0:
+            break
+        assert child.returncode == -signal.SIGKILL
+        killed += 1
+        unfinished += state()[1]
+    assert child.returncode == 0 and killed >= 2
+    assert unfinished >= 2 or not saving
+    assert (out / "distilled" / "metrics.csv").read_bytes() == expected
+
+
+def test_a_row_that_was_cut_off_is_written_again(tmp_path):
+    with log.Log(tmp_path, 0) as first:
+        for step in (1, 2, 3):
+            first.write(step, "train", {"loss": step / 3})
+    path = tmp_path / "metrics.csv"
+    whole = path.read_text()
+    path.write_text(whole[:-9])
+    with log.Log(tmp_path, 2):
+        pass
+    assert path.read_text() == "".join(whole.splitlines(keepends=True)[:3])
+
+
+@pytest.mark.parametrize("option", ["--seed=1", "--learning-rate=0.1", "--length=16"])
+def test_another_run_in_the_same_folder(run, common, tmp_path, capsys, option):
+    command = [*common, *SHORT, "--output", tmp_path, "--ways", "labels"]
+    run(train, *command)
+    with pytest.raises(SystemExit) as exit:
+        run(train, *command, option)
+    assert exit.value.code == 1
+    message = capsys.readouterr().err
+    name = option[2:].split("=")[0].replace("-", "_")
+    assert f"settings.json is of another {name}" in message
+
+
+@pytest.mark.parametrize(
+    "option, words",
+    [
+        ("--divergence=kl", "expected one of forward-kl, reverse-kl"),
+        ("--divergence=jensen-shannon:alpha=1", "jensen-shannon has beta"),
+        ("--divergence=jensen-shannon:beta=2", "`beta` must be in"),
+        ("--divergence=jensen-shannon:beta=x", "expected a number for beta"),
+        ("--divergence=alpha", "expected alpha:alpha=NUMBER"),
+        ("--prompt=", "expected some text"),
+        ("--temperature=0", "expected a number above 0"),
+        ("--temperature=linear:4:0", "expected a number above 0"),
+        ("--temperature=step:4:1", "linear:FROM:TO or cosine:FROM:TO"),
+        ("--alpha=1.1", "expected a number from 0 to 1"),
+        ("--mesh=data=3", "data=3 does not divide --batch 4"),
+        ("--mesh=model=x", "expected data=N,model=M"),
+        ("--mesh=model=5 --real", "model=5 does not divide the vocabulary, 264"),
+        ("--layers=1,b", "expected layers as 0,1,8"),
+        ("--layers=0,4", "the teacher has 4 layers"),
+        ("--steps=0", "expected an integer from 1"),
+        ("--dtype=float16", "invalid choice"),
+        ("--tail=none", "invalid choice"),
+        ("--text=nowhere", "expected a file"),
+        ("--teacher=nowhere", "expected a file"),
+        ("--held-out=1000", "too few for 1000 held-out windows"),
+    ],
+)
+def test_bad_option(run, common, tmp_path, capsys, option, words):
+    with pytest.raises(SystemExit) as exit:
+        run(train, *common, *SHORT, "--output", tmp_path, *option.split())
+    assert exit.value.code in (1, 2)
+    message = capsys.readouterr().err
+    assert words in message and "Traceback" not in message
+
+
+def test_a_teacher_that_is_no_gguf_file(run, common, text, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(train, *common, "--output", tmp_path, f"--teacher={text}")
+    assert f"{text} is not a GGUF file" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(distil):
+    with pytest.raises(SystemExit, match="the loss of step . is not finite"):
+        distil("--learning-rate=1e30")

@@ -1,0 +1,290 @@
+"""Distils SmolLM2-135M into a student of six of its thirty layers.
+
+    make distill-lm                                  # the teacher is asked online
+    make distill-lm ARGS="--steps 500 --batch 4"     # longer
+
+The same student is trained twice, on the same windows of text in the same order: once
+distilled, once on the labels alone. A run that was interrupted, be it by SIGKILL in the
+middle of a save, goes on where it was when the same command is given again.
+"""
+
+import contextlib
+import json
+import logging
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+import cache as caches
+import data
+import jaxkl
+import model
+import options
+import report
+from log import Log
+from step import (
+    evaluate,
+    hidden_states,
+    labels_alone,
+    online,
+    spec,
+    Task,
+    train_step,
+)
+
+
+WAYS = ("distilled", "labels")
+
+
+def parse_arguments(arguments=None):
+    parser = options.parser(__doc__)
+    options.add_data(parser)
+    add = parser.add_argument
+    count, nonzero = options.integer(0), options.integer(1)
+    add("--output", type=Path, default=Path("out/smollm2"), help="folder")
+    add("--ways", nargs="+", choices=WAYS, default=WAYS, help="which to train")
+    add("--layers", type=options.layers, default="0,1,8,16,24,29", help="kept")
+    add("--steps", type=nonzero, default=40, help="updates")
+    add("--batch", type=nonzero, default=2, help="windows at a time")
+    add("--accumulate", type=nonzero, default=1, help="batches for each update")
+    add("--learning-rate", type=options.positive, default=1e-3, help="highest")
+    add("--seed", type=count, default=0, help="of the order of windows")
+    add(
+        "--divergence",
+        type=options.divergence,
+        default="forward-kl",
+        help="NAME or NAME:PARAMETER=VALUE, of " + ", ".join(options.DIVERGENCES),
+    )
+    add(
+        "--temperature",
+        type=options.schedule(options.positive),
+        default="1",
+        help="a number, linear:FROM:TO or cosine:FROM:TO over the steps",
+    )
+    add(
+        "--alpha",
+        type=options.schedule(options.share),
+        default="1",
+        help="weight of the divergence, likewise; the labels get 1 - alpha",
+    )
+    add("--cache", type=Path, help="folder that cache.py wrote, for the teacher")
+    add(
+        "--tail",
+        choices=("bucket", "renormalize", "uniform", "drop"),
+        default="bucket",
+        help="what a top-k cache says of the other columns",
+    )
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute")
+    add("--mesh", type=options.mesh, help="data=N,model=M: spread over N * M devices")
+    add("--real", action="store_true", help="the mesh is of devices that are there")
+    add("--save-every", type=nonzero, default=20, help="steps")
+    add("--evaluate-every", type=nonzero, default=20, help="steps")
+    add("--prompt", type=options.some, default="The import statement", help="sample's")
+    args = parser.parse_args(arguments)
+    sizes = args.mesh or {"data": 1}
+    if args.batch % sizes["data"]:
+        parser.error(
+            f"argument --mesh: data={sizes['data']} does not divide --batch "
+            f"{args.batch}"
+        )
+    options.make_folder(parser, args.output)
+    return parser, args
+
+
+def optimizer_of(args):
+    warmup = args.steps // 10
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, args.learning_rate, warmup, args.steps, args.learning_rate / 10
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.95))
+
+
+def make_task(args, way, teacher, cache, structure, mesh):
+    one = options.Schedule("constant", 1.0, 1.0)
+    source, divergence, temperature, alpha = labels_alone, jaxkl.ForwardKL(), one, one
+    if way == "distilled":
+        source = online(nnx.split(teacher.model)[0]) if cache is None else cache.source
+        divergence, temperature, alpha = args.divergence, args.temperature, args.alpha
+    return Task(
+        structure,
+        source,
+        divergence,
+        temperature.over(args.steps),
+        alpha.over(args.steps),
+        mesh if args.mesh else None,
+    )
+
+
+def place(tree, mesh, *axes):
+    """The arrays, spread over the mesh: over `axes`, if nothing else is said."""
+    put = lambda path, x: jax.device_put(x, NamedSharding(mesh, spec(path, P(*axes))))
+    return jax.tree.map_with_path(put, tree)
+
+
+def held_out(args, teacher, corpus, mesh):
+    """Batches of the held-out windows, with the teacher's hidden states."""
+    shape = -1, args.batch, args.length
+    padding = -len(corpus.held_out.tokens) % args.batch
+    pad = lambda x, value: np.pad(x, ((0, padding), (0, 0)), constant_values=value)
+    batches = {
+        "tokens": pad(corpus.held_out.tokens, 0).reshape(shape),
+        "labels": pad(corpus.held_out.labels, -100).reshape(shape),
+    }
+    batches = place(batches, mesh, None, "data")
+    model = place(nnx.state(teacher.model), mesh)
+    embedding = place({"embedding": teacher.embedding}, mesh)["embedding"]
+    structure, _ = nnx.split(teacher.model)
+    hidden = hidden_states(structure, model, embedding, batches["tokens"])
+    return batches | {"hidden": hidden}
+
+
+def training_batches(args, corpus, cache, step, mesh):
+    size = args.batch * args.accumulate
+    indices = data.batch_indices(args.seed, step, size, len(corpus.train.tokens))
+    batches = {
+        "tokens": corpus.train.tokens[indices],
+        "labels": corpus.train.labels[indices],
+    }
+    if cache is not None:
+        batches |= cache.read(indices)
+    split = lambda x: x.reshape(args.accumulate, args.batch, *x.shape[1:])
+    return place(jax.tree.map(split, batches), mesh, None, "data")
+
+
+def train(args, way, teacher, corpus, cache, mesh, judged, progress):
+    """Trains a student, from its last checkpoint if it has one; returns it."""
+    cache = cache if way == "distilled" else None
+    directory = args.output.absolute() / way
+    student = model.student_of(teacher, args.layers)
+    optimizer = nnx.Optimizer(student, optimizer_of(args), wrt=nnx.Param)
+    structure, state = nnx.split((student, optimizer))
+    state = place(state, mesh)
+    task = make_task(args, way, teacher, cache, structure, mesh)
+    frozen = {"embedding": teacher.embedding, "kernel": teacher.embedding.T}
+    if way == "distilled" and cache is None:
+        frozen["teacher"] = nnx.state(teacher.model)
+    frozen = place(frozen, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    step = jax.jit(
+        partial(train_step, task), donate_argnums=0, out_shardings=(shardings, None)
+    )
+    judge = jax.jit(partial(evaluate, task))
+
+    # Not in the background: the next step takes over the buffers that are saved.
+    keep = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    with contextlib.ExitStack() as stack:
+        folder = directory / "checkpoints"
+        manager = stack.enter_context(ocp.CheckpointManager(folder, options=keep))
+        start = manager.latest_step() or 0
+        if start:
+            like = jax.tree.map(ocp.tree.to_shape_dtype_struct, state)
+            state = manager.restore(start, args=ocp.args.StandardRestore(like))
+        log = stack.enter_context(Log(directory, start))
+        bar = progress.add_task(way, total=args.steps, completed=start, note="")
+        if start == 0:
+            log.write(0, "held-out", jax.device_get(judge(state, frozen, judged)))
+        for i in range(start, args.steps):
+            began = time.perf_counter()
+            batches = training_batches(args, corpus, cache, i, mesh)
+            state, metrics = step(state, frozen, batches, jnp.asarray(i))
+            metrics = jax.device_get(metrics)
+            if not np.isfinite(metrics["loss"]):
+                sys.exit(f"train.py: {way}: the loss of step {i + 1} is not finite")
+            speed = batches["tokens"].size / (time.perf_counter() - began)
+            if way == "labels":  # of no teacher
+                metrics = {k: metrics[k] for k in ("loss", "cross_entropy")}
+            log.write(i + 1, "train", metrics, tokens_per_second=speed)
+            note = f"loss {metrics['loss']:.3f}  {speed:4.0f} tokens/s"
+            progress.update(bar, completed=i + 1, note=note)
+            last = i + 1 == args.steps
+            if last or (i + 1) % args.evaluate_every == 0:
+                metrics = jax.device_get(judge(state, frozen, judged))
+                log.write(i + 1, "held-out", metrics)
+            if last or (i + 1) % args.save_every == 0:
+                manager.save(i + 1, args=ocp.args.StandardSave(state))
+    student, _ = nnx.merge(structure, state)
+    return student
+
+
+def check_settings(args, teacher, corpus, cache):
+    """Refuses to go on with a run that was begun with other settings."""
+    free = "output", "ways", "mesh", "real", "save_every", "prompt", "teacher", "text"
+    settings = {k: str(v) for k, v in vars(args).items() if k not in free}
+    settings |= caches.identity(teacher, corpus)
+    settings["cache"] = cache and cache.manifest
+    path = args.output / "settings.json"
+    if path.exists():
+        try:
+            caches.check_same(path, json.loads(path.read_text()), settings)
+        except ValueError as error:
+            raise ValueError(f"{error} Take another --output, or delete it.") from None
+    caches.replace_file(path, json.dumps(settings, indent=1).encode() + b"\n")
+
+
+def make_mesh(args):
+    sizes = args.mesh or {"data": 1, "model": 1}
+    count = sizes["data"] * sizes["model"]
+    if args.mesh and not args.real:  # to be said before JAX looks for devices
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", count)
+    if count > (found := jax.device_count()):
+        raise ValueError(f"--mesh is of {count} devices, and there are {found}.")
+    axes = tuple(sizes.values()), tuple(sizes)
+    kinds = (AxisType.Auto,) * 2
+    return jax.make_mesh(*axes, axis_types=kinds, devices=jax.devices()[:count])
+
+
+def main():
+    parser, args = parse_arguments()
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    sys.stdout.reconfigure(errors="replace")
+    try:
+        mesh = make_mesh(args)
+        print("Loading the teacher", flush=True)
+        teacher = model.load(args.teacher or model.teacher_file(), args.dtype)
+        students = {"untrained": model.student_of(teacher, args.layers)}
+        sizes = {"vocabulary": len(teacher.embedding), "MLP": teacher.config.ffn}
+        for what, size in sizes.items():
+            if size % (parts := mesh.shape["model"]):
+                message = f"--mesh: model={parts} does not divide the {what}, {size}."
+                raise ValueError(message)
+        cuts = args.length, args.held_out, args.windows
+        corpus = data.load(args.text, teacher.tokenizer, *cuts)
+        cache = None
+        if args.cache:
+            cache = caches.Cache.open(args.cache, teacher, corpus, args.tail)
+            cache.check(args.divergence, args.temperature)
+        check_settings(args, teacher, corpus, cache)
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"train.py: {error}\n")
+    windows = len(corpus.train.tokens)
+    print(
+        f"{teacher.name}, on {corpus.name}: {windows} windows of {args.length} tokens, "
+        f"and {args.held_out} held out",
+        flush=True,
+    )
+    columns = ("{task.description:9}", BarColumn(20), MofNCompleteColumn())
+    columns += (TimeRemainingColumn(), "{task.fields[note]}")
+    with Progress(*columns) as progress:
+        judged = held_out(args, teacher, corpus, mesh)
+        for way in args.ways:
+            students[way] = train(
+                args, way, teacher, corpus, cache, mesh, judged, progress
+            )
+    report.show(args)
+    report.samples(args, teacher, students)
+    print(f"Wrote {report.draw(args)}, and in {args.output} metrics.csv and events")
+
+
+if __name__ == "__main__":
+    main()
