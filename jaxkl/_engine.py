@@ -139,16 +139,18 @@ def _run(spec: Spec, operands: Operands, wanted: Operands) -> Tile:
 
     if spec.tile is not None:
         return tiled(spec.tile)(operands)
-    if dense:
-        # Accelerators: XLA fuses all into passes over the logits. A CPU: not so, and
-        # there a few rows at a time stay in cache. But XLA's CPU compiler widens all
-        # bfloat16, and a slice's whole array at every step of a loop.
-        half = min(x.values.dtype.itemsize for x in operands[:2]) == 2
-        on_cpu, elsewhere = whole if half else fitting(2 * _MIB), whole
+    sources = operands.student, operands.teacher
+    half = any(x.is_dense and x.values.dtype.itemsize == 2 for x in sources)
+    # Accelerators: XLA fuses all that is dense into passes over the logits. Each tile
+    # of a head reads and writes the sum of `d kernel`, which takes as long as the
+    # products of some 400 tokens.
+    elsewhere = whole if dense else fitting(192 * _MIB, least=384)
+    if any(x.shared for x in sources):
+        on_cpu = fitting(32 * _MIB)
     else:
-        # Accelerators: each tile reads and writes the sum of `d kernel`, which takes as
-        # long as the products of some 400 tokens.
-        on_cpu, elsewhere = fitting(32 * _MIB), fitting(192 * _MIB, least=384)
+        # A few rows at a time stay in cache. But XLA's CPU compiler widens all
+        # bfloat16, and a slice's whole array at every step of a loop.
+        on_cpu = elsewhere if half else fitting(2 * _MIB)
     if on_cpu is elsewhere:
         return whole(operands)
     return jax.lax.platform_dependent(operands, cpu=on_cpu, default=elsewhere)
