@@ -112,13 +112,14 @@ def reads(text):
     counts = {}
     for name, _, rest in lines:
         name = name.replace("ROOT", "").strip().lstrip("%")
-        operation = re.search(r"([\w-]+)\(([^)]*)\)", rest)
+        # A layout has parentheses too, but no names in them.
+        operation = re.search(r"parameter\((\d+)\)|([\w-]+)\((%[^)]*)\)", rest)
         if operation is None:
             continue
-        kind, operands = operation.groups()
-        if kind == "parameter":
-            source[name] = int(operands)
-            counts[int(operands)] = 0
+        number, kind, operands = operation.groups()
+        if number is not None:
+            source[name] = int(number)
+            counts[int(number)] = 0
             continue
         used = {source[x] for x in re.findall(r"%([\w.-]+)", operands) if x in source}
         if kind == "bitcast":
