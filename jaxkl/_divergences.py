@@ -7,7 +7,6 @@ a user's own function of this form works wherever these do.
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +21,6 @@ Divergence = Callable[[jax.Array, jax.Array], jax.Array]
 class _Divergence:
     """Base of the catalogue: `of` is the divergence where probabilities are known."""
 
-    # Of distributions that sum to 1, `Σ_v ∂f/∂log q_v` as a multiple of the divergence,
-    # which is then the more accurate of the two; None: it is no multiple.
-    slope_share: ClassVar[float | None] = None
-
     def of(self, p: Outcomes, q: Outcomes) -> jax.Array:
         raise NotImplementedError
 
@@ -33,21 +28,12 @@ class _Divergence:
         return self.of(Outcomes.of_log(log_p), Outcomes.of_log(log_q))
 
 
-def _catalogued(divergence) -> _Divergence | None:
-    """None for a function of a user's, and a subclass that has a formula of its own."""
-    own = isinstance(divergence, _Divergence)
-    return divergence if own and type(divergence).__module__ == __name__ else None
-
-
 def evaluate(divergence: Divergence, p: Outcomes, q: Outcomes) -> jax.Array:
     """`divergence(log p, log q)`, without an exponential if it can be had so."""
-    known = _catalogued(divergence)
-    return divergence(p.log, q.log) if known is None else known.of(p, q)
-
-
-def slope_share(divergence: Divergence) -> float | None:
-    known = _catalogued(divergence)
-    return None if known is None else known.slope_share
+    # Not of a subclass elsewhere, which may have a formula of its own.
+    if isinstance(divergence, _Divergence) and type(divergence).__module__ == __name__:
+        return divergence.of(p, q)
+    return divergence(p.log, q.log)
 
 
 def _kl(p, q):
@@ -88,8 +74,6 @@ class ForwardKL(_Divergence):
       Network](https://arxiv.org/abs/1503.02531), 2015.
     """
 
-    slope_share = 0.0
-
     def of(self, p, q):
         return _kl(p, q)
 
@@ -107,8 +91,6 @@ class ReverseKL(_Divergence):
       Gu, Dong, Wei, Huang. [MiniLLM: Knowledge Distillation of Large Language
       Models](https://arxiv.org/abs/2306.08543), 2023.
     """
-
-    slope_share = 1.0
 
     def of(self, p, q):
         return _kl(q, p)

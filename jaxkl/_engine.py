@@ -168,7 +168,9 @@ def _tile_size(tokens, most):
 
 def _run_whole(spec, wanted, operands):
     live = jnp.full_like(operands.weights.divergence, True, bool)
-    result = run_tile(spec, operands, live)
+    # What is in memory anyway is read again, where slopes of its size would be kept.
+    dense = operands.student.is_dense and operands.teacher.is_dense
+    result = run_tile(spec, operands, live, again=dense)
     gradients = jax.tree.map(
         lambda want, d: d if want else None, wanted, result.gradients
     )

@@ -62,39 +62,45 @@ class Softmax(NamedTuple):
         return Outcomes(self.log, self.prob)
 
 
-def softmax(vocab, *models) -> list[Softmax]:
-    """Of each `(logits, peak, temperature)`: that of `logits / temperature`.
+class Rows(NamedTuple):
+    """What makes logits, `[B, V]`, a distribution, `[B]` each."""
 
-    `peak`, `[B]`, is the largest logit of the vocabulary. It is subtracted before the
-    division, where the difference of two near logits is exact; a constant added to all
-    logits of a row then costs no accuracy.
-    """
-    shifted, peaks = [], []
-    for logits, peak, temperature in models:
-        # A row of -inf only, or one with +inf, has no softmax: NaN comes from `logits`.
-        peak = jnp.where(jnp.abs(peak) == jnp.inf, jnp.zeros_like(peak), peak)
+    peak: jax.Array  # the largest logit of the vocabulary
+    temperature: jax.Array | None = None  # None: 1
+    total: jax.Array | None = None  # Σ_v e^shifted; None: not known yet
+
+    def shifted(self, logits):
+        """`logits / temperature`, less their maximum.
+
+        It is subtracted before the division, where the difference of two near logits is
+        exact; a constant added to all logits of a row then costs no accuracy.
+        """
         # Finite, as the second derivative of -inf / T would be NaN. A maximum, not a
         # select: XLA on CPU then fuses all this with the sum.
-        x = jnp.maximum(logits - peak[:, None], _LOWEST)
-        if temperature is not None:
-            x, peak = x / temperature[:, None], peak / temperature
-        shifted.append(x)
-        peaks.append(peak)
-    exps = [jnp.exp(x) for x in shifted]
-    sums = vocab.sum(*(jnp.sum(e, axis=-1) for e in exps))
-    results = []
-    for i, (logits, *_) in enumerate(models):
-        log_total = jnp.log(sums[i])
-        x = jnp.where(logits == -jnp.inf, -jnp.inf, shifted[i])
-        results.append(
-            Softmax(
-                x - log_total[:, None],
-                exps[i] / sums[i][:, None],
-                peaks[i] + log_total,
-                x,
-            )
-        )
-    return results
+        x = jnp.maximum(logits - self._finite_peak[:, None], _LOWEST)
+        return x if self.temperature is None else x / self.temperature[:, None]
+
+    def softmax(self, logits):
+        assert self.total is not None
+        x, peak = self.shifted(logits), self._finite_peak
+        prob = jnp.exp(x) / self.total[:, None]
+        x = jnp.where(logits == -jnp.inf, -jnp.inf, x)
+        log_total = jnp.log(self.total)
+        if self.temperature is not None:
+            peak = peak / self.temperature
+        return Softmax(x - log_total[:, None], prob, peak + log_total, x)
+
+    @property
+    def _finite_peak(self):
+        # A row of -inf only, or one with +inf, has no softmax: NaN comes from `logits`.
+        return zero_unless(jnp.abs(self.peak) != jnp.inf, self.peak)
+
+
+def normalize(vocab, *models) -> list[Rows]:
+    """The rows of each `(rows, logits)`, with their total."""
+    totals = [jnp.sum(jnp.exp(rows.shifted(x)), axis=-1) for rows, x in models]
+    pairs = zip(models, vocab.sum(*totals), strict=True)
+    return [rows._replace(total=total) for (rows, _), total in pairs]
 
 
 def entropy(x: Outcomes):

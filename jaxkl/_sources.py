@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from ._divergences import evaluate, slope_share
+from ._divergences import evaluate
 from ._numerics import entropy, Outcomes, zero_unless
 from ._vocabulary import Vocabulary
 
@@ -96,10 +96,6 @@ class Source:
         """As a teacher: the divergence from it of each token, `[B]`."""
         p, q = jax.tree.map(vocab.mask, (p, q))
         return jnp.sum(vocab.mask(evaluate(divergence, p, q)), axis=-1)
-
-    def slope_share(self, divergence) -> float | None:
-        """As a teacher: `Σ_v ∂f/∂log q_v` as a multiple of the divergence, if it is."""
-        return slope_share(divergence)
 
     def entropy(self, p: Outcomes, vocab: Vocabulary) -> jax.Array:
         """As a teacher: its entropy, `[B]`, in nats."""

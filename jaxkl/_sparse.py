@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from . import _checks as check
 from ._divergences import evaluate, ForwardKL
-from ._numerics import entropy, loss_dtype, Outcomes, softmax, zero_unless
+from ._numerics import entropy, loss_dtype, normalize, Outcomes, Rows, zero_unless
 from ._sources import Source
 from ._vocabulary import Vocabulary
 
@@ -111,11 +111,6 @@ class SparseTeacher(Source):
         rest = (Outcomes.of_log(x[:, None]) for x in (log_p_rest, _log(q_rest)))
         outside = evaluate(divergence, *rest)[:, 0]
         return jnp.sum(share, axis=-1) + vocab.once(outside)
-
-    def slope_share(self, divergence):
-        # Listed values, rounded, need not sum to 1.
-        is_distribution = self.tail in ("renormalize", "uniform")
-        return super().slope_share(divergence) if is_distribution else None
 
     def entropy(self, p, vocab):
         listed = super().entropy(p, vocab)
@@ -310,5 +305,5 @@ def _log_probs(logits, temperature):
     if temperature is not None:
         temperature = temperature.astype(dtype).reshape(-1)
     vocab = Vocabulary.whole(logits.shape[-1])
-    (result,) = softmax(vocab, (flat, jnp.max(flat, axis=-1), temperature))
-    return result.log.reshape(logits.shape)
+    (rows,) = normalize(vocab, (Rows(jnp.max(flat, axis=-1), temperature), flat))
+    return rows.softmax(flat).log.reshape(logits.shape)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from ._compat import to_varying, varying_axes
 from ._divergences import Divergence, ForwardKL
-from ._numerics import entropy, Outcomes, Softmax, softmax, zero_unless
+from ._numerics import entropy, normalize, Outcomes, Rows, Softmax, zero_unless
 from ._vocabulary import Vocabulary
 
 
@@ -94,10 +94,11 @@ class Tile(NamedTuple):
     gradients: Operands  # of Σ weight · term; shared arrays: summed over the tile
 
 
-def run_tile(spec: Spec, x: Operands, live: jax.Array) -> Tile:
+def run_tile(spec: Spec, x: Operands, live: jax.Array, *, again=False) -> Tile:
     """All about a tile: the caller keeps what it wants, and XLA drops the rest.
 
-    `live`, `[B]`, are the tokens to count in the gradients of shared arrays.
+    `live`, `[B]`, are the tokens to count in the gradients of shared arrays. `again`:
+    to evaluate slopes a second time, rather than keep them until their sum is known.
     """
     if x.mask is not None:
         student, teacher = x.student.mask_tokens(x.mask), x.teacher.mask_tokens(x.mask)
@@ -105,26 +106,30 @@ def run_tile(spec: Spec, x: Operands, live: jax.Array) -> Tile:
     vocab = spec.vocab
     s = x.student.logits(spec.dtype, vocab)
     t = x.teacher.logits(spec.dtype, vocab)
-    p, q, plain_p, plain_q = _softmaxes(spec, x, s, t)
-
-    def compare(log_p, log_q):
-        outcomes = Outcomes.known(log_p, p.prob), Outcomes.known(log_q, q.prob)
-        return x.teacher.compare(spec.divergence, *outcomes, vocab)
-
-    share, pull = jax.vjp(compare, p.log, q.log)
-    f_p, f_q = pull(jnp.ones_like(share))
+    rows = _rows(spec, x, s, t)
+    models = _models(x, rows, s, t)
+    share, *slopes = _slopes(spec, x, *models)
+    plain_q = None if rows.plain_q is None else rows.plain_q.softmax(s)
     terms, hit = _terms(x, share, plain_q, vocab)
 
-    share_q = x.teacher.slope_share(spec.divergence)
-    # By Euler's theorem the two add up to 1: f is homogeneous in p and q.
-    share_p = None if share_q is None else 1 - share_q
-    pull_back = ft.partial(_d_logits, x.weights, vocab, terms.divergence)
-    d_s, d_student_temperature = pull_back(f_q, share_q, q, x.student_temperature)
-    d_t, d_teacher_temperature = pull_back(f_p, share_p, p, x.teacher_temperature)
+    def pull_back(i, temperature):
+        f, model = slopes[i], models[i]
+        # Not just 0 for a forward KL, nor the loss for a reverse KL, but what rounding
+        # left in the normalisers too: of a nearly certain outcome it is all the slope.
+        (total,) = vocab.sum(jnp.sum(f, axis=-1))
+        if again:
+            # To the compiler, what comes behind the barrier is another computation.
+            fresh, total = jax.lax.optimization_barrier((rows.tempered, total))
+            fresh = _models(x, fresh, s, t)
+            f, model = _slopes(spec, x, *fresh)[1 + i], fresh[i]
+        return _d_logits(x.weights, f, total, model, temperature)
+
+    d_t, d_teacher_temperature = pull_back(0, x.teacher_temperature)
+    d_s, d_student_temperature = pull_back(1, x.student_temperature)
     d_s += _d_plain_logits(x.weights, plain_q, hit, vocab)
     # 0 · NaN is NaN in a product too: leave out what has no weight and no finite loss.
     weighty = ft.reduce(jnp.logical_or, [w != 0 for w in jax.tree.leaves(x.weights)])
-    live &= weighty | jnp.isfinite(terms.divergence + q.lse)
+    live &= weighty | jnp.isfinite(terms.divergence + models[1].lse)
     gradients = x._replace(
         student=x.student.pull(s, d_s, live),
         teacher=x.teacher.pull(t, d_t, live),
@@ -134,8 +139,10 @@ def run_tile(spec: Spec, x: Operands, live: jax.Array) -> Tile:
     )
     statistics = None
     if spec.statistics:
-        models = plain_p.outcomes, plain_q.outcomes
-        statistics = _statistics(x.teacher, *models, vocab)
+        assert plain_q is not None
+        plain_p = models[0] if rows.plain_p is None else rows.plain_p.softmax(t)
+        plain = plain_p.outcomes, plain_q.outcomes
+        statistics = _statistics(x.teacher, *plain, vocab)
     return Tile(terms, statistics, gradients)
 
 
@@ -149,22 +156,52 @@ def weighted_sum(weights: Terms, terms: Terms):
     return sum(jax.tree.leaves(jax.tree.map(weigh, weights, terms)))
 
 
-def _softmaxes(spec, x, s, t) -> Any:
+class _Rows(NamedTuple):
     """Of teacher and student, tempered and at temperature 1; None: of no use."""
+
+    p: Rows | None
+    q: Rows
+    plain_p: Rows | None = None
+    plain_q: Rows | None = None
+
+    @property
+    def tempered(self):
+        return _Rows(self.p, self.q)
+
+
+def _rows(spec, x, s, t) -> _Rows:
     s_peak, t_peak = spec.vocab.max(x.student.peak(s), x.teacher.peak(t))
     needs_plain = spec.statistics or any(w is not None for w in x.weights[1:])
-    models = {"q": (s, s_peak, x.student_temperature)}
+    models = {"q": (Rows(s_peak, x.student_temperature), s)}
     if needs_plain:
-        models["plain_q"] = s, s_peak, None
+        models["plain_q"] = Rows(s_peak), s
+    # Log-probabilities are the same at any temperature.
     if not x.teacher.is_normalized:
-        models["p"] = t, t_peak, x.teacher_temperature
+        models["p"] = Rows(t_peak, x.teacher_temperature), t
         if spec.statistics:
-            models["plain_p"] = t, t_peak, None
-    found = dict(zip(models, softmax(spec.vocab, *models.values()), strict=True))
-    if x.teacher.is_normalized:
-        p = Softmax(t, jnp.exp(t), jnp.zeros_like(t_peak), t)
-        found["p"] = found["plain_p"] = p
-    return [found.get(name) for name in ("p", "q", "plain_p", "plain_q")]
+            models["plain_p"] = Rows(t_peak), t
+    found = dict(zip(models, normalize(spec.vocab, *models.values()), strict=True))
+    return _Rows(found.pop("p", None), **found)
+
+
+def _models(x, rows, s, t) -> tuple[Softmax, Softmax]:
+    """Of teacher and student."""
+    if rows.p is None:
+        p = Softmax(t, jnp.exp(t), jnp.zeros_like(rows.q.total), t)
+    else:
+        p = rows.p.softmax(t)
+    return p, rows.q.softmax(s)
+
+
+def _slopes(spec, x, p, q):
+    """`Σ_v f` of the columns at hand, with `∂f/∂log p` and `∂f/∂log q`."""
+
+    def compare(log_p, log_q):
+        outcomes = Outcomes.known(log_p, p.prob), Outcomes.known(log_q, q.prob)
+        return x.teacher.compare(spec.divergence, *outcomes, spec.vocab)
+
+    share, pull = jax.vjp(compare, p.log, q.log)
+    return share, *pull(jnp.ones_like(share))
 
 
 def _terms(x, share, plain_q, vocab):
@@ -188,18 +225,13 @@ def _is_label(labels, like, vocab):
     return jnp.zeros_like(like, bool) if labels is None else column == labels[:, None]
 
 
-def _d_logits(weights, vocab, divergence, f_q, share, model, temperature):
+def _d_logits(weights, f_q, total, model, temperature):
     """Gradients of `weight · Σ_v f` to the logits, `[B, V]`, and temperature, `[B]`.
 
     The second is this device's share, as is that to hidden states: both are summed
-    over devices outside, once. `share` is `Σ_v f_q / divergence`, if that is known.
+    over devices outside, once. `total` is `Σ_v f_q`.
     """
-    if share == 0:
-        inner = f_q
-    else:
-        unknown = share is None
-        total = vocab.sum(jnp.sum(f_q, axis=-1))[0] if unknown else share * divergence
-        inner = f_q - model.prob * total[:, None]
+    inner = f_q - model.prob * total[:, None]
     weight = weights.divergence
     if temperature is None:
         return weigh(weight[:, None], inner), None

@@ -13,6 +13,7 @@ from .cases import (
     assert_matches,
     evaluate,
     FORWARD,
+    over,
     over_all,
     over_catalogue,
     over_kinds,
@@ -348,6 +349,23 @@ def test_vocab_size_may_equal_a_width(rng):
     s, t = rounded(rng, (4, 7)), rounded(rng, (4, 9))
     assert_matches(s, t, FORWARD, vocab_size=7)
     assert_matches(s, t[:, :7], FORWARD, vocab_size=7)
+
+
+@over("forward", "reverse", "js_normalized", slow=("symmetric", "skew_reverse"))
+@pytest.mark.parametrize("tile", [None, 8])
+def test_confident_rows_have_gradients_too(rng, divergence, reference, tile):
+    # A normaliser near 1 has no digits for the other outcomes, whose mass is all of the
+    # likely one's gradient: in each row that is far from nothing.
+    t = rounded(rng, (65, 7), scale=12.0)
+    s = t + rounded(rng, (65, 7), scale=0.3)
+    arguments = dict(reduction="none")
+    value, grads = evaluate(s, t, divergence=divergence, tile=tile, **arguments)
+    expected = oracle.distillation_loss(s, t, divergence=reference, **arguments)
+    np.testing.assert_allclose(value, np.float64(expected.loss), rtol=1e-3)
+    for name in ("student", "teacher"):
+        want = np.asarray(getattr(expected, name), np.float64)
+        error = np.abs(np.asarray(grads[name], np.float64) - want).max(axis=-1)
+        np.testing.assert_array_less(error, 1e-3 * np.abs(want).max(axis=-1))
 
 
 # Relations.
