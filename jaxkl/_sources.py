@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from ._divergences import evaluate
-from ._numerics import entropy, Outcomes, zero_unless
+from ._numerics import entropy, Outcomes, Rows, zero_unless
 from ._vocabulary import Vocabulary
 
 
@@ -96,6 +96,17 @@ class Source:
         """As a teacher: the divergence from it of each token, `[B]`."""
         p, q = jax.tree.map(vocab.mask, (p, q))
         return jnp.sum(vocab.mask(evaluate(divergence, p, q)), axis=-1)
+
+    def against(
+        self, divergence, rows: Rows, logits: jax.Array, vocab: Vocabulary
+    ) -> tuple[jax.Array, jax.Array] | None:
+        """As a teacher: the divergence from it of each token, `[B]`, this device's
+        share, and the gradient to the student's `logits / temperature`, `[B, width]`.
+
+        None: all columns are to be compared, one by one.
+        """
+        del divergence, rows, logits, vocab
+        return None
 
     def entropy(self, p: Outcomes, vocab: Vocabulary) -> jax.Array:
         """As a teacher: its entropy, `[B]`, in nats."""

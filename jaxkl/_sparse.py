@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from . import _checks as check
-from ._divergences import evaluate, ForwardKL
+from ._divergences import evaluate, ForwardKL, is_catalogued
 from ._numerics import entropy, loss_dtype, normalize, Outcomes, Rows, zero_unless
 from ._sources import Source
 from ._vocabulary import Vocabulary
@@ -98,7 +98,7 @@ class SparseTeacher(Source):
         if self.tail == "drop":
             # The listed masses do not sum to 1: the form without cancellation does not
             # hold, and the plain one is right.
-            return jnp.sum(p.prob * zero_unless(p.prob > 0, p.log - q.log), axis=-1)
+            return _plain_kl(p, q)
         listed = self._listed(vocab)
         # Elsewhere two equal outcomes, of which all divergences are 0.
         inside = lambda x: Outcomes(*(zero_unless(listed, y) for y in x))
@@ -111,6 +111,59 @@ class SparseTeacher(Source):
         rest = (Outcomes.of_log(x[:, None]) for x in (log_p_rest, _log(q_rest)))
         outside = evaluate(divergence, *rest)[:, 0]
         return jnp.sum(share, axis=-1) + vocab.once(outside)
+
+    def against(self, divergence, rows, logits, vocab):
+        r"""On the list, with all other columns as one.
+
+        The tail `"bucket"` says so. Where $p = 0$ it is the same in sum, as
+        $f(0, q) = q\,f(0, 1)$: divergences are homogeneous of degree 1. Not so a user's
+        function, nor a tail with a probability of its own for each column.
+        """
+        is_lumped = self.tail != "renormalize" or is_catalogued(divergence)
+        if self.tail == "uniform" or not is_lumped:
+            return None
+        columns, log_p = self._distinct(logits.dtype)
+        at = self._slots(columns, vocab)
+        number = jnp.sum(columns < vocab.size, axis=-1)
+        log_rest = _log(zero_unless(number < vocab.size, _rest(log_p)))
+        if self.tail == "renormalize":
+            log_rest = jnp.full_like(log_rest, -jnp.inf)
+            log_p -= jax.nn.logsumexp(log_p, axis=-1, keepdims=True)
+        # Of other columns there is neither p nor q here. A NaN is of the whole list.
+        here = (at[1] < vocab.width) | jnp.isnan(log_p)
+        p = Outcomes.of_log(jnp.where(here, log_p, -jnp.inf))
+        of_list = logits.at[at].get(mode="fill", fill_value=-jnp.inf)
+        others = jnp.exp(rows.shifted(logits)).at[at].set(0, mode="drop")
+        sums = (
+            jnp.sum(others, axis=-1),
+            jnp.sum(jnp.exp(rows.shifted(of_list)), axis=-1),
+        )
+        sum_others, sum_listed = vocab.sum(*sums)
+        rows = rows._replace(total=sum_others + sum_listed)
+        q, q_rest = rows.softmax(of_list).outcomes, sum_others / rows.total
+
+        def listed(log_q):
+            outcomes = p, Outcomes.known(log_q, q.prob)
+            if self.tail == "drop":
+                return _plain_kl(*outcomes)
+            return jnp.sum(evaluate(divergence, *outcomes), axis=-1)
+
+        def rest(log_q):
+            if self.tail == "drop":
+                return jnp.zeros_like(log_q)
+            pair = Outcomes.of_log(log_rest), Outcomes.known(log_q, q_rest)
+            return evaluate(divergence, *pair)
+
+        share, pull = jax.vjp(listed, q.log)
+        outside, pull_rest = jax.vjp(rest, _log(q_rest))
+        (f_q,), (f_rest,) = pull(jnp.ones_like(share)), pull_rest(jnp.ones_like(share))
+        (total,) = vocab.sum(jnp.sum(f_q, axis=-1))
+        total += f_rest
+        # Each of the others has its part of `f_rest`, by its part of `q_rest`.
+        ratio = zero_unless(q_rest > 0, f_rest / jnp.where(q_rest > 0, q_rest, 1))
+        inner = others * ((ratio - total) / rows.total)[:, None]
+        inner = inner.at[at].add(f_q - q.prob * total[:, None], mode="drop")
+        return share + vocab.once(outside), inner
 
     def entropy(self, p, vocab):
         listed = super().entropy(p, vocab)
@@ -148,6 +201,10 @@ class SparseTeacher(Source):
         shape = (len(self.indices), vocab.width)
         at = self._slots(self.indices, vocab)
         return jnp.zeros(shape, bool).at[at].set(True, mode="drop")
+
+
+def _plain_kl(p, q):
+    return jnp.sum(p.prob * zero_unless(p.prob > 0, p.log - q.log), axis=-1)
 
 
 def _rest(log_probs):

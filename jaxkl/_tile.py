@@ -107,29 +107,21 @@ def run_tile(spec: Spec, x: Operands, live: jax.Array, *, again=False) -> Tile:
     s = x.student.logits(spec.dtype, vocab)
     t = x.teacher.logits(spec.dtype, vocab)
     rows = _rows(spec, x, s, t)
-    models = _models(x, rows, s, t)
-    share, *slopes = _slopes(spec, x, *models)
     plain_q = None if rows.plain_q is None else rows.plain_q.softmax(s)
+    p, q = _models(x, rows, s, t)
+    found = x.teacher.against(spec.divergence, rows.q, s, vocab)
+    if found is None:
+        share, inner_p, inner_q = _one_by_one(spec, x, rows, s, t, again)
+    else:
+        (share, inner_q), inner_p = found, jnp.zeros_like(t)
     terms, hit = _terms(x, share, plain_q, vocab)
-
-    def pull_back(i, temperature):
-        f, model = slopes[i], models[i]
-        # Not just 0 for a forward KL, nor the loss for a reverse KL, but what rounding
-        # left in the normalisers too: of a nearly certain outcome it is all the slope.
-        (total,) = vocab.sum(jnp.sum(f, axis=-1))
-        if again:
-            # To the compiler, what comes behind the barrier is another computation.
-            fresh, total = jax.lax.optimization_barrier((rows.tempered, total))
-            fresh = _models(x, fresh, s, t)
-            f, model = _slopes(spec, x, *fresh)[1 + i], fresh[i]
-        return _d_logits(x.weights, f, total, model, temperature)
-
-    d_t, d_teacher_temperature = pull_back(0, x.teacher_temperature)
-    d_s, d_student_temperature = pull_back(1, x.student_temperature)
+    pull_back = ft.partial(_d_logits, x.weights)
+    d_t, d_teacher_temperature = pull_back(inner_p, p, x.teacher_temperature)
+    d_s, d_student_temperature = pull_back(inner_q, q, x.student_temperature)
     d_s += _d_plain_logits(x.weights, plain_q, hit, vocab)
     # 0 · NaN is NaN in a product too: leave out what has no weight and no finite loss.
     weighty = ft.reduce(jnp.logical_or, [w != 0 for w in jax.tree.leaves(x.weights)])
-    live &= weighty | jnp.isfinite(terms.divergence + models[1].lse)
+    live &= weighty | jnp.isfinite(terms.divergence + q.lse)
     gradients = x._replace(
         student=x.student.pull(s, d_s, live),
         teacher=x.teacher.pull(t, d_t, live),
@@ -140,7 +132,7 @@ def run_tile(spec: Spec, x: Operands, live: jax.Array, *, again=False) -> Tile:
     statistics = None
     if spec.statistics:
         assert plain_q is not None
-        plain_p = models[0] if rows.plain_p is None else rows.plain_p.softmax(t)
+        plain_p = p if rows.plain_p is None else rows.plain_p.softmax(t)
         plain = plain_p.outcomes, plain_q.outcomes
         statistics = _statistics(x.teacher, *plain, vocab)
     return Tile(terms, statistics, gradients)
@@ -193,8 +185,28 @@ def _models(x, rows, s, t) -> tuple[Softmax, Softmax]:
     return p, rows.q.softmax(s)
 
 
+def _one_by_one(spec, x, rows, s, t, again):
+    """`Σ_v f` of the columns at hand, and its gradients to the logits over T."""
+    models = _models(x, rows, s, t)
+    share, *slopes = _slopes(spec, x, *models)
+
+    def inner(i):
+        f, model = slopes[i], models[i]
+        # Not just 0 for a forward KL, nor the loss for a reverse KL, but what rounding
+        # left in the normalisers too: of a nearly certain outcome it is all the slope.
+        (total,) = spec.vocab.sum(jnp.sum(f, axis=-1))
+        if again:
+            # To the compiler, what comes behind the barrier is another computation.
+            fresh, total = jax.lax.optimization_barrier((rows.tempered, total))
+            fresh = _models(x, fresh, s, t)
+            f, model = _slopes(spec, x, *fresh)[1 + i], fresh[i]
+        return f - model.prob * total[:, None]
+
+    return share, inner(0), inner(1)
+
+
 def _slopes(spec, x, p, q):
-    """`Σ_v f` of the columns at hand, with `∂f/∂log p` and `∂f/∂log q`."""
+    """`Σ_v f` of the columns at hand, `∂f/∂log p` and `∂f/∂log q`."""
 
     def compare(log_p, log_q):
         outcomes = Outcomes.known(log_p, p.prob), Outcomes.known(log_q, q.prob)
@@ -225,13 +237,13 @@ def _is_label(labels, like, vocab):
     return jnp.zeros_like(like, bool) if labels is None else column == labels[:, None]
 
 
-def _d_logits(weights, f_q, total, model, temperature):
-    """Gradients of `weight · Σ_v f` to the logits, `[B, V]`, and temperature, `[B]`.
+def _d_logits(weights, inner, model, temperature):
+    """Gradients of `weight · Σ_v f` to the logits, `[B, V]`, and temperature, `[B]`,
+    from that of `Σ_v f` to `logits / temperature`.
 
     The second is this device's share, as is that to hidden states: both are summed
-    over devices outside, once. `total` is `Σ_v f_q`.
+    over devices outside, once.
     """
-    inner = f_q - model.prob * total[:, None]
     weight = weights.divergence
     if temperature is None:
         return weigh(weight[:, None], inner), None

@@ -46,7 +46,8 @@ KINDS = ("forward", "reverse", "js_normalized", "user")
 
 def rarely(*values):
     """For `pytest.mark.parametrize`: values of which only CI runs all."""
-    return [pytest.param(x, marks=pytest.mark.slow) for x in values]
+    one = lambda x: x if isinstance(x, tuple) else (x,)
+    return [pytest.param(*one(x), marks=pytest.mark.slow) for x in values]
 
 
 def over(*names, slow=()):
