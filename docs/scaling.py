@@ -71,8 +71,8 @@ class Mesh:
         return sent, sent / (self.chip.link * (2 if self.vocab_is_ring else 1))
 
     def statistics(self):
-        """20 bytes a token, in three all-reduces a tile."""
-        sent, seconds = self.over_vocab(20 * TOKENS)
+        """24 bytes a token, in three all-reduces a tile."""
+        sent, seconds = self.over_vocab(24 * TOKENS)
         there_and_back = self.vocab if self.vocab_is_ring else 2 * (self.vocab - 1)
         return sent, seconds, self.tiles * 3 * there_and_back * HOP
 
