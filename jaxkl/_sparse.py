@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from . import _checks as check
+from ._compat import to_varying, varying_axes
 from ._divergences import evaluate, ForwardKL, is_catalogued
 from ._numerics import entropy, loss_dtype, normalize, Outcomes, Rows, zero_unless
 from ._sources import Source
@@ -140,7 +141,10 @@ class SparseTeacher(Source):
         )
         sum_others, sum_listed = vocab.sum(*sums)
         rows = rows._replace(total=sum_others + sum_listed)
-        q, q_rest = rows.softmax(of_list).outcomes, sum_others / rows.total
+        q = rows.softmax(of_list).outcomes
+        # Inside `shard_map`, as all else here: a cast of what is on each device alike
+        # would be where its gradients are summed over devices.
+        q_rest = to_varying(sum_others / rows.total, varying_axes(of_list))
 
         def listed(log_q):
             outcomes = p, Outcomes.known(log_q, q.prob)
