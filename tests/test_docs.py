@@ -44,6 +44,16 @@ def programs():
     return [page for page in with_code if "```python" in page.read_text()]
 
 
+@pytest.fixture
+def as_users_have_it():
+    """JAX's defaults, where the rest of the tests is stricter; compiled in less time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.usefixtures("as_users_have_it")
 @pytest.mark.parametrize("page", programs(), ids=name)
 def test_the_code_runs(page):
     """In order, as one program; what it asserts holds, and what it prints is shown."""
