@@ -1,7 +1,6 @@
 """The code of the site and of the README runs, and the reference leaves nothing out."""
 
 import contextlib
-import importlib.util
 import io
 import pathlib
 import re
@@ -46,7 +45,7 @@ def programs():
 
 @pytest.fixture
 def as_users_have_it():
-    """JAX's defaults, where the rest of the tests is stricter; compiled in less time."""
+    """JAX's defaults, where other tests are stricter; compiled in less time."""
     jax.config.update("jax_disable_most_optimizations", True)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
@@ -68,3 +67,51 @@ def test_the_code_runs(page):
         elif language == "text":
             assert printed == text, f"{name(page)}:{line}: other output"
             printed = None
+
+
+@pytest.mark.parametrize("page", [ROOT / "CONTRIBUTING.md", *PAGES], ids=name)
+def test_every_block_has_a_language(page):
+    for line, language, _ in blocks(page):
+        assert language in LANGUAGES, f"{name(page)}:{line}: {language or 'none'}"
+
+
+def test_a_block_without_a_language_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text("```python\n1\n```\n\n- x\n\n  ```\n  y\n  ```\n")
+    assert [language for _, language, _ in blocks(page)] == ["python", ""]
+    page.write_text("```python\n1\n")
+    with pytest.raises(AssertionError, match="page.md:2: a block is not closed"):
+        blocks(page)
+
+
+def public(module):
+    """Full names of what a user may call: no modules, nothing from elsewhere."""
+    return {
+        f"{module.__name__}.{key}"
+        for key, value in vars(module).items()
+        if not key.startswith("_")
+        and callable(value)
+        and getattr(value, "__module__", "").startswith("jaxkl")
+        and (module is jaxkl or value.__module__ == module.__name__)
+    }
+
+
+def test_the_reference_has_every_public_name_once():
+    text = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
+    documented = re.findall(r"^::: (jaxkl\.\S+)$", text, re.MULTILINE)
+    modules = {"jaxkl.losses", "jaxkl.reference"}
+    names = public(jaxkl) | public(jaxkl.losses) | public(jaxkl.reference)
+    assert sorted(documented) == sorted(names | modules)
+
+
+def test_the_index_of_the_reference_names_them_all():
+    index = (DOCS / "api" / "index.md").read_text()
+    for full in public(jaxkl) | public(jaxkl.losses) | public(jaxkl.reference):
+        assert f"`{full.removeprefix('jaxkl.')}`" in index, full
+
+
+def test_every_page_is_in_the_navigation():
+    config = (ROOT / "mkdocs.yml").read_text()
+    pages = re.findall(r"^ +- (?:[^\n:]+: )?(\S+\.md)$", config, re.MULTILINE)
+    assert sorted(pages) == sorted(x.relative_to(DOCS).as_posix() for x in PAGES)
