@@ -54,11 +54,11 @@ def _linked(match, page):
     path = _path(name, page)
     if path is None:
         return match[0]
-    return f'<autoref identifier="{path}" optional><code>{name}</code></autoref>'
+    return f'<autoref identifier="{path}"><code>{name}</code></autoref>'
 
 
 def _path(name, page):
-    """The full name of what is documented, or None."""
+    """The full name of what is documented; None: not one of ours."""
     module, dot, last = name.rpartition(".")
     module = module.removeprefix("jaxkl.")
     if not dot:
