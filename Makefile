@@ -48,8 +48,9 @@ package: .venv-build/.done  ## wheel and sdist, tested from an empty environment
 bench: .venv-bench/.done  ## time and memory beside other libraries: tables, pictures
 	$(BENCH)/python -m benchmarks $(ARGS)
 
+# Not --quiet: it hides warnings from --strict too.
 docs: .venv-docs/.done  ## the site, in build/site; a broken link or reference is an error
-	JAX_PLATFORMS=cpu NO_MKDOCS_2_WARNING=1 $(DOCS)/mkdocs build --strict --quiet $(ARGS)
+	JAX_PLATFORMS=cpu NO_MKDOCS_2_WARNING=1 $(DOCS)/mkdocs build --strict $(ARGS)
 
 lint: .venv-test/.lint
 	$(TEST)/ruff check .
