@@ -5,11 +5,12 @@ TEST := .venv-test/bin
 BENCH := .venv-bench/bin
 FLOOR := .venv-floor/bin
 LM := .venv-lm/bin
+DOCS := .venv-docs/bin
 JAX_FLOOR := $(shell sed -n 's/.*"jax>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 WORKERS ?= 2
 CORE := tests/test_kl_div.py tests/test_divergences.py tests/test_distillation_singular.py
 
-.PHONY: bench distill distill-lm test test-lm test-slow test-floor parity package lint clean
+.PHONY: bench distill distill-lm docs test test-lm test-slow test-floor parity package lint clean
 
 distill: .venv/.train  ## train a teacher, distil a student: table and picture
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -47,13 +48,17 @@ package: .venv-build/.done  ## wheel and sdist, tested from an empty environment
 bench: .venv-bench/.done  ## time and memory beside other libraries: tables, pictures
 	$(BENCH)/python -m benchmarks $(ARGS)
 
+# Not --quiet: it hides warnings from --strict too.
+docs: .venv-docs/.done  ## the site, in build/site; a broken link or reference is an error
+	JAX_PLATFORMS=cpu NO_MKDOCS_2_WARNING=1 $(DOCS)/mkdocs build --strict $(ARGS)
+
 lint: .venv-test/.lint
 	$(TEST)/ruff check .
 	$(TEST)/ruff format --check .
 	$(TEST)/pyright
 
 clean:
-	rm -rf .venv .venv-test .venv-bench .venv-floor .venv-lm .venv-build .venv-package build dist
+	rm -rf .venv .venv-test .venv-bench .venv-floor .venv-lm .venv-build .venv-docs .venv-package build dist
 
 .venv/.train: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -79,6 +84,11 @@ clean:
 .venv-build/.done: pyproject.toml
 	$(PYTHON) -m venv .venv-build
 	.venv-build/bin/pip install --quiet --disable-pip-version-check build
+	touch $@
+
+.venv-docs/.done: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	$(DOCS)/pip install --quiet --disable-pip-version-check -e ".[docs]"
 	touch $@
 
 .venv-lm/.done: pyproject.toml

@@ -1,0 +1,117 @@
+"""The code of the site and of the README runs, and the reference leaves nothing out."""
+
+import contextlib
+import io
+import pathlib
+import re
+
+import jax
+import pytest
+
+import jaxkl
+
+
+ROOT = pathlib.Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+FENCE = re.compile(r"^( *)(`{3,}|~{3,})(.*)$")
+LANGUAGES = {"python", "bash", "console", "text"}
+
+
+def name(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page):
+    """The fenced blocks of a page: first line, language, text."""
+    found, opened = [], None
+    for number, line in enumerate(page.read_text().splitlines(), 1):
+        fence = FENCE.match(line)
+        if opened is None and fence:
+            opened = fence[2], number + 1, fence[3].strip(), []
+        elif opened and fence and fence[2] == opened[0] and not fence[3].strip():
+            found.append((opened[1], opened[2], "\n".join(opened[3]) + "\n"))
+            opened = None
+        elif opened:
+            opened[3].append(line)
+    assert opened is None, f"{name(page)}:{opened[1]}: a block is not closed"
+    return found
+
+
+def programs():
+    with_code = [ROOT / "README.md", *PAGES]
+    return [page for page in with_code if "```python" in page.read_text()]
+
+
+@pytest.fixture
+def as_users_have_it():
+    """JAX's defaults, where other tests are stricter; compiled in less time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.usefixtures("as_users_have_it")
+@pytest.mark.parametrize("page", programs(), ids=name)
+def test_the_code_runs(page):
+    """In order, as one program; what it asserts holds, and what it prints is shown."""
+    names = {"__name__": "page"}
+    printed = None
+    for line, language, text in blocks(page):
+        if language == "python":
+            code = compile("\n" * (line - 1) + text, str(page), "exec")
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                exec(code, names)
+            printed = out.getvalue()
+        elif language == "text":
+            assert printed == text, f"{name(page)}:{line}: other output"
+            printed = None
+
+
+@pytest.mark.parametrize("page", [ROOT / "CONTRIBUTING.md", *PAGES], ids=name)
+def test_every_block_has_a_language(page):
+    for line, language, _ in blocks(page):
+        assert language in LANGUAGES, f"{name(page)}:{line}: {language or 'none'}"
+
+
+def test_a_block_without_a_language_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text("```python\n1\n```\n\n- x\n\n  ```\n  y\n  ```\n")
+    assert [language for _, language, _ in blocks(page)] == ["python", ""]
+    page.write_text("```python\n1\n")
+    with pytest.raises(AssertionError, match="page.md:2: a block is not closed"):
+        blocks(page)
+
+
+def public(module):
+    """Full names of what a user may call: no modules, nothing from elsewhere."""
+    return {
+        f"{module.__name__}.{key}"
+        for key, value in vars(module).items()
+        if not key.startswith("_")
+        and callable(value)
+        and getattr(value, "__module__", "").startswith("jaxkl")
+        and (module is jaxkl or value.__module__ == module.__name__)
+    }
+
+
+def test_the_reference_has_every_public_name_once():
+    text = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
+    documented = re.findall(r"^::: (jaxkl\.\S+)$", text, re.MULTILINE)
+    modules = {"jaxkl.losses", "jaxkl.reference"}
+    names = public(jaxkl) | public(jaxkl.losses) | public(jaxkl.reference)
+    assert sorted(documented) == sorted(names | modules)
+
+
+def test_the_index_of_the_reference_names_them_all():
+    index = (DOCS / "api" / "index.md").read_text()
+    for full in public(jaxkl) | public(jaxkl.losses) | public(jaxkl.reference):
+        assert f"`{full.removeprefix('jaxkl.')}`" in index, full
+
+
+def test_every_page_is_in_the_navigation():
+    config = (ROOT / "mkdocs.yml").read_text()
+    pages = re.findall(r"^ +- (?:[^\n:]+: )?(\S+\.md)$", config, re.MULTILINE)
+    assert sorted(pages) == sorted(x.relative_to(DOCS).as_posix() for x in PAGES)
