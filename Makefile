@@ -8,7 +8,8 @@ LM := .venv-lm/bin
 NOTEBOOK := .venv-notebook/bin
 JAX_FLOOR := $(shell sed -n 's/.*"jax>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 WORKERS ?= 2
-CORE := tests/test_kl_div.py tests/test_divergences.py tests/test_distillation_singular.py
+CORE := tests/test_kl_div.py tests/test_divergences.py tests/test_distillation_singular.py \
+  tests/test_check_distributions.py
 
 .PHONY: bench distill distill-lm notebook test test-lm test-slow test-floor parity package lint clean
 
