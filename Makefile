@@ -6,17 +6,22 @@ BENCH := .venv-bench/bin
 FLOOR := .venv-floor/bin
 LM := .venv-lm/bin
 DOCS := .venv-docs/bin
+NOTEBOOK := .venv-notebook/bin
 JAX_FLOOR := $(shell sed -n 's/.*"jax>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 WORKERS ?= 2
-CORE := tests/test_kl_div.py tests/test_divergences.py tests/test_distillation_singular.py
+CORE := tests/test_kl_div.py tests/test_divergences.py tests/test_distillation_singular.py \
+  tests/test_check_distributions.py
 
-.PHONY: bench distill distill-lm docs test test-lm test-slow test-floor parity package lint clean
+.PHONY: bench distill distill-lm docs notebook test test-lm test-slow test-floor parity package lint clean
 
 distill: .venv/.train  ## train a teacher, distil a student: table and picture
 	$(BIN)/python examples/digits.py $(ARGS)
 
 distill-lm: .venv-lm/.done  ## distil SmolLM2-135M into six of its layers
 	$(LM)/python examples/smollm2/train.py $(ARGS)
+
+notebook: .venv-notebook/.done  ## examples/distillation.ipynb, run and compared with what it shows
+	$(NOTEBOOK)/python .ci/notebook.py $(ARGS)
 
 test: .venv-test/.test  ## the test suite and the doctests
 	$(TEST)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow" $(ARGS)
@@ -58,7 +63,7 @@ lint: .venv-test/.lint
 	$(TEST)/pyright
 
 clean:
-	rm -rf .venv .venv-test .venv-bench .venv-floor .venv-lm .venv-build .venv-docs .venv-package build dist
+	rm -rf .venv .venv-test .venv-bench .venv-floor .venv-lm .venv-build .venv-docs .venv-notebook .venv-package build dist
 
 .venv/.train: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -100,6 +105,11 @@ clean:
 
 .venv-lm/.test: .venv-lm/.done
 	$(LM)/pip install --quiet --disable-pip-version-check pytest pytest-xdist
+	touch $@
+
+.venv-notebook/.done: pyproject.toml
+	$(PYTHON) -m venv .venv-notebook
+	$(NOTEBOOK)/pip install --quiet --disable-pip-version-check -e ".[notebook]"
 	touch $@
 
 .venv-bench/.done: pyproject.toml
