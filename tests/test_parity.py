@@ -17,6 +17,9 @@ from jaxkl.parity import _html, _measure, _report, _run, _snippet
 from .helpers import run_python
 
 
+pytestmark = pytest.mark.xdist_group("parity")  # one worker: it runs once
+
+
 @pytest.fixture(scope="module")
 def report():
     return parity.run(progress=lambda line: None)
