@@ -83,3 +83,9 @@ def test_gradients_are_reduced_once_and_nothing_is_gathered(programs, name):
 def test_a_large_head_fits(programs):
     """32768 tokens, H 4096, V 262144, bf16: on 16 chips of 16 GB."""
     assert programs["large 4x4"]["bytes"] < 16e9
+
+
+def test_nothing_of_the_size_of_logits_is_kept(programs):
+    _, (data, model), tokens, _, vocab, *_ = CASES["logits 4x4"]
+    logits = tokens // data * (vocab // model) * 2  # bytes of a chip's, in bf16
+    assert programs["logits 4x4"]["temporary"] < 0.05 * logits

@@ -91,10 +91,11 @@ if __name__ == "__main__":
     for name in CASES:
         program = compiled(name)
         memory = program.memory_analysis()
-        total = (
-            memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            + memory.temp_size_in_bytes
+        temporary = memory.temp_size_in_bytes
+        held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+        facts = dict(
+            collectives=collectives(program.as_text()),
+            bytes=held + temporary,
+            temporary=temporary,
         )
-        facts = dict(collectives=collectives(program.as_text()), bytes=total)
         print(json.dumps({name: facts}), flush=True)
