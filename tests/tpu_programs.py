@@ -25,6 +25,7 @@ CASES = {
     "logits 4x4": ("v5e:4x4", (4, 4), 4096, None, 40960, None, SHARDED),
     "labels 2x4": ("v5e:2x4", (2, 4), 2048, 512, 32768, 256, SHARDED),
     "plain jit 2x4": ("v5e:2x4", (2, 4), 2048, 512, 32768, 256, PLAIN),
+    "logits alone": ("v5e:2x2", (1, 1), 4096, None, 32768, None, PLAIN),
     "large 4x4": ("v5e:4x4", (4, 4), 32768, 4096, 262144, None, SHARDED),
 }
 
