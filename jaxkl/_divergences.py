@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ._numerics import Outcomes
-from ._terms import alpha_term, kl_term, log_ratio_of, mixture
+from ._terms import alpha_term, difference, kl_term, log_ratio_of, mixture
 
 
 Divergence = Callable[[jax.Array, jax.Array], jax.Array]
@@ -234,9 +234,9 @@ class TotalVariation(_Divergence):
     """
 
     def of(self, p, q):
-        difference = p.prob - q.prob
+        q_less_p = difference(p, q)
         # Not `jnp.abs`, whose derivative at 0 is 1 or -1.
-        return jnp.sign(difference) * difference / 2
+        return jnp.sign(q_less_p) * q_less_p / 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,6 +49,12 @@ def _log_ratio(log_p, log_q):
     return zero_unless(~absent, log_q - log_p)
 
 
+def difference(p: Outcomes, q: Outcomes):
+    """`q - p`, to the last digits where they are near, and 0 where they are equal."""
+    near, r = _near(log_ratio_of(p, q))
+    return jnp.where(near, p.prob * jnp.expm1(r), q.prob - p.prob)
+
+
 @jax.custom_jvp
 def kl_term(p: Outcomes, q: Outcomes, log_ratio):
     """`p (e^r - 1 - r)` with `r = log_ratio = log q - log p`: summed, KL(p ‖ q).
