@@ -89,7 +89,10 @@ def sharded_weighted_loss(spec: Spec, layout: Layout, operands: Operands):
         out_specs=(P() if spec.reduce else by_token, by_token, by_token),
         check_vma=True,
     )(operands)
-    cut = lambda x: x if x.shape[0] == tokens else x[:tokens]
+
+    def cut(x):
+        return x if x.shape[0] == tokens else _placed(layout, x, P())[:tokens]
+
     loss = loss if spec.reduce else cut(loss)
     return loss, jax.tree.map(cut, terms), jax.tree.map(cut, statistics)
 

@@ -81,7 +81,7 @@ class SparseTeacher(Source):
             outside = jnp.maximum(vocab.size - number, 1).astype(dtype)
             others = _log(_rest(log_probs)[:, None] / outside)
             log_probs -= jnp.maximum(total, 0)  # rounded values may sum to more than 1
-        dense = jnp.broadcast_to(others, (len(others), vocab.width))
+        dense = jnp.broadcast_to(others, (others.shape[0], vocab.width))
         if vocab.valid is not None:
             dense = jnp.where(vocab.valid, dense, -jnp.inf)
         return dense.at[self._slots(columns, vocab)].set(log_probs, mode="drop")
@@ -101,9 +101,8 @@ class SparseTeacher(Source):
             # hold, and the plain one is right.
             return _plain_kl(p, q)
         listed = self._listed(vocab)
-        # Elsewhere two equal outcomes, of which all divergences are 0.
-        inside = lambda x: Outcomes(*(zero_unless(listed, y) for y in x))
-        share = zero_unless(listed, evaluate(divergence, inside(p), inside(q)))
+        outcomes = _equal_unless(listed, p, q)
+        share = zero_unless(listed, evaluate(divergence, *outcomes))
         unlisted = vocab.mask(~listed)
         (number,) = vocab.sum(jnp.sum(unlisted, axis=-1))
         _, log_probs = self._distinct(p.log.dtype)
@@ -125,14 +124,13 @@ class SparseTeacher(Source):
             return None
         columns, log_p = self._distinct(logits.dtype)
         at = self._slots(columns, vocab)
-        number = jnp.sum(columns < vocab.size, axis=-1)
-        log_rest = _log(zero_unless(number < vocab.size, _rest(log_p)))
+        is_rest = jnp.sum(columns < vocab.size, axis=-1) < vocab.size
+        log_rest = _log(zero_unless(is_rest, _rest(log_p)))
         if self.tail == "renormalize":
             log_rest = jnp.full_like(log_rest, -jnp.inf)
             log_p -= jax.nn.logsumexp(log_p, axis=-1, keepdims=True)
-        # Of other columns there is neither p nor q here. A NaN is of the whole list.
-        here = (at[1] < vocab.width) | jnp.isnan(log_p)
-        p = Outcomes.of_log(jnp.where(here, log_p, -jnp.inf))
+        here = (at[1] < vocab.width) | jnp.isnan(log_p)  # a NaN is of the whole list
+        p = Outcomes.of_log(log_p)
         of_list = logits.at[at].get(mode="fill", fill_value=-jnp.inf)
         others = jnp.exp(rows.shifted(logits)).at[at].set(0, mode="drop")
         sums = (
@@ -147,16 +145,18 @@ class SparseTeacher(Source):
         q_rest = to_varying(sum_others / rows.total, varying_axes(of_list))
 
         def listed(log_q):
-            outcomes = p, Outcomes.known(log_q, q.prob)
+            outcomes = _equal_unless(here, p, Outcomes.known(log_q, q.prob))
             if self.tail == "drop":
                 return _plain_kl(*outcomes)
-            return jnp.sum(evaluate(divergence, *outcomes), axis=-1)
+            terms = evaluate(divergence, *outcomes)
+            return jnp.sum(zero_unless(here, terms), axis=-1)
 
         def rest(log_q):
             if self.tail == "drop":
                 return jnp.zeros_like(log_q)
             pair = Outcomes.of_log(log_rest), Outcomes.known(log_q, q_rest)
-            return evaluate(divergence, *pair)
+            outcomes = _equal_unless(is_rest, *pair)
+            return zero_unless(is_rest, evaluate(divergence, *outcomes))
 
         share, pull = jax.vjp(listed, q.log)
         outside, pull_rest = jax.vjp(rest, _log(q_rest))
@@ -186,7 +186,7 @@ class SparseTeacher(Source):
         columns, log_probs = jax.lax.sort((columns, log_probs), num_keys=1)
         new = columns[:, 1:] != columns[:, :-1]
         place = jnp.cumsum(jnp.pad(new, ((0, 0), (1, 0))), axis=-1)
-        at = jnp.arange(len(place))[:, None], place
+        at = jnp.arange(place.shape[0])[:, None], place
         # The largest of a column, then the sum relative to it: exact for a single one.
         top = jnp.full_like(log_probs, -jnp.inf).at[at].max(log_probs)
         share = zero_unless(log_probs > -jnp.inf, jnp.exp(log_probs - top[at]))
@@ -196,15 +196,21 @@ class SparseTeacher(Source):
 
     def _slots(self, columns, vocab):
         """Where columns are in a tile, those of no column here out of bounds."""
-        rows = jnp.arange(len(columns))[:, None]
+        rows = jnp.arange(columns.shape[0])[:, None]
         local = columns - jnp.asarray(vocab.start, columns.dtype)
         here = (columns >= 0) & (local >= 0) & (local < vocab.width)
         return rows, jnp.where(here, local, vocab.width)
 
     def _listed(self, vocab):
-        shape = (len(self.indices), vocab.width)
+        shape = (self.indices.shape[0], vocab.width)
         at = self._slots(self.indices, vocab)
         return jnp.zeros(shape, bool).at[at].set(True, mode="drop")
+
+
+def _equal_unless(condition, *models):
+    """Elsewhere equal outcomes, of which divergences are 0: of two that neither model
+    has, a user's function may be NaN."""
+    return [Outcomes(*(zero_unless(condition, y) for y in x)) for x in models]
 
 
 def _plain_kl(p, q):

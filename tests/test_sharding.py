@@ -525,6 +525,32 @@ def test_explicit_axes(rng, spec):
             assert jax.typeof(grad).sharding.spec == jax.typeof(x).sharding.spec
 
 
+@pytest.mark.parametrize("reduction", ["mean", *rarely("none")])
+def test_explicit_axes_that_do_not_divide_the_tokens(rng, reduction):
+    mesh = mesh_of("2x4", AxisType.Explicit)
+    s, t = (rounded(rng, (3, 13)) for _ in range(2))
+    axes = dict(mesh=mesh, token_axes="data", vocab_axis="model")
+    ours = ft.partial(jaxkl.sharded_distillation_loss, **axes)
+    more = dict(reduction=reduction, temperature=2.0)
+    of = lambda loss: jax.jit(
+        jax.value_and_grad(lambda s: (3 * loss(s, t, **more)).sum())
+    )
+    (value, grad), (want, want_grad) = of(ours)(s), of(distillation_loss)(s)
+    assert_close(value, want, 1e-6)
+    assert_close(grad, want_grad, 1e-5)
+
+
+def test_a_users_function_is_asked_of_a_slices_own_columns(rng):
+    textbook = lambda log_p, log_q: jnp.exp(log_p) * (log_p - log_q)
+    s, t = (rounded(rng, (3, 13)) for _ in range(2))
+    teacher = top_k_teacher(t, 4)
+    of = lambda loss, f: jax.value_and_grad(lambda s: loss(s, teacher, divergence=f))(s)
+    value, grad = of(sharded("2x4"), textbook)
+    want, want_grad = of(distillation_loss, jaxkl.ForwardKL())
+    assert_close(value, want, 5e-6)
+    assert_close(grad, want_grad, 1e-5)
+
+
 def test_explicit_axes_need_a_mesh_for_heads(rng):
     mesh = mesh_of("2x4", AxisType.Explicit)
     student, teacher = (spread(mesh, x) for x in sources(rng, "heads", (8,), 24))

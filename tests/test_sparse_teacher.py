@@ -445,6 +445,33 @@ def test_the_reference_agrees(rng, tail):
     assert_close(grad, d_student, 1e-5)
 
 
+def test_a_users_function_is_not_asked_of_what_neither_model_has(rng):
+    # Slots that are empty or repeated, and a rest without columns.
+    textbook = lambda log_p, log_q: jnp.exp(log_p) * (log_p - log_q)
+    some = _teacher(rng, (4,), 7, 5, "bucket")
+    s, every = rounded(rng, (4, 7)), top_k_teacher(rounded(rng, (4, 7)), 7)
+    for teacher in (some, every):
+        value, grad = _evaluate(s, teacher, divergence=textbook)
+        loss, _, d_student = _expected(s, teacher)
+        assert_close(value, loss, 5e-6)
+        assert_close(grad, d_student, 1e-5)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_export_for_any_number_of_tokens(rng, tail):
+    (b,) = jax.export.symbolic_shape("b")
+    arrays = ((b, 11), "float32"), ((b, 4), "int32"), ((b, 4), "float32")
+    shapes = [jax.ShapeDtypeStruct(*x) for x in arrays]
+    run = lambda s, *lists: distillation_loss(s, SparseTeacher(*lists, tail=tail))
+    exported = jax.export.export(jax.jit(jax.value_and_grad(run)))(*shapes)
+    s, teacher = rounded(rng, (3, 11)), _teacher(rng, (3,), 11, 4, tail)
+    indices = teacher.indices.astype(jnp.int32)
+    value, grad = exported.call(s, indices, teacher.log_probs)
+    loss, _, d_student = _expected(s, teacher)
+    assert_close(value, loss, 5e-6)
+    assert_close(grad, d_student, 1e-5)
+
+
 @pytest.mark.parametrize("tail", ["bucket", *rarely("renormalize")])
 def test_transformations(rng, tail):
     s, teacher = rounded(rng, (3, 4, 11)), _teacher(rng, (3, 4), 11, 4, tail)
