@@ -33,7 +33,12 @@ def _series(r, coefficient):
     return total
 
 
-def _near(log_ratio, limit=_NEAR):
+def second_order(r):
+    """`e^r - 1 - r`, to the last bits for `|r| < _NEAR`."""
+    return r * r * _series(r, lambda k: 1.0)
+
+
+def is_near(log_ratio, limit=_NEAR):
     """Whether the log-ratio is small, and its value there."""
     near = jnp.abs(log_ratio) < limit
     return near, zero_unless(near, log_ratio)
@@ -51,7 +56,7 @@ def _log_ratio(log_p, log_q):
 
 def difference(p: Outcomes, q: Outcomes):
     """`q - p`, to the last digits where they are near, and 0 where they are equal."""
-    near, r = _near(log_ratio_of(p, q))
+    near, r = is_near(log_ratio_of(p, q))
     return jnp.where(near, p.prob * jnp.expm1(r), q.prob - p.prob)
 
 
@@ -62,20 +67,18 @@ def kl_term(p: Outcomes, q: Outcomes, log_ratio):
     `log_ratio` is an argument because a caller may know it better than the difference
     of two rounded logarithms.
     """
-    near, r = _near(log_ratio)
+    near, r = is_near(log_ratio)
     p_log_ratio = p.prob * zero_unless(p.prob > 0, log_ratio)
-    second_order = p.prob * r * r * _series(r, lambda k: 1.0)
-    return jnp.where(near, second_order, q.prob - p.prob - p_log_ratio)
+    return jnp.where(near, p.prob * second_order(r), q.prob - p.prob - p_log_ratio)
 
 
 @kl_term.defjvp
 def _kl_term_jvp(primals, tangents):
     # ∂/∂log q = p (e^r - 1), ∂/∂log p = -p r: these two are the whole derivative.
     (p, q, log_ratio), (d_p, d_q, _) = primals, tangents
-    near, r = _near(log_ratio)
+    near, r = is_near(log_ratio)
     p_log_ratio = p.prob * zero_unless(p.prob > 0, log_ratio)
-    first_order = p.prob * (r + r * r * _series(r, lambda k: 1.0))
-    p_expm1 = jnp.where(near, first_order, q.prob - p.prob)
+    p_expm1 = jnp.where(near, p.prob * (r + second_order(r)), q.prob - p.prob)
     return kl_term(*primals), p_expm1 * d_q.log - p_log_ratio * d_p.log
 
 
@@ -112,7 +115,7 @@ def _excess(x: Outcomes, y: Outcomes, c):
     r = log_ratio_of(x, y)
     if c == 0:
         return x.prob * zero_unless(x.prob > 0, r)
-    near, cr = _near(c * r, 1.0)
+    near, cr = is_near(c * r, 1.0)
     absent = (x.log == -jnp.inf) & (y.log == -jnp.inf)
     # One factor alone drops out at exponent 0: 0^0 = 1, as the limit has it.
     log_power = (1 - c) * x.log + c * y.log if c != 1 else y.log
@@ -125,7 +128,7 @@ def alpha_term(p: Outcomes, q: Outcomes, alpha):
     """`(α p + (1-α) q - p^α q^(1-α)) / (α (1-α))`: KL(p ‖ q) at 1, KL(q ‖ p) at 0."""
     beta = 1 - alpha
     limit = _NEAR / max(1.0, abs(alpha), abs(beta))
-    near, r = _near(log_ratio_of(p, q), limit)
+    near, r = is_near(log_ratio_of(p, q), limit)
     # Σ_k (1 + β + … + β^k) r^k / (k + 2)!, in which no small α or β is divided by.
     series = _series(r, lambda k: sum(beta**j for j in range(k + 1)))
     if abs(alpha) >= abs(beta):

@@ -10,20 +10,16 @@ axis, class masks and a differentiable teacher.
 """
 
 import dataclasses
-import functools as ft
 import math
-import operator
-from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from collections.abc import Hashable
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
-from . import _checks as check
 from ._distillation import distillation_loss
-from ._divergences import Divergence, ForwardKL
+from ._divergences import Divergence, ForwardKL, is_catalogued
+from ._elementwise import broadcast, elementwise, GENERALIZED_KL, KL, KL_LOG_TARGETS
 from ._numerics import loss_dtype
 
 
@@ -86,7 +82,7 @@ def kl_divergence(
       DeepMind. [optax.losses.kl_divergence](https://optax.readthedocs.io/en/latest/api/losses.html).
     """
     args = {"log_predictions": log_predictions, "targets": targets}
-    return _divergence(_KL, 0.0, args, axis, where)
+    return elementwise(KL, args, axis, where)
 
 
 def kl_divergence_with_log_targets(
@@ -138,7 +134,7 @@ def kl_divergence_with_log_targets(
       DeepMind. [optax.losses.kl_divergence_with_log_targets](https://optax.readthedocs.io/en/latest/api/losses.html).
     """
     args = {"log_predictions": log_predictions, "log_targets": log_targets}
-    return _divergence(_KL_LOG_TARGETS, -math.inf, args, axis, where)
+    return elementwise(KL_LOG_TARGETS, args, axis, where)
 
 
 def generalized_kl_divergence(
@@ -192,7 +188,7 @@ def generalized_kl_divergence(
       DeepMind. [optax.losses.generalized_kl_divergence](https://optax.readthedocs.io/en/latest/api/losses.html).
     """
     args = {"log_predictions": log_predictions, "targets": targets}
-    return _divergence(_GENERALIZED_KL, 0.0, args, axis, where)
+    return elementwise(GENERALIZED_KL, args, axis, where)
 
 
 def softmax_kl_divergence(
@@ -310,7 +306,7 @@ def softmax_divergence(
       0.1250
     """
     args = {"student_logits": student_logits, "teacher_logits": teacher_logits}
-    arrays, shape, axes, where = _check(args, axis, where)
+    arrays, shape, axes, where = broadcast(args, axis, where)
     for name, x in zip(args, arrays, strict=True):
         padded = (1,) * (len(shape) - x.ndim) + x.shape
         if any(padded[i] != shape[i] for i in axes):
@@ -326,7 +322,7 @@ def softmax_divergence(
     def rows(x):
         return jnp.transpose(x, rest + axes).reshape(*batch, vocab)
 
-    # Convert before broadcasting, as in `_sum`.
+    # Convert before broadcasting, as `elementwise` does.
     student, teacher = (
         rows(x if x.shape == shape else jnp.broadcast_to(x.astype(dtype), shape))
         for x in arrays
@@ -351,15 +347,11 @@ def softmax_divergence(
 
 def _of_possible_classes(divergence: Divergence) -> Divergence:
     """Hides classes removed from both models. jaxkl's own have 0 there already."""
-    if type(divergence).__module__ == ForwardKL.__module__:
-        return divergence
-    if isinstance(divergence, type) or not callable(divergence):
+    is_function = callable(divergence) and not isinstance(divergence, type)
+    if is_catalogued(divergence) or not is_function:
         return divergence  # `distillation_loss` says what is wrong with it
-    return (
-        _OfPossibleClasses(divergence)
-        if isinstance(divergence, Hashable)
-        else divergence
-    )
+    hashable = isinstance(divergence, Hashable)
+    return _OfPossibleClasses(divergence) if hashable else divergence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -374,186 +366,3 @@ class _OfPossibleClasses:
         terms = self.divergence(log_p, log_q)
         # `jnp.where` would broadcast: leave a wrong shape for `distillation_loss`.
         return jnp.where(removed, 0, terms) if terms.shape == log_p.shape else terms
-
-
-def _divergence(loss, zero_target, args, axis, where):
-    """Validates, and sums `loss.term` over `axis` where `where` holds."""
-    (x, y), shape, axes, where = _check(args, axis, where)
-    static = dict(loss=loss, zero_target=zero_target, shape=shape, axes=axes)
-    return _sum(x, y, where, **static)
-
-
-def _check(args, axis, where):
-    """The arguments as arrays, the shape they broadcast to, the axes counted from 0."""
-    args = {name: check.float_array(name, x) for name, x in args.items()}
-    try:
-        shape = jnp.broadcast_shapes(*(x.shape for x in args.values()))
-    except ValueError:
-        names = " and ".join(f"`{name}`" for name in args)
-        shapes = " and ".join(str(x.shape) for x in args.values())
-        msg = f"{names} must have shapes that broadcast, got {shapes}."
-        raise ValueError(msg) from None
-    if where is not None:
-        where = jnp.asarray(where)
-        if where.dtype != bool:
-            raise TypeError(f"`where` must be bool, got {where.dtype}.")
-        try:
-            # An axis of size 1 may grow, as in optax; a new one would shift `axis`.
-            grown = jnp.broadcast_shapes(shape, where.shape)
-            if len(grown) != len(shape):
-                raise ValueError
-        except ValueError:
-            msg = f"`where` must broadcast to shape {shape}, got {where.shape}."
-            raise ValueError(msg) from None
-        shape = grown
-    return tuple(args.values()), shape, _check_axis(axis, len(shape)), where
-
-
-def _check_axis(axis, ndim):
-    if axis is None:
-        return tuple(range(ndim))
-    try:
-        axes = tuple(map(operator.index, axis if isinstance(axis, tuple) else (axis,)))
-    except TypeError:
-        msg = f"`axis` must be an int, a tuple of ints or None, got {axis!r}."
-        raise TypeError(msg) from None
-    if any(not -ndim <= i < ndim for i in axes):
-        msg = f"`axis` must be in [-{ndim}, {ndim}) for {ndim} dimensions, got {axis}."
-        raise ValueError(msg)
-    axes = tuple(i % ndim for i in axes)
-    if len(set(axes)) != len(axes):
-        raise ValueError(f"`axis` must not repeat an axis, got {axis}.")
-    return axes
-
-
-@ft.partial(jax.jit, static_argnames=("loss", "zero_target", "shape", "axes"))
-def _sum(log_predictions, targets, where, *, loss, zero_target, shape, axes):
-    # Convert before broadcasting: a broadcast operand's gradient is summed in float32.
-    dtype = loss_dtype(log_predictions, targets)
-    log_predictions = jnp.broadcast_to(log_predictions.astype(dtype), shape)
-    targets = jnp.broadcast_to(targets.astype(dtype), shape)
-    if where is not None:
-        # The operands, not the term: 0 * NaN is NaN in the backward pass.
-        where = jnp.broadcast_to(where, shape)
-        log_predictions = jnp.where(where, log_predictions, -jnp.inf)
-        targets = jnp.where(where, targets, zero_target)
-    return _total(loss, axes, log_predictions, targets)
-
-
-class _Loss(NamedTuple):
-    """Elementwise functions of log-predictions and targets."""
-
-    term: Callable
-    slopes: Callable  # the derivative of `term` by each
-    # `term` without a select, if no prediction is `-inf`: XLA on CPU fuses it with the
-    # sum, and holds no array of terms.
-    quick: Callable | None = None
-
-
-# It has a `custom_jvp`, not a `custom_vjp`: optax's losses have a forward mode and a
-# drop-in may not lose it. The slopes are plain JAX, so all orders exist.
-@ft.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _total(loss, axes, x, y):
-    total = lambda f: lambda x, y: jnp.sum(f(x, y), axis=axes)
-    exact = total(loss.term)
-    if loss.quick is None or x.size == 0:
-        return exact(x, y)
-    quick = total(loss.quick)
-    choose = lambda x, y: jax.lax.cond(jnp.min(x) > -jnp.inf, quick, exact, x, y)
-    return jax.lax.platform_dependent(x, y, cpu=choose, default=exact)
-
-
-def _total_jvp(loss, axes, primals, tangents):
-    # An input that is not differentiated comes as a symbolic zero, and costs nothing.
-    # Nor does it make a NaN, as 0 would if its slope is infinite.
-    pairs = zip(loss.slopes(*primals), tangents, strict=True)
-    terms = [slope * d for slope, d in pairs if not isinstance(d, SymbolicZero)]
-    tangent = jnp.sum(ft.reduce(operator.add, terms), axis=axes)
-    return _total(loss, axes, *primals), tangent
-
-
-_total.defjvp(_total_jvp, symbolic_zeros=True)
-
-
-def _log_ratio(log_predictions, targets):
-    """log t - log q; finite where t = 0, if log q is finite or -inf."""
-    zero = targets == 0
-    # Only -inf is replaced, so that NaN in the predictions still reaches the loss.
-    drop = zero & (log_predictions == -jnp.inf)
-    return jnp.log(jnp.where(zero, 1, targets)) - jnp.where(drop, 0, log_predictions)
-
-
-def _kl_term(log_predictions, targets):
-    return targets * _log_ratio(log_predictions, targets)
-
-
-def _kl_slopes(log_predictions, targets):
-    slope = jnp.where(targets == 0, 0, _log_ratio(log_predictions, targets) + 1)
-    return -targets, slope
-
-
-def _kl_quick(log_predictions, targets):
-    return targets * (_finite(jnp.log(targets)) - log_predictions)
-
-
-def _finite(log):
-    """With the lowest number for `-inf`: times 0 it is 0."""
-    return jnp.maximum(log, jnp.finfo(log.dtype).min)
-
-
-_KL = _Loss(_kl_term, _kl_slopes, _kl_quick)
-
-
-def _log_target_ratio(log_predictions, log_targets):
-    """t, and log t - log q as `_log_ratio`."""
-    targets = jnp.exp(log_targets)
-    zero = targets == 0
-    drop = zero & (log_predictions == -jnp.inf)
-    log_ratio = jnp.where(zero, 0, log_targets) - jnp.where(drop, 0, log_predictions)
-    return targets, log_ratio
-
-
-def _kl_log_targets_term(log_predictions, log_targets):
-    targets, log_ratio = _log_target_ratio(log_predictions, log_targets)
-    return targets * log_ratio
-
-
-def _kl_log_targets_slopes(log_predictions, log_targets):
-    targets, log_ratio = _log_target_ratio(log_predictions, log_targets)
-    return -targets, targets * (log_ratio + 1)
-
-
-def _kl_log_targets_quick(log_predictions, log_targets):
-    return jnp.exp(log_targets) * (_finite(log_targets) - log_predictions)
-
-
-_KL_LOG_TARGETS = _Loss(
-    _kl_log_targets_term, _kl_log_targets_slopes, _kl_log_targets_quick
-)
-
-
-def _near(log_predictions, targets):
-    """r = log q - log t, where it is small, and r with the other places zeroed."""
-    r = -_log_ratio(log_predictions, targets)
-    near = (jnp.abs(r) < 1) & (targets != 0)
-    return r, near, jnp.where(near, r, 0)
-
-
-def _generalized_kl_term(log_predictions, targets):
-    r, near, r_near = _near(log_predictions, targets)
-    # e^r - 1 - r = r²/2 (1 + r/3 (1 + r/4 (1 + ...))), to the last bit for |r| < 1.
-    series = jnp.ones_like(r)
-    for n in range(20 if r.dtype == jnp.float64 else 12, 2, -1):
-        series = 1 + r_near / n * series
-    series = targets * (r_near * r_near / 2 * series)
-    return jnp.where(near, series, jnp.exp(log_predictions) - targets - targets * r)
-
-
-def _generalized_kl_slopes(log_predictions, targets):
-    r, near, r_near = _near(log_predictions, targets)
-    difference = jnp.exp(log_predictions) - targets
-    slope = jnp.where(near, targets * jnp.expm1(r_near), difference)
-    return slope, jnp.where(targets == 0, 0, -r)
-
-
-_GENERALIZED_KL = _Loss(_generalized_kl_term, _generalized_kl_slopes)
