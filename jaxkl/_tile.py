@@ -94,6 +94,7 @@ class Tile(NamedTuple):
     gradients: Operands  # of Σ weight · term; shared arrays: summed over the tile
 
 
+@ft.partial(jax.jit, static_argnums=0, static_argnames="again", inline=True)
 def run_tile(spec: Spec, x: Operands, live: jax.Array, *, again=False) -> Tile:
     """All about a tile: the caller keeps what it wants, and XLA drops the rest.
 
