@@ -1,7 +1,6 @@
 """Teachers given by a few columns of each row: top-k lists and samples."""
 
 import dataclasses
-import math
 from typing import Any, Literal
 
 import jax
@@ -11,9 +10,8 @@ from jax.sharding import PartitionSpec as P
 from . import _checks as check
 from ._compat import to_varying, varying_axes
 from ._divergences import evaluate, ForwardKL, is_catalogued
-from ._numerics import entropy, loss_dtype, normalize, Outcomes, Rows, zero_unless
+from ._numerics import entropy, Outcomes, zero_unless
 from ._sources import Source
-from ._vocabulary import Vocabulary
 
 
 Tail = Literal["renormalize", "drop", "bucket", "uniform"]
@@ -79,7 +77,7 @@ class SparseTeacher(Source):
         elif self.tail == "uniform":
             number = jnp.sum(columns < vocab.size, axis=-1, keepdims=True)
             outside = jnp.maximum(vocab.size - number, 1).astype(dtype)
-            others = _log(_rest(log_probs)[:, None] / outside)
+            others = _log(_unlisted(log_probs)[:, None] / outside)
             log_probs -= jnp.maximum(total, 0)  # rounded values may sum to more than 1
         dense = jnp.broadcast_to(others, (others.shape[0], vocab.width))
         if vocab.valid is not None:
@@ -101,16 +99,13 @@ class SparseTeacher(Source):
             # hold, and the plain one is right.
             return _plain_kl(p, q)
         listed = self._listed(vocab)
-        outcomes = _equal_unless(listed, p, q)
-        share = zero_unless(listed, evaluate(divergence, *outcomes))
+        share = jnp.sum(_evaluate_where(listed, divergence, p, q), axis=-1)
         unlisted = vocab.mask(~listed)
-        (number,) = vocab.sum(jnp.sum(unlisted, axis=-1))
-        _, log_probs = self._distinct(p.log.dtype)
-        log_p_rest = _log(zero_unless(number > 0, _rest(log_probs)))
         (q_rest,) = vocab.sum(jnp.sum(zero_unless(unlisted, q.prob), axis=-1))
-        rest = (Outcomes.of_log(x[:, None]) for x in (log_p_rest, _log(q_rest)))
-        outside = evaluate(divergence, *rest)[:, 0]
-        return jnp.sum(share, axis=-1) + vocab.once(outside)
+        has_rest, p_rest = self._rest(*self._distinct(p.log.dtype), vocab)
+        q_rest = Outcomes.of_log(_log(q_rest))
+        outside = _evaluate_where(has_rest, divergence, p_rest, q_rest)
+        return share + vocab.once(outside)
 
     def against(self, divergence, rows, logits, vocab):
         r"""On the list, with all other columns as one.
@@ -124,43 +119,33 @@ class SparseTeacher(Source):
             return None
         columns, log_p = self._distinct(logits.dtype)
         at = self._slots(columns, vocab)
-        is_rest = jnp.sum(columns < vocab.size, axis=-1) < vocab.size
-        log_rest = _log(zero_unless(is_rest, _rest(log_p)))
+        has_rest, p_rest = self._rest(columns, log_p, vocab)
         if self.tail == "renormalize":
-            log_rest = jnp.full_like(log_rest, -jnp.inf)
             log_p -= jax.nn.logsumexp(log_p, axis=-1, keepdims=True)
         here = (at[1] < vocab.width) | jnp.isnan(log_p)  # a NaN is of the whole list
         p = Outcomes.of_log(log_p)
-        of_list = logits.at[at].get(mode="fill", fill_value=-jnp.inf)
+
+        listed = logits.at[at].get(mode="fill", fill_value=-jnp.inf)
         others = jnp.exp(rows.shifted(logits)).at[at].set(0, mode="drop")
-        sums = (
-            jnp.sum(others, axis=-1),
-            jnp.sum(jnp.exp(rows.shifted(of_list)), axis=-1),
-        )
-        sum_others, sum_listed = vocab.sum(*sums)
+        exp_listed = jnp.sum(jnp.exp(rows.shifted(listed)), axis=-1)
+        sum_others, sum_listed = vocab.sum(jnp.sum(others, axis=-1), exp_listed)
         rows = rows._replace(total=sum_others + sum_listed)
-        q = rows.softmax(of_list).outcomes
+        q = rows.softmax(listed).outcomes
         # Inside `shard_map`, as all else here: a cast of what is on each device alike
         # would be where its gradients are summed over devices.
-        q_rest = to_varying(sum_others / rows.total, varying_axes(of_list))
+        q_rest = to_varying(sum_others / rows.total, varying_axes(listed))
 
-        def listed(log_q):
-            outcomes = _equal_unless(here, p, Outcomes.known(log_q, q.prob))
+        def compare(log_q, log_q_rest):
+            of_list = p, Outcomes.known(log_q, q.prob)
+            of_rest = p_rest, Outcomes.known(log_q_rest, q_rest)
             if self.tail == "drop":
-                return _plain_kl(*outcomes)
-            terms = evaluate(divergence, *outcomes)
-            return jnp.sum(zero_unless(here, terms), axis=-1)
+                plain = _plain_kl(*_equal_unless(here, *of_list))
+                return plain, jnp.zeros_like(log_q_rest)
+            share = jnp.sum(_evaluate_where(here, divergence, *of_list), axis=-1)
+            return share, _evaluate_where(has_rest, divergence, *of_rest)
 
-        def rest(log_q):
-            if self.tail == "drop":
-                return jnp.zeros_like(log_q)
-            pair = Outcomes.of_log(log_rest), Outcomes.known(log_q, q_rest)
-            outcomes = _equal_unless(is_rest, *pair)
-            return zero_unless(is_rest, evaluate(divergence, *outcomes))
-
-        share, pull = jax.vjp(listed, q.log)
-        outside, pull_rest = jax.vjp(rest, _log(q_rest))
-        (f_q,), (f_rest,) = pull(jnp.ones_like(share)), pull_rest(jnp.ones_like(share))
+        (share, outside), pull = jax.vjp(compare, q.log, _log(q_rest))
+        f_q, f_rest = pull((jnp.ones_like(share), jnp.ones_like(outside)))
         (total,) = vocab.sum(jnp.sum(f_q, axis=-1))
         total += f_rest
         # Each of the others has its part of `f_rest`, by its part of `q_rest`.
@@ -173,8 +158,9 @@ class SparseTeacher(Source):
         listed = super().entropy(p, vocab)
         if self.tail != "bucket":
             return listed
-        rest = _log(_rest(self._distinct(p.log.dtype)[1]))
-        return listed + vocab.once(entropy(Outcomes.of_log(rest[:, None])))
+        _, rest = self._rest(*self._distinct(p.log.dtype), vocab)
+        rest = Outcomes(*(x[:, None] for x in rest))
+        return listed + vocab.once(entropy(rest))
 
     def _distinct(self, dtype):
         """Columns and log-probabilities, `[B, k]`, repeated ones added up. Slots that
@@ -193,6 +179,14 @@ class SparseTeacher(Source):
         total = jnp.zeros_like(log_probs).at[at].add(share)
         columns = jnp.full_like(columns, none).at[at].set(columns)
         return columns, top + jnp.log(jnp.maximum(total, 1))
+
+    def _rest(self, columns, log_probs, vocab):
+        """Whether any column is not listed, and all these as one outcome, `[B]`."""
+        has_rest = jnp.sum(columns < vocab.size, axis=-1) < vocab.size
+        mass = zero_unless(
+            has_rest & (self.tail != "renormalize"), _unlisted(log_probs)
+        )
+        return has_rest, Outcomes.of_log(_log(mass))
 
     def _slots(self, columns, vocab):
         """Where columns are in a tile, those of no column here out of bounds."""
@@ -213,13 +207,23 @@ def _equal_unless(condition, *models):
     return [Outcomes(*(zero_unless(condition, y) for y in x)) for x in models]
 
 
+def _evaluate_where(condition, divergence, p, q):
+    """`f(log p, log q)` where `condition`, of nothing else, and 0 elsewhere."""
+    p, q = _equal_unless(condition, p, q)
+    return zero_unless(condition, evaluate(divergence, p, q))
+
+
 def _plain_kl(p, q):
     return jnp.sum(p.prob * zero_unless(p.prob > 0, p.log - q.log), axis=-1)
 
 
-def _rest(log_probs):
+def _unlisted(log_probs):
     """The mass that is not listed, `[B]`."""
-    return jnp.maximum(1 - jnp.sum(jnp.exp(log_probs), axis=-1), 0)
+    # Beside a nearly certain column it has no digits in 1 - Σ p, but in 1 - p of that.
+    at_top = jax.nn.one_hot(jnp.argmax(log_probs, -1), log_probs.shape[-1], dtype=bool)
+    top = jnp.max(log_probs, axis=-1)
+    others = jnp.sum(zero_unless(~at_top, jnp.exp(log_probs)), axis=-1)
+    return jnp.maximum(-jnp.expm1(top) - others, 0)
 
 
 def _log(x):
@@ -267,110 +271,3 @@ def check_tail(divergence, teacher: SparseTeacher) -> None:
             "divergence that is finite there, such as ForwardKL, SkewForwardKL, "
             "JensenShannon or TotalVariation."
         )
-
-
-def top_k_teacher(
-    logits, k: int, *, temperature=1.0, tail: Tail = "bucket"
-) -> SparseTeacher:
-    r"""The `k` most likely columns of each row, $\mathrm{softmax}(t / T)$ there.
-
-    The probabilities are those of the whole softmax: they sum to less than 1, and
-    `tail` says what becomes of the rest.
-
-    Args:
-      logits: Logits $t$, `[..., vocab]`.
-      k: Columns to keep, at most `vocab`.
-      temperature: $T > 0$, a scalar or `[...]`.
-      tail: See `SparseTeacher`.
-
-    Returns:
-      A `SparseTeacher` of int32 `[..., k]` and float32 `[..., k]` (float64 if an
-      argument is), the most likely first.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> teacher = jaxkl.top_k_teacher(jnp.log(jnp.array([0.2, 0.5, 0.3])), 2)
-      >>> print(teacher.indices, jnp.exp(teacher.log_probs))
-      [1 2] [0.5 0.3]
-    """
-    log_probs = _log_probs(logits, temperature)
-    k = check.positive_int("k", k)
-    if k > log_probs.shape[-1]:
-        raise ValueError(f"`k` must be at most vocab, {log_probs.shape[-1]}, got {k}.")
-    values, indices = jax.lax.top_k(log_probs, k)
-    return SparseTeacher(indices, values, tail=tail)
-
-
-def sampled_teacher(key, logits, num_samples: int, *, temperature=1.0) -> SparseTeacher:
-    r"""Columns drawn from each row's $p = \mathrm{softmax}(t / T)$, with replacement.
-
-    A column drawn $n$ times has $\hat p = n / \mathrm{num\_samples}$, so that
-    $\mathbb{E}[\hat p] = p$: the expected gradient of a forward KL is that of the dense
-    teacher, which no top-k list has. Rows are independent.
-
-    Args:
-      key: A JAX random key.
-      logits: Logits $t$, `[..., vocab]`.
-      num_samples: Draws for each row.
-      temperature: $T > 0$, a scalar or `[...]`.
-
-    Returns:
-      A `SparseTeacher` of `[..., num_samples]`, whose tail is `"renormalize"`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> logits = jnp.log(jnp.array([0.2, 0.8]))
-      >>> teacher = jaxkl.sampled_teacher(jax.random.key(0), logits, 1000)
-      >>> print(f"{(teacher.indices == 1).mean():.1f}")
-      0.8
-
-    References:
-      Anshumann et al. [Sparse Logit Sampling: Accelerating Knowledge Distillation in
-      LLMs](https://arxiv.org/abs/2503.16870), 2025.
-    """
-    num_samples = check.positive_int("num_samples", num_samples)
-    p = jnp.exp(_log_probs(logits, temperature))
-    # Two draws, of a group of columns and of one in it: float32 uniforms have 24 bits,
-    # too few for the rare columns of a large vocabulary.
-    *shape, vocab = p.shape
-    group = math.isqrt(vocab - 1) + 1
-    p = p.reshape(-1, vocab)
-    p = jnp.pad(p, ((0, 0), (0, -vocab % group))).reshape(p.shape[0], -1, group)
-    outer, inner = jax.random.uniform(key, (2, p.shape[0], num_samples), p.dtype)
-    groups = _draw(p.sum(axis=-1), outer)
-
-    def within(row):
-        p, at, u = row
-        return _draw(p[at], u[:, None])[:, 0]
-
-    columns = jax.lax.map(within, (p, groups, inner), batch_size=64)  # for the memory
-    indices = (groups * group + columns).reshape(*shape, num_samples)
-    log_probs = jnp.full_like(indices, -math.log(num_samples), dtype=p.dtype)
-    return SparseTeacher(indices, log_probs)
-
-
-def _draw(weights, uniform):
-    """Columns of `weights`, `[N, V]`, by inverting their distribution: `[N, S]`."""
-    # A parallel sum may round two neighbours apart, and a column of weight 0 must not
-    # have a step of its own.
-    total = zero_unless(weights > 0, jnp.cumsum(weights, axis=-1))
-    total = jax.lax.cummax(total, axis=1)
-    # Below the last step even when rounded, so that no column of weight 0 is drawn.
-    level = jnp.minimum(uniform * total[:, -1:], jnp.nextafter(total[:, -1:], 0))
-    search = jax.vmap(lambda total, level: jnp.searchsorted(total, level, side="right"))
-    return search(total, level).astype(jnp.int32)
-
-
-def _log_probs(logits, temperature):
-    """Of `logits / temperature`, in at least float32."""
-    logits = check.float_array("logits", logits)
-    if logits.ndim == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"`logits` must be [..., vocab], got shape {logits.shape}.")
-    temperature = check.temperature("temperature", temperature, logits.shape[:-1])
-    dtype = loss_dtype(logits, temperature)
-    flat = logits.reshape(-1, logits.shape[-1]).astype(dtype)
-    if temperature is not None:
-        temperature = temperature.astype(dtype).reshape(-1)
-    vocab = Vocabulary.whole(logits.shape[-1])
-    (rows,) = normalize(vocab, (Rows(jnp.max(flat, axis=-1), temperature), flat))
-    return rows.softmax(flat).log.reshape(logits.shape)

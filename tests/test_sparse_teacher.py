@@ -10,7 +10,7 @@ from jax.sharding import AxisType, PartitionSpec as P
 
 import jaxkl
 from jaxkl import distillation_loss, sampled_teacher, SparseTeacher, top_k_teacher
-from jaxkl._sparse import _draw
+from jaxkl._sparse_from_logits import _draw
 
 from . import oracle
 from .cases import ALL, assert_gradient, rarely, rounded
@@ -144,6 +144,24 @@ def test_the_little_that_a_list_leaves_out_is_not_lost(rng, tail):
     assert (losses > 0).all() and (losses < 1e-4).all()
     value = distillation_loss(s, teacher, reduction="none")
     np.testing.assert_allclose(value, losses, rtol=0.02 if tail == "bucket" else 1e-4)
+
+
+@pytest.mark.parametrize("gap", [12, 30])
+def test_the_rest_beside_a_nearly_certain_column(rng, gap):
+    # In float32 its probability is 1, and 1 - p is 0: a reverse KL would be infinite.
+    t = rounded(rng, (9, 12)).at[:, 4].add(gap)
+    teacher = top_k_teacher(t, 3)
+    log_p = np.asarray(oracle.log_softmax(np.asarray(t)), np.float64)
+    listed = np.take_along_axis(log_p, np.asarray(teacher.indices), -1)
+    np.testing.assert_allclose(teacher.log_probs, listed, rtol=1e-5)
+    exact = SparseTeacher(teacher.indices, listed, tail="bucket")
+    s = rounded(rng, (9, 12))
+    for name in ("forward", "reverse"):
+        divergence, reference = ALL[name]
+        value, grad = _evaluate(s, teacher, divergence=divergence)
+        loss, _, d_student = _expected(s, exact, reference)
+        assert_close(value, loss, 5e-6)
+        assert_close(grad, d_student, 1e-5)
 
 
 @pytest.mark.parametrize("tail", TAILS)

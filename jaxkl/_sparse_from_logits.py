@@ -1,0 +1,134 @@
+"""Lists of a dense teacher's columns: the most likely, or some drawn at random."""
+
+import functools as ft
+import math
+
+import jax
+import jax.numpy as jnp
+
+from . import _checks as check
+from ._numerics import loss_dtype, Rows, zero_unless
+from ._sparse import SparseTeacher, Tail
+
+
+def top_k_teacher(
+    logits, k: int, *, temperature=1.0, tail: Tail = "bucket"
+) -> SparseTeacher:
+    r"""The `k` most likely columns of each row, $\mathrm{softmax}(t / T)$ there.
+
+    The probabilities are those of the whole softmax: they sum to less than 1, and
+    `tail` says what becomes of the rest.
+
+    Args:
+      logits: Logits $t$, `[..., vocab]`.
+      k: Columns to keep, at most `vocab`.
+      temperature: $T > 0$, a scalar or `[...]`.
+      tail: See `SparseTeacher`.
+
+    Returns:
+      A `SparseTeacher` of int32 `[..., k]` and float32 `[..., k]` (float64 if an
+      argument is), the most likely first.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> teacher = jaxkl.top_k_teacher(jnp.log(jnp.array([0.2, 0.5, 0.3])), 2)
+      >>> print(teacher.indices, jnp.exp(teacher.log_probs))
+      [1 2] [0.5 0.3]
+    """
+    logits, temperature = _checked(logits, temperature)
+    k = check.positive_int("k", k)
+    if k > logits.shape[-1]:
+        raise ValueError(f"`k` must be at most vocab, {logits.shape[-1]}, got {k}.")
+    return SparseTeacher(*_top_k(logits, temperature, k), tail=tail)
+
+
+def sampled_teacher(key, logits, num_samples: int, *, temperature=1.0) -> SparseTeacher:
+    r"""Columns drawn from each row's $p = \mathrm{softmax}(t / T)$, with replacement.
+
+    A column drawn $n$ times has $\hat p = n / \mathrm{num\_samples}$, so that
+    $\mathbb{E}[\hat p] = p$: the expected gradient of a forward KL is that of the dense
+    teacher, which no top-k list has. Rows are independent.
+
+    Args:
+      key: A JAX random key.
+      logits: Logits $t$, `[..., vocab]`.
+      num_samples: Draws for each row.
+      temperature: $T > 0$, a scalar or `[...]`.
+
+    Returns:
+      A `SparseTeacher` of `[..., num_samples]`, whose tail is `"renormalize"`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> logits = jnp.log(jnp.array([0.2, 0.8]))
+      >>> teacher = jaxkl.sampled_teacher(jax.random.key(0), logits, 1000)
+      >>> print(f"{(teacher.indices == 1).mean():.1f}")
+      0.8
+
+    References:
+      Anshumann et al. [Sparse Logit Sampling: Accelerating Knowledge Distillation in
+      LLMs](https://arxiv.org/abs/2503.16870), 2025.
+    """
+    num_samples = check.positive_int("num_samples", num_samples)
+    logits, temperature = _checked(logits, temperature)
+    return SparseTeacher(*_sample(key, logits, temperature, num_samples))
+
+
+@ft.partial(jax.jit, static_argnums=2)
+def _top_k(logits, temperature, k):
+    log_probs, indices = jax.lax.top_k(_log_probs(logits, temperature), k)
+    return indices, log_probs
+
+
+@ft.partial(jax.jit, static_argnums=3)
+def _sample(key, logits, temperature, num_samples):
+    p = jnp.exp(_log_probs(logits, temperature))
+    # Two draws, of a group of columns and of one in it: float32 uniforms have 24 bits,
+    # too few for the rare columns of a large vocabulary.
+    *shape, vocab = p.shape
+    group = math.isqrt(vocab - 1) + 1
+    p = p.reshape(-1, vocab)
+    p = jnp.pad(p, ((0, 0), (0, -vocab % group))).reshape(p.shape[0], -1, group)
+    outer, inner = jax.random.uniform(key, (2, p.shape[0], num_samples), p.dtype)
+    groups = _draw(p.sum(axis=-1), outer)
+
+    def within(row):
+        p, at, u = row
+        return _draw(p[at], u[:, None])[:, 0]
+
+    columns = jax.lax.map(within, (p, groups, inner), batch_size=64)  # for the memory
+    indices = (groups * group + columns).reshape(*shape, num_samples)
+    return indices, jnp.full_like(indices, -math.log(num_samples), dtype=p.dtype)
+
+
+def _draw(weights, uniform):
+    """Columns of `weights`, `[N, V]`, by inverting their distribution: `[N, S]`."""
+    # A parallel sum may round two neighbours apart, and a column of weight 0 must not
+    # have a step of its own.
+    total = zero_unless(weights > 0, jnp.cumsum(weights, axis=-1))
+    total = jax.lax.cummax(total, axis=1)
+    # Below the last step even when rounded, so that no column of weight 0 is drawn.
+    level = jnp.minimum(uniform * total[:, -1:], jnp.nextafter(total[:, -1:], 0))
+    search = jax.vmap(lambda total, level: jnp.searchsorted(total, level, side="right"))
+    return search(total, level).astype(jnp.int32)
+
+
+def _checked(logits, temperature):
+    logits = check.float_array("logits", logits)
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"`logits` must be [..., vocab], got shape {logits.shape}.")
+    return logits, check.temperature("temperature", temperature, logits.shape[:-1])
+
+
+def _log_probs(logits, temperature):
+    """Of `logits / temperature`, in at least float32."""
+    dtype = loss_dtype(logits, temperature)
+    flat = logits.reshape(-1, logits.shape[-1]).astype(dtype)
+    if temperature is not None:
+        temperature = temperature.astype(dtype).reshape(-1)
+    x = Rows(jnp.max(flat, axis=-1), temperature).shifted(flat)
+    # Of a nearly certain column log p = -log(1 + rest), where 1 + rest is 1 if rounded.
+    at_top = jax.nn.one_hot(jnp.argmax(flat, -1), flat.shape[-1], dtype=bool)
+    rest = jnp.sum(jnp.where(at_top, jnp.expm1(x), jnp.exp(x)), axis=-1, keepdims=True)
+    log_probs = jnp.where(flat == -jnp.inf, -jnp.inf, x) - jnp.log1p(rest)
+    return log_probs.reshape(logits.shape)
