@@ -117,8 +117,9 @@ def _outputs(spec, operands, result):
 def _run(spec: Spec, operands: Operands, wanted: Operands) -> Tile:
     """All tokens, and those gradients that are wanted."""
     tokens = operands.weights.divergence.shape[0]
-    whole = ft.partial(_run_whole, spec, wanted)
     dense = operands.student.is_dense and operands.teacher.is_dense
+    # What is in memory anyway is read again, where slopes of its size would be kept.
+    whole = ft.partial(_run_whole, spec, wanted, again=dense)
     explicit = any(map(is_explicitly_sharded, jax.tree.leaves(operands)))
     if explicit and not dense:
         raise ValueError(
@@ -130,12 +131,14 @@ def _run(spec: Spec, operands: Operands, wanted: Operands) -> Tile:
     if explicit or not isinstance(tokens, int):
         return whole(operands)
 
-    def tiled(tile):
-        return whole if tile >= tokens else ft.partial(_run_tiles, spec, wanted, tile)
+    def tiled(tile, again=False):
+        if tile >= tokens:
+            return ft.partial(whole, again=True) if again else whole
+        return ft.partial(_run_tiles, spec, wanted, tile, again=again)
 
-    def fitting(tile_bytes, least=1):
+    def fitting(tile_bytes, least=1, again=False):
         rows = max(tile_bytes // (spec.vocab.width * spec.dtype.itemsize), least)
-        return tiled(_tile_size(tokens, min(rows // 8 * 8 or rows, _MAX_TILE)))
+        return tiled(_tile_size(tokens, min(rows // 8 * 8 or rows, _MAX_TILE)), again)
 
     if spec.tile is not None:
         return tiled(spec.tile)(operands)
@@ -144,13 +147,13 @@ def _run(spec: Spec, operands: Operands, wanted: Operands) -> Tile:
     # Accelerators: XLA fuses all that is dense into passes over the logits. Each tile
     # of a head reads and writes the sum of `d kernel`, which takes as long as the
     # products of some 400 tokens.
-    elsewhere = whole if dense else fitting(192 * _MIB, least=384)
+    elsewhere = whole if dense else fitting(192 * _MIB, least=384, again=True)
     if any(x.shared for x in sources):
         on_cpu = fitting(32 * _MIB)
     else:
         # A few rows at a time stay in cache. But XLA's CPU compiler widens all
         # bfloat16, and a slice's whole array at every step of a loop.
-        on_cpu = elsewhere if half else fitting(2 * _MIB)
+        on_cpu = whole if half else fitting(2 * _MIB)
     if on_cpu is elsewhere:
         return whole(operands)
     return jax.lax.platform_dependent(operands, cpu=on_cpu, default=elsewhere)
@@ -166,18 +169,16 @@ def _tile_size(tokens, most):
     return min(-(-tile // 8) * 8, most)
 
 
-def _run_whole(spec, wanted, operands):
+def _run_whole(spec, wanted, operands, *, again):
     live = jnp.full_like(operands.weights.divergence, True, bool)
-    # What is in memory anyway is read again, where slopes of its size would be kept.
-    dense = operands.student.is_dense and operands.teacher.is_dense
-    result = run_tile(spec, operands, live, again=dense)
+    result = run_tile(spec, operands, live, again=again)
     gradients = jax.tree.map(
         lambda want, d: d if want else None, wanted, result.gradients
     )
     return result._replace(gradients=_rounded(operands, gradients))
 
 
-def _run_tiles(spec, wanted, tile, operands):
+def _run_tiles(spec, wanted, tile, operands, *, again):
     tokens = operands.weights.divergence.shape[0]
     tiles = (Strided if _can_stride(operands) else Blocks)(tokens, tile)
     is_shared = _shared(operands)
@@ -186,9 +187,8 @@ def _run_tiles(spec, wanted, tile, operands):
     inputs = inputs.map_tokens(tiles.arrange)
 
     def run(i):
-        result = run_tile(
-            spec, inputs.map_tokens(ft.partial(tiles.read, i)), tiles.live(i)
-        )
+        of_tile = inputs.map_tokens(ft.partial(tiles.read, i))
+        result = run_tile(spec, of_tile, tiles.live(i), again=again)
         pick = lambda shared: jax.tree.map(
             lambda want, of_all, d: d if want and of_all == shared else None,
             wanted,

@@ -16,7 +16,7 @@ import jaxkl
 
 
 OPS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-SHARDED, PLAIN = "sharded", "plain jit"
+SHARDED, PLAIN, LIST = "sharded", "plain jit", "a list as the teacher"
 # Name: topology, devices over tokens and vocabulary, tokens, hidden (None: logits),
 # vocabulary, tile, form. No two of a case's sizes are the same, on a device or in all.
 CASES = {
@@ -26,6 +26,7 @@ CASES = {
     "labels 2x4": ("v5e:2x4", (2, 4), 2048, 512, 32768, 256, SHARDED),
     "plain jit 2x4": ("v5e:2x4", (2, 4), 2048, 512, 32768, 256, PLAIN),
     "logits alone": ("v5e:2x2", (1, 1), 4096, None, 32768, None, PLAIN),
+    "list alone": ("v5e:2x2", (1, 1), 32768, None, 40960, None, LIST),
     "large 4x4": ("v5e:4x4", (4, 4), 32768, 4096, 262144, None, SHARDED),
 }
 
@@ -45,19 +46,24 @@ def compiled(name):
             array("bfloat16", (tokens, hidden), "data"),
             array("bfloat16", (hidden, vocab), None, "model"),
         )
+    teacher = model
+    if form == LIST:
+        columns = array("int32", (tokens, 64), "data")
+        log_probs = array("float32", (tokens, 64), "data")
+        teacher = jaxkl.SparseTeacher(columns, log_probs, tail="bucket")
     labels = array("int32", (tokens,), "data")
 
     def loss(student, teacher, labels):
         more = dict(tile=tile, temperature=2.0)
         if name.startswith("labels"):
             more |= dict(labels=labels, alpha=0.5, label_smoothing=0.1, z_loss=1e-4)
-        if form == PLAIN:
+        if form != SHARDED:
             return jaxkl.distillation_loss(student, teacher, **more)
         axes = dict(mesh=mesh, token_axes="data", vocab_axis="model")
         return jaxkl.sharded_distillation_loss(student, teacher, **axes, **more)
 
     step = jax.jit(jax.value_and_grad(loss))
-    return step.lower(model, model, labels).compile()
+    return step.lower(model, teacher, labels).compile()
 
 
 def collectives(text):
