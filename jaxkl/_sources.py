@@ -144,7 +144,8 @@ class Logits(Source):
         return Logits(self.values, peaks)
 
     def peak(self, logits):
-        return super().peak(logits) if self.peaks is None else self.peaks
+        known = self.peaks is not None
+        return self.peaks.astype(logits.dtype) if known else super().peak(logits)
 
     def pull(self, logits, d_logits, live):
         del logits, live
