@@ -27,7 +27,7 @@ test: .venv-test/.test  ## the test suite and the doctests
 	$(TEST)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow" $(ARGS)
 
 test-slow: .venv-test/.test  ## the rare heavy cases
-	$(TEST)/python -m pytest -n $(WORKERS) -m slow $(ARGS)
+	$(TEST)/python -m pytest -n $(WORKERS) --dist loadgroup -m slow $(ARGS)
 
 test-lm: .venv-lm/.test  ## the tests of examples/smollm2
 	$(LM)/python -m pytest -n $(WORKERS) examples/smollm2/tests $(ARGS)

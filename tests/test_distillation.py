@@ -15,8 +15,8 @@ from .cases import (
     FORWARD,
     over,
     over_all,
-    over_catalogue,
     over_kinds,
+    rarely,
     rounded,
     USER,
 )
@@ -36,12 +36,10 @@ def _temperatures(kind, rng, shape):
 @pytest.mark.parametrize(
     "dtype, temperature",
     [
-        ("float32", "one"),
-        ("float32", "scalar"),
-        ("float32", "token"),
         ("float32", "separate"),
         ("bfloat16", "scalar"),
-        ("float16", "separate"),
+        *rarely(("float32", "one"), ("float32", "scalar"), ("float32", "token")),
+        *rarely(("float16", "separate")),
     ],
 )
 @over_kinds
@@ -105,7 +103,10 @@ def test_float64_under_x64(rng, divergence, reference):
 
 @pytest.mark.parametrize(
     "wide",
-    ["student", "teacher", "temperature", "teacher_temperature", "weights", None],
+    [
+        "student",
+        *rarely("teacher", "temperature", "teacher_temperature", "weights", None),
+    ],
 )
 def test_loss_is_float64_iff_a_float_argument_is(rng, wide):
     with jax.enable_x64(True):
@@ -138,8 +139,8 @@ def test_numpy_inputs_and_scalars(rng, temperature):
 # Sizes, batch shapes, tiles.
 
 
-@pytest.mark.parametrize("vocab", [1, 2, 700, 1001])
-@pytest.mark.parametrize("tokens", [1, 7, 130])
+@pytest.mark.parametrize("vocab", [1, 1001, *rarely(2, 700)])
+@pytest.mark.parametrize("tokens", [7, *rarely(1, 130)])
 def test_odd_sizes(rng, tokens, vocab):
     s, t = rounded(rng, (tokens, vocab)), rounded(rng, (tokens, vocab))
     assert_matches(s, t, FORWARD)
@@ -152,7 +153,7 @@ def test_odd_size_of_every_divergence(rng, divergence, reference):
     assert_matches(s, t, (divergence, reference), **temperatures)
 
 
-@pytest.mark.parametrize("tile", [1, 3, 16, 64, 200])
+@pytest.mark.parametrize("tile", [3, 64, *rarely(1, 16, 200)])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_any_tile_gives_the_same_answer(rng, tile, reduction):
     s, t = rounded(rng, (130, 7)), rounded(rng, (130, 7))
@@ -176,7 +177,7 @@ def test_any_tile_gives_the_same_answer(rng, tile, reduction):
     )
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (6,), (2, 3), (2, 1, 3)])
+@pytest.mark.parametrize("shape", [(), (2, 1, 3), *rarely(((1,),), ((6,),), ((2, 3),))])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_batch_shapes(rng, shape, reduction):
     s, t = rounded(rng, (*shape, 5)), rounded(rng, (*shape, 5))
@@ -200,8 +201,8 @@ def test_t_squared_is_the_students_and_optional(rng, divergence):
 # Labels, label smoothing, z-loss.
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("alpha", [0.3, *rarely(0.0, 1.0)])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, *rarely(1.0)])
 def test_labels(rng, alpha, label_smoothing):
     s, t = rounded(rng, (6, 7)), rounded(rng, (6, 7))
     assert_matches(
@@ -278,8 +279,9 @@ def test_traced_alpha_smoothing_and_z_loss(rng):
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    "masked, weighted", [(True, True), *rarely((True, False), (False, True), (0, 0))]
+)
 def test_reductions(rng, reduction, masked, weighted):
     s, t = rounded(rng, (3, 5, 7)), rounded(rng, (3, 5, 7))
     arguments = {}
@@ -382,7 +384,7 @@ def test_equal_models_have_exactly_no_loss_and_no_gradient(rng, divergence, refe
     assert not grads["student"].any() and not grads["teacher"].any()
 
 
-@over_catalogue
+@over_all
 def test_never_negative(rng, divergence, reference):
     t = rounded(rng, (64, 50), scale=2.0)
     noise = 10 ** rng.uniform(-7, 0, size=(64, 1))

@@ -12,13 +12,14 @@ import jaxkl
 
 from . import oracle
 from .cases import (
+    ALL,
     assert_gradient,
     assert_matches,
     evaluate,
     FORWARD,
     over,
-    over_all,
     over_kinds,
+    rarely,
     rounded,
 )
 from .helpers import assert_close
@@ -56,8 +57,8 @@ def test_value_is_the_same_under_grad(rng, divergence, reference, reduction):
     np.testing.assert_array_max_ulp(plain, under_grad, maxulp=8)
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-@over("forward", "user")
+@pytest.mark.parametrize("reduction", ["none", *rarely("mean")])
+@over("forward", slow=["user"])
 def test_gradients_to_second_order_match_finite_differences(
     rng, divergence, reference, reduction
 ):
@@ -97,11 +98,12 @@ def _flat(shapes):
     return split, traced_split, sum(sizes)
 
 
-@over_all
+@over("js_normalized", slow=[x for x in ALL if x != "js_normalized"])
 def test_hessians_match_the_oracle(rng, divergence, reference):
     _assert_hessians(rng, divergence, reference, "mean")
 
 
+@pytest.mark.slow
 @over("forward", "user")
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 def test_hessians_of_the_other_reductions(rng, divergence, reference, reduction):

@@ -5,6 +5,7 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings, strategies as st
 
 import jaxkl
@@ -65,6 +66,7 @@ def _largest_terms(floats, expected, temperature):
     return np.max(np.abs(x * slope).sum(axis=-1) / np.asarray(floats[temperature]))
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(
     compiled=st.sampled_from(COMPILED),

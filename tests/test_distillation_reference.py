@@ -118,6 +118,7 @@ def test_a_constant_teacher_has_no_tangent(rng):
     assert tangent == 0
 
 
+@pytest.mark.slow
 def test_hessian(rng):
     s, t = rounded(rng, (2, 3)), rounded(rng, (2, 3))
     with jax.enable_x64(True):

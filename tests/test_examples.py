@@ -85,6 +85,7 @@ def check_picture(path, colours):
             assert near.sum() > 50, colour
 
 
+@pytest.mark.slow
 def test_digits_small(tmp_path, digits):
     out = tmp_path / "deep" / "out"
     options = "--steps 30 --seeds 2 --seed 7 --labels 60".split()
@@ -188,6 +189,7 @@ def test_from_pytorch_agrees():
     np.testing.assert_allclose([kl_div_loss, distillation_loss], torch_loss, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_from_pytorch_fails_if_something_differs():
     code = (
         "import jaxkl, runpy;"

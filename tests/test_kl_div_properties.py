@@ -7,6 +7,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, HealthCheck, settings, strategies as st
 
 from jaxkl import kl_div
@@ -66,6 +67,7 @@ def expected(x, t, reduction, log_target):
     return [a.detach().numpy() for a in (value, *grads)], size
 
 
+@pytest.mark.slow
 @settings(
     max_examples=1000,
     deadline=None,

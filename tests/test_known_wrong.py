@@ -16,6 +16,9 @@ from .cases import rounded
 from .helpers import assert_close
 
 
+pytestmark = pytest.mark.slow
+
+
 def _error(actual, expected):
     return float(np.max(np.abs(np.asarray(actual, np.float64) / expected - 1)))
 

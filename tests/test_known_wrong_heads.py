@@ -21,6 +21,9 @@ from .heads import (
 from .helpers import assert_close
 
 
+pytestmark = pytest.mark.slow
+
+
 def _kl(log_p, log_q):
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1).mean()
 

@@ -13,6 +13,7 @@ from scipy.special import xlogy
 
 from jaxkl import _elementwise, losses
 
+from .cases import rarely
 from .helpers import assert_close, TOLERANCE
 
 
@@ -119,7 +120,9 @@ def test_inputs_broadcast(rng, name):
     assert_close(dy, (g[..., None] * dy_).sum(0), 2**-8)
 
 
-@pytest.mark.parametrize("axis", [0, 1, -1, -3, (0, 2), (-1, 0), (2, 1, 0), (), None])
+@pytest.mark.parametrize(
+    "axis", [1, None, *rarely(0, -1, -3, ((0, 2),), ((-1, 0),), ((2, 1, 0),), ((),))]
+)
 @pytest.mark.parametrize("name", PLAIN)
 def test_axis(rng, name, axis):
     x, y = draw(rng, name, (3, 4, 5))
@@ -331,7 +334,7 @@ def test_check_grads(rng, name):
         check_grads(masked, args, order=1, modes=["fwd", "rev"])
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", [PLAIN[0], *rarely(*PLAIN[1:])])
 def test_transforms(rng, name):
     f = getattr(losses, name)
     x, y = draw(rng, name, (4, 3, 5))
@@ -389,7 +392,7 @@ def test_export_for_all_platforms_and_any_shape(rng, name):
     chex.assert_trees_all_close(exported.call(*args), grad(*args), rtol=1e-2)
 
 
-@pytest.mark.parametrize("replicated", ["neither", "targets", "predictions"])
+@pytest.mark.parametrize("replicated", ["targets", *rarely("neither", "predictions")])
 @pytest.mark.parametrize("name", PLAIN)
 def test_shard_map_over_the_batch(rng, name, replicated):
     x, y = draw(rng, name, (16, 5))
@@ -448,6 +451,7 @@ elements = st.one_of(
 @pytest.mark.parametrize("name", PLAIN)
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.data())
+@pytest.mark.slow
 def test_property_any_input(name, data):
     # One shape, so one compilation: what differs is the numbers.
     draw_array = lambda s: np.array(data.draw(st.lists(s, min_size=12, max_size=12)))

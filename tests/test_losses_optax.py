@@ -13,6 +13,7 @@ from scipy.special import softmax
 
 from jaxkl import losses
 
+from .cases import rarely
 from .helpers import assert_close, TOLERANCE
 
 
@@ -60,8 +61,8 @@ def draw(rng, name, shape):
     return jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)
 
 
-@pytest.mark.parametrize("axis", [-1, (0, 1), None])
-@pytest.mark.parametrize("where", ["none", "all", "rows", "columns"])
+@pytest.mark.parametrize("axis", [-1, *rarely(((0, 1),), None)])
+@pytest.mark.parametrize("where", ["none", "columns", *rarely("all", "rows")])
 @pytest.mark.parametrize("name", PLAIN)
 def test_same_as_optax(rng, name, where, axis):
     x, y = draw(rng, name, (4, 3, 6))

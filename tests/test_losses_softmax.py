@@ -14,6 +14,7 @@ from scipy.special import log_softmax
 import jaxkl
 from jaxkl import losses
 
+from .cases import rarely
 from .helpers import assert_close, TOLERANCE
 
 
@@ -55,7 +56,8 @@ def draw(rng, shape, dtype="float32"):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
-    "divergence, shape", [(FORWARD, (3, 5, 11)), (FORWARD, (129,)), (REVERSE, (7, 33))]
+    "divergence, shape",
+    [(FORWARD, (3, 5, 11)), *rarely((FORWARD, (129,)), (REVERSE, (7, 33)))],
 )
 def test_value_and_grads_match_oracle(rng, divergence, shape, dtype):
     s, t = draw(rng, shape, dtype)
@@ -91,7 +93,7 @@ def test_softmax_kl_divergence_is_the_divergence_forward_kl(rng):
 
 @pytest.mark.parametrize(
     "axis, axes",
-    [(0, (0,)), (-2, (1,)), ((-1, 0), (2, 0)), ((), ()), (None, (0, 1, 2))],
+    [((-1, 0), (2, 0)), *rarely((0, (0,)), (-2, (1,)), ((), ()), (None, (0, 1, 2)))],
 )
 @pytest.mark.parametrize("masked", [False, True])
 def test_axis(rng, axis, axes, masked):
@@ -123,9 +125,9 @@ def test_axis(rng, axis, axes, masked):
     np.testing.assert_allclose(d_temperature, total, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 0.0])
+@pytest.mark.parametrize("bad", [np.nan, *rarely(np.inf, -np.inf, 0.0)])
 @pytest.mark.parametrize(
-    "divergence", [FORWARD, REVERSE, jaxkl.JensenShannon(0.3), hellinger]
+    "divergence", [FORWARD, *rarely(REVERSE, jaxkl.JensenShannon(0.3)), hellinger]
 )
 def test_where_is_slicing_whatever_the_removed_hold(rng, divergence, bad):
     s, t = draw(rng, (3, 9))
@@ -240,6 +242,7 @@ def naive(s, t, temperature, where):
     return jnp.sum(jnp.exp(log_p) * jnp.where(where, log_p - log_q, 0), axis=0)
 
 
+@pytest.mark.slow
 def test_float64_and_second_order(rng):
     where = np.array([[1], [0], [1]], bool)
     with jax.enable_x64(True):
@@ -277,6 +280,7 @@ def test_float64_and_second_order(rng):
         assert nothing.dtype == jnp.float64
 
 
+@pytest.mark.slow
 def test_transforms(rng):
     s, t = draw(rng, (4, 3, 5))
     where = jnp.asarray(rng.random((4, 3, 5)) < 0.6)
@@ -318,6 +322,7 @@ def test_export_for_all_platforms(rng):
     chex.assert_trees_all_close(exported.call(*args), grad(*args), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_shard_map_over_the_batch(rng):
     s, t = draw(rng, (16, 5))
     t = t[:1]
@@ -345,6 +350,7 @@ def test_shard_map_over_the_batch(rng):
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.data())
+@pytest.mark.slow
 def test_property_any_logits(data):
     # One shape, so one compilation: what differs is the numbers.
     number = st.one_of(st.floats(-8, 8, width=32), st.sampled_from([-1e4, 0.0, 30.0]))

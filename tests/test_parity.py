@@ -20,16 +20,21 @@ from .helpers import run_python
 pytestmark = pytest.mark.xdist_group("parity")  # one worker: it runs once
 
 
+whole = pytest.mark.slow  # the battery takes a minute
+
+
 @pytest.fixture(scope="module")
 def report():
     return parity.run(progress=lambda line: None)
 
 
+@whole
 def test_all_agree(report):
     assert report.agrees, _report.table(report)
     assert not report.failures
 
 
+@whole
 def test_every_group_compares_numbers(report):
     groups = {g.name: g for g in _report.groups(report)}
     promised = (
@@ -41,11 +46,13 @@ def test_every_group_compares_numbers(report):
     assert groups["errors"].cases == 9
 
 
+@whole
 def test_no_case_twice(report):
     names = [(r.group, r.case.name, r.quantity) for r in report.results]
     assert len(set(names)) == len(names)
 
 
+@whole
 def test_half_precision_is_nearer_than_pytorch(report):
     for r in report.results:
         if r.group == "reductions" and r.case.dtypes[0] in ("float16", "bfloat16"):
@@ -54,12 +61,14 @@ def test_half_precision_is_nearer_than_pytorch(report):
             assert r.difference.ulp <= r.difference.peer_ulp + 1e-3
 
 
+@whole
 def test_json(report):
     content = json.loads(_report.as_json(report))
     assert content["agrees"] and len(content["results"]) == len(report.results)
     assert content["versions"]["torch"] == importlib.metadata.version("torch")
 
 
+@whole
 def test_page_needs_nothing_else(report):
     page = _html.page(report)
     assert not re.search(r"(src|href)=|url\(|@import|<script", page)
@@ -159,6 +168,7 @@ def test_reports_a_wrong_kl_div(monkeypatch, change, groups):
     assert not report.agrees and "DIFFER" in _report.summary(report)
 
 
+@pytest.mark.slow
 def test_reports_wrong_losses(monkeypatch):
     right = jaxkl.losses.kl_divergence
     wrong = lambda x, t, axis, where: right(x, t, axis)
@@ -196,6 +206,7 @@ def test_special_values_must_be_the_same(number):
 # -- The snippets
 
 
+@pytest.mark.slow
 def test_a_snippet_shows_both_frameworks(monkeypatch, tmp_path):
     dropped, _ = MUTANTS["log_target dropped"]
     monkeypatch.setattr(jaxkl, "kl_div", mutant(dropped))
@@ -217,6 +228,7 @@ def test_a_snippet_shows_both_frameworks(monkeypatch, tmp_path):
     assert lines["jaxkl"].startswith(expected)
 
 
+@whole
 def test_every_snippet_compiles(report):
     functions = set()
     for r in report.results:
@@ -264,6 +276,7 @@ def test_exit_status_of_a_mismatch(monkeypatch, capsys):
     assert "DIFFER" in shown and "expected error" in shown
 
 
+@whole
 def test_leaves_x64_as_it_was(report):
     assert not jax.config.read("jax_enable_x64")
 

@@ -12,6 +12,8 @@ from scipy.special import log_softmax
 from jaxkl.__main__ import main
 from jaxkl.parity import compare, ParityError, Recording
 
+from .cases import rarely
+
 
 TEMPERATURE = 3.0
 rng = np.random.default_rng(0)
@@ -146,10 +148,9 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize(
-    "recorded, more, options, says", MISTAKES.values(), ids=MISTAKES
-)
-def test_names_the_mistake(recorded, more, options, says):
+@pytest.mark.parametrize("name", ["mean", *rarely(*sorted(set(MISTAKES) - {"mean"}))])
+def test_names_the_mistake(name):
+    recorded, more, options, says = MISTAKES[name]
     arrays = ARRAYS | {k: np.asarray(v) for k, v in (recorded | more).items()}
     found = compare(Recording("file", arrays), **options)
     assert not found.agrees

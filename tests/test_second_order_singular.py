@@ -9,6 +9,7 @@ import jaxkl
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.slow
 def test_masked_columns_are_as_if_absent(rng, reduction):
     s, t = (rng.normal(size=(2, 3)).astype(np.float32) for _ in range(2))
     masked = [np.insert(x, 1, -np.inf, axis=1) for x in (s, t)]

@@ -19,6 +19,9 @@ from .helpers import assert_close
 
 
 TAILS = ("renormalize", "drop", "bucket", "uniform")
+over_tails = pytest.mark.parametrize(
+    "tail", ["bucket", *rarely("renormalize", "drop", "uniform")]
+)
 
 
 def _log(x):
@@ -108,11 +111,14 @@ def _teacher(rng, shape, vocab, k, tail, dtype="float32"):
 ANYWHERE = ("forward", "skew_forward", "skew_reverse", "js", "total_variation", "user")
 INFINITE = ("reverse", "symmetric", "alpha_minus_one")
 PAIRS = [
-    *(("renormalize", name) for name in ("forward", "js", "alpha_half", "user")),
+    *(("renormalize", name) for name in ("forward", "user")),
+    *rarely(("renormalize", "js"), ("renormalize", "alpha_half")),
     *rarely(("renormalize", "total_variation"), ("renormalize", "skew_reverse")),
     ("drop", "forward"),
-    *(("bucket", name) for name in ("forward", "reverse", "js_normalized", "user")),
-    *(("uniform", name) for name in ("forward", "reverse", "total_variation")),
+    *(("bucket", name) for name in ("reverse", "js_normalized")),
+    *rarely(("bucket", "forward"), ("bucket", "user")),
+    ("uniform", "reverse"),
+    *rarely(("uniform", "forward"), ("uniform", "total_variation")),
 ]
 
 
@@ -146,7 +152,7 @@ def test_the_little_that_a_list_leaves_out_is_not_lost(rng, tail):
     np.testing.assert_allclose(value, losses, rtol=0.02 if tail == "bucket" else 1e-4)
 
 
-@pytest.mark.parametrize("gap", [12, 30])
+@pytest.mark.parametrize("gap", [*rarely(12), 30])
 def test_the_rest_beside_a_nearly_certain_column(rng, gap):
     # In float32 its probability is 1, and 1 - p is 0: a reverse KL would be infinite.
     t = rounded(rng, (9, 12)).at[:, 4].add(gap)
@@ -164,7 +170,7 @@ def test_the_rest_beside_a_nearly_certain_column(rng, gap):
         assert_close(grad, d_student, 1e-5)
 
 
-@pytest.mark.parametrize("tail", TAILS)
+@over_tails
 def test_beside_a_head(rng, tail):
     student = make_head(rng, (2, 5), 4, 701, "bfloat16", bias=True, softcap=3.0)
     teacher = _teacher(rng, (2, 5), 701, 6, tail, "bfloat16")
@@ -175,7 +181,7 @@ def test_beside_a_head(rng, tail):
     assert_source_gradient(student, grad, pull(d_logits), tail)
 
 
-@pytest.mark.parametrize("tail", TAILS)
+@over_tails
 def test_every_column_listed_is_the_dense_loss(rng, tail):
     # In float32, 1 - Σp is rounding: it must not become an outcome.
     s, t = rounded(rng, (5, 700)), rounded(rng, (5, 700), scale=2.0)
@@ -196,7 +202,7 @@ def test_every_column_listed_is_the_dense_loss(rng, tail):
         assert_close(grad, expected.student, 1e-5)
 
 
-@pytest.mark.parametrize("tail", TAILS)
+@over_tails
 def test_one_column(rng, tail):
     # A single column of all the mass: a label, whose loss is a cross-entropy.
     s, labels = rounded(rng, (5, 11)), jnp.array([0, 10, 3, 3, 7])
@@ -211,7 +217,7 @@ def test_repeated_columns_add_up(rng):
     s = rounded(rng, (1, 7))
     split = SparseTeacher(jnp.array([[2, 5, 2]]), jnp.log(jnp.array([[0.1, 0.5, 0.3]])))
     whole = SparseTeacher(jnp.array([[2, 5]]), jnp.log(jnp.array([[0.4, 0.5]])))
-    for tail in TAILS:
+    for tail in ("bucket", "uniform"):
         both = [
             _evaluate(s, SparseTeacher(x.indices, x.log_probs, tail=tail))
             for x in (split, whole)
@@ -231,7 +237,7 @@ def test_renormalize_takes_unnormalised_values(rng):
         assert_close(grad, d_student, 3e-5)
 
 
-@pytest.mark.parametrize("tail", TAILS)
+@over_tails
 def test_a_listed_column_without_mass(rng, tail):
     s = rounded(rng, (2, 7)).at[1, 4].set(-jnp.inf)
     log_probs = jnp.log(jnp.array([[0.5, 0.0, 0.3], [0.5, 0.0, 0.3]]))
@@ -242,7 +248,7 @@ def test_a_listed_column_without_mass(rng, tail):
     assert_close(grad, d_student, 1e-5)
 
 
-@pytest.mark.parametrize("tail", TAILS)
+@over_tails
 def test_bfloat16_mass_above_one(rng, tail):
     # Rounded logarithms of a list with nearly all the mass.
     t = rounded(rng, (64, 12), scale=3.0)
@@ -258,7 +264,7 @@ def test_bfloat16_mass_above_one(rng, tail):
     assert_close(grad, d_student, 1e-5)
 
 
-@pytest.mark.parametrize("tail", TAILS)
+@over_tails
 def test_empty_rows_and_junk_that_where_drops(rng, tail):
     s, teacher = rounded(rng, (4, 11)), _teacher(rng, (4,), 11, 4, tail)
     where = jnp.array([True, False, True, False])
@@ -287,7 +293,7 @@ def test_any_integer_dtype(rng, dtype):
         assert_close(distillation_loss(s, teacher, tile=3), expected, 1e-7)
 
 
-@pytest.mark.parametrize("shape", [(), (2, 3)])
+@pytest.mark.parametrize("shape", [(2, 3), *rarely(((),))])
 def test_batch_shapes_and_per_token_losses(rng, shape):
     s, teacher = rounded(rng, (*shape, 11)), _teacher(rng, shape, 11, 4, "bucket")
     f = partial(distillation_loss, reduction="none")
@@ -372,7 +378,7 @@ def test_drop_is_of_forward_kl_only(rng, name):
         distillation_loss(s, teacher, divergence=ALL[name][0])
 
 
-@pytest.mark.parametrize("name", ANYWHERE)
+@pytest.mark.parametrize("name", ["js", *rarely(*(x for x in ANYWHERE if x != "js"))])
 def test_renormalize_takes_what_is_finite_without_mass(rng, name):
     s, teacher = rounded(rng, (2, 5)), _teacher(rng, (2,), 5, 3, "renormalize")
     value = distillation_loss(s, teacher, divergence=ALL[name][0], tile=2)
@@ -453,7 +459,7 @@ def test_metrics(rng, tail):
     assert_close(metrics.teacher_entropy, entropy, 5e-6)
 
 
-@pytest.mark.parametrize("tail", TAILS)
+@over_tails
 def test_the_reference_agrees(rng, tail):
     s, teacher = rounded(rng, (5, 11)), _teacher(rng, (5,), 11, 4, tail)
     f = partial(jaxkl.reference.distillation_loss, temperature=2.0)
@@ -475,7 +481,7 @@ def test_a_users_function_is_not_asked_of_what_neither_model_has(rng):
         assert_close(grad, d_student, 1e-5)
 
 
-@pytest.mark.parametrize("tail", TAILS)
+@over_tails
 def test_export_for_any_number_of_tokens(rng, tail):
     (b,) = jax.export.symbolic_shape("b")
     arrays = ((b, 11), "float32"), ((b, 4), "int32"), ((b, 4), "float32")
@@ -537,7 +543,7 @@ def test_shard_map_over_tokens(rng):
     assert not d_log_probs.any()  # constants, as documented
 
 
-@pytest.mark.parametrize("tail", TAILS)
+@over_tails
 def test_no_temporary_of_all_tokens(tail):
     tokens, vocab, k, hidden, tile = 4096, 16000, 16, 32, 64
     shape = jax.ShapeDtypeStruct
@@ -621,7 +627,7 @@ def _chi_square(counts, p):
     return (statistic - freedom) / np.sqrt(2 * freedom)
 
 
-@pytest.mark.parametrize("vocab", [1, 2, 7, 1000])
+@pytest.mark.parametrize("vocab", [1000, *rarely(1, 2, 7)])
 def test_samples_follow_the_softmax(rng, vocab):
     t = rounded(rng, (vocab,), scale=1.5)
     n = 400_000
@@ -657,6 +663,7 @@ def test_rows_are_independent_and_have_their_own_temperature(rng):
     assert abs((indices[0, 1] == np.asarray(other[0, 1])).mean() - chance) < 0.02
 
 
+@pytest.mark.slow
 def test_expected_gradient_is_the_dense_one(rng):
     # The column that is rare matters: a top-k list never has it.
     rows, vocab = 40_000, 6
@@ -714,6 +721,7 @@ def test_rare_columns_are_not_lost_to_float32(rng):
     assert _chi_square(counts, np.full(len(counts), 1 / len(counts))) < 4
 
 
+@pytest.mark.slow
 def test_samples_under_vmap(rng):
     t = rounded(rng, (3, 4, 11))
     keys = jax.random.split(jax.random.key(8), 3)

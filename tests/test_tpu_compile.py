@@ -13,7 +13,8 @@ from .tpu_programs import CASES, PLAIN, SHARDED
 
 
 TIMEOUT = 600
-pytestmark = pytest.mark.xdist_group("tpu")  # one worker: it compiles once
+# One worker: it compiles once, for two minutes.
+pytestmark = [pytest.mark.xdist_group("tpu"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
