@@ -22,7 +22,13 @@ from jaxkl import (
 )
 
 from .cases import ALL, FORWARD, JENSEN_SHANNON, over, rarely, REVERSE, rounded
-from .heads import assert_matches, assert_source_gradient, evaluate, make_head
+from .heads import (
+    assert_matches,
+    assert_source_gradient,
+    evaluate,
+    expected_of,
+    make_head,
+)
 from .helpers import assert_close
 
 
@@ -128,6 +134,19 @@ def test_bfloat16(rng, form):
     assert_matches(
         student, teacher, FORWARD, loss=sharded("2x4"), value_tol=1e-5, temperature=2.0
     )
+
+
+@over_forms
+def test_float64(rng, form):
+    with jax.enable_x64(True):
+        student, teacher = sources(rng, form, dtype="float64")
+        loss = sharded("2x4")
+        value, grads = evaluate(student, teacher, loss=loss, temperature=2.0)
+    expected = expected_of(student, teacher, temperature=2.0)
+    assert value.dtype == jnp.float64
+    assert_close(value, expected.loss, 1e-12)
+    assert_source_gradient(student, grads["student"], expected.student, "", 1e-11)
+    assert_source_gradient(teacher, grads["teacher"], expected.teacher, "", 1e-11)
 
 
 def test_padding_columns_may_hold_nan(rng):

@@ -472,13 +472,23 @@ def test_the_reference_agrees(rng, tail):
 def test_a_users_function_is_not_asked_of_what_neither_model_has(rng):
     # Slots that are empty or repeated, and a rest without columns.
     textbook = lambda log_p, log_q: jnp.exp(log_p) * (log_p - log_q)
+    squared = lambda log_p, log_q: (
+        jnp.exp(log_p) * (log_p - log_q) ** 2
+    )  # and its slope
+
+    def squared_reference(log_p, log_q):
+        p, r = np.exp(log_p), log_p - log_q
+        return p * r * r, p * (r * r + 2 * r), -2 * p * r
+
     some = _teacher(rng, (4,), 7, 5, "bucket")
     s, every = rounded(rng, (4, 7)), top_k_teacher(rounded(rng, (4, 7)), 7)
-    for teacher in (some, every):
-        value, grad = _evaluate(s, teacher, divergence=textbook)
-        loss, _, d_student = _expected(s, teacher)
-        assert_close(value, loss, 5e-6)
-        assert_close(grad, d_student, 1e-5)
+    references = {textbook: oracle.forward_kl, squared: squared_reference}
+    for divergence, reference in references.items():
+        for teacher in (some, every):
+            value, grad = _evaluate(s, teacher, divergence=divergence)
+            loss, _, d_student = _expected(s, teacher, reference)
+            assert_close(value, loss, 5e-6)
+            assert_close(grad, d_student, 1e-5)
 
 
 @over_tails
