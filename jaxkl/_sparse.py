@@ -122,7 +122,7 @@ class SparseTeacher(Source):
         has_rest, p_rest = self._rest(columns, log_p, vocab)
         if self.tail == "renormalize":
             log_p -= jax.nn.logsumexp(log_p, axis=-1, keepdims=True)
-        here = (at[1] < vocab.width) | jnp.isnan(log_p)  # a NaN is of the whole list
+        here = at[1] < vocab.width
         p = Outcomes.of_log(log_p)
 
         listed = logits.at[at].get(mode="fill", fill_value=-jnp.inf)
@@ -249,8 +249,10 @@ def check_columns(teacher: SparseTeacher, vocab_size: int, mask) -> SparseTeache
             )
         return teacher
     any_bad = bad.any(axis=-1, keepdims=True)
+    # Where there is a column, so that none of the tails leaves the NaN out.
+    indices = jnp.where(any_bad, 0, teacher.indices)
     log_probs = jnp.where(any_bad, jnp.nan, teacher.log_probs)
-    return dataclasses.replace(teacher, log_probs=log_probs)
+    return dataclasses.replace(teacher, indices=indices, log_probs=log_probs)
 
 
 def check_tail(divergence, teacher: SparseTeacher) -> None:

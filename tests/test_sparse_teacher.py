@@ -385,12 +385,13 @@ def test_renormalize_takes_what_is_finite_without_mass(rng, name):
     assert_close(value, _expected(s, teacher, ALL[name][1])[0], 5e-6)
 
 
-@pytest.mark.parametrize("bad", [-2, 11, 100])
-def test_columns_that_do_not_exist(rng, bad):
-    s, teacher = rounded(rng, (4, 13)), _teacher(rng, (4,), 11, 4, "bucket")
-    wrong = SparseTeacher(
-        teacher.indices.at[2, 0].set(bad), teacher.log_probs, tail="bucket"
-    )
+@over_tails
+@pytest.mark.parametrize("slots", [slice(0, 1), slice(None)], ids=["one", "all"])
+@pytest.mark.parametrize("bad", [11, *rarely(-2, 100)])
+def test_columns_that_do_not_exist(rng, bad, slots, tail):
+    s, teacher = rounded(rng, (4, 13)), _teacher(rng, (4,), 11, 4, tail)
+    indices = teacher.indices.at[2, slots].set(bad)
+    wrong = SparseTeacher(indices, teacher.log_probs, tail=tail)
     with pytest.raises(ValueError, match=rf"`teacher.indices`.*\[0, 11\).*{bad}"):
         distillation_loss(s, wrong, vocab_size=11)
     f = jax.jit(partial(distillation_loss, vocab_size=11, reduction="none"))
