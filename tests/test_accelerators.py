@@ -43,6 +43,8 @@ def test_heads(rng, taken, divergence, reference):
     (default, cpu), *_ = taken
     assert default.func is _engine._run_tiles and default.keywords["again"]
     assert not cpu.keywords["again"]
+    slope = jax.grad(lambda student: jaxkl.distillation_loss(student, teacher))
+    assert "optimization_barrier" in str(jax.make_jaxpr(slope)(student))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", *rarely("float32")])
