@@ -33,7 +33,7 @@ test-lm: .venv-lm/.test  ## the tests of examples/smollm2
 	$(LM)/python -m pytest -n $(WORKERS) examples/smollm2/tests $(ARGS)
 
 test-floor: .venv-floor/.done  ## the core tests on the oldest JAX that is supported
-	$(FLOOR)/python -m pytest -n $(WORKERS) -m "not slow" $(CORE) $(ARGS)
+	$(FLOOR)/python -m pytest -n $(WORKERS) $(CORE) $(ARGS)
 
 parity: .venv-test/.test  ## every case beside the installed PyTorch
 	$(TEST)/jaxkl parity $(ARGS)
@@ -47,7 +47,7 @@ package: .venv-build/.done  ## wheel and sdist, tested from an empty environment
 	$(PYTHON) -m venv --clear .venv-package
 	.venv-package/bin/pip install --quiet --disable-pip-version-check \
 	  dist/jaxkl-*.whl pytest pytest-xdist scipy "pyright[nodejs]"
-	cd build/package && ../../.venv-package/bin/python -m pytest -n $(WORKERS) -m "not slow" $(CORE)
+	cd build/package && ../../.venv-package/bin/python -m pytest -n $(WORKERS) $(CORE)
 	cd build/package && ../../.venv-package/bin/pyright --pythonpath ../../.venv-package/bin/python -p tests/typed_use.json
 
 bench: .venv-bench/.done  ## time and memory beside other libraries: tables, pictures
