@@ -12,7 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from ._numerics import Outcomes
-from ._terms import alpha_term, difference, kl_term, log_ratio_of, mixture
+from ._terms import (
+    alpha_term,
+    difference,
+    jensen_shannon_term,
+    kl_term,
+    log_ratio_of,
+    skew_kl_term,
+)
 
 
 Divergence = Callable[[jax.Array, jax.Array], jax.Array]
@@ -21,11 +28,13 @@ Divergence = Callable[[jax.Array, jax.Array], jax.Array]
 class _Divergence:
     """Base of the catalogue: `of` is the divergence where probabilities are known."""
 
-    def of(self, p: Outcomes, q: Outcomes) -> jax.Array:
+    def of(self, p: Outcomes, q: Outcomes, log_ratio) -> jax.Array:
+        """Of two models and `log q - log p`."""
         raise NotImplementedError
 
     def __call__(self, log_p, log_q):
-        return self.of(Outcomes.of_log(log_p), Outcomes.of_log(log_q))
+        p, q = Outcomes.of_log(log_p), Outcomes.of_log(log_q)
+        return self.of(p, q, log_ratio_of(p, q))
 
 
 def is_catalogued(divergence: Divergence) -> bool:
@@ -34,15 +43,19 @@ def is_catalogued(divergence: Divergence) -> bool:
     return own and type(divergence).__module__ == __name__
 
 
-def evaluate(divergence: Divergence, p: Outcomes, q: Outcomes) -> jax.Array:
-    """`divergence(log p, log q)`, without an exponential if it can be had so."""
+def is_centred(divergence: Divergence) -> bool:
+    """Whether Σ_v ∂f/∂log q_v is 0, so that the slopes are the gradient of logits."""
+    return is_catalogued(divergence) and isinstance(divergence, ForwardKL)
+
+
+def evaluate(
+    divergence: Divergence, p: Outcomes, q: Outcomes, log_ratio=None
+) -> jax.Array:
+    """`divergence(log p, log q)`, from probabilities and log-ratio if it can be."""
     if is_catalogued(divergence):
-        return divergence.of(p, q)  # pyright: ignore[reportFunctionMemberAccess]
+        log_ratio = log_ratio_of(p, q, log_ratio)
+        return divergence.of(p, q, log_ratio)  # pyright: ignore[reportFunctionMemberAccess]
     return divergence(p.log, q.log)
-
-
-def _kl(p, q):
-    return kl_term(p, q, log_ratio_of(p, q))
 
 
 def _check_number(name, value, low, high, *, open_low=False, open_high=False):
@@ -79,8 +92,8 @@ class ForwardKL(_Divergence):
       Network](https://arxiv.org/abs/1503.02531), 2015.
     """
 
-    def of(self, p, q):
-        return _kl(p, q)
+    def of(self, p, q, log_ratio):
+        return kl_term(p, q, log_ratio)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +110,8 @@ class ReverseKL(_Divergence):
       Models](https://arxiv.org/abs/2306.08543), 2023.
     """
 
-    def of(self, p, q):
-        return _kl(q, p)
+    def of(self, p, q, log_ratio):
+        return kl_term(q, p, -log_ratio)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,13 +133,14 @@ class SymmetricKL(_Divergence):
     def __post_init__(self):
         _check_number("weight", self.weight, 0, 1)
 
-    def of(self, p, q):
+    def of(self, p, q, log_ratio):
         # An end of the interval leaves out the other term, which may be infinite.
         if self.weight == 1:
-            return _kl(p, q)
+            return kl_term(p, q, log_ratio)
         if self.weight == 0:
-            return _kl(q, p)
-        forward, reverse = _kl(p, q), _kl(q, p)
+            return kl_term(q, p, -log_ratio)
+        forward = kl_term(p, q, log_ratio)
+        reverse = kl_term(q, p, -log_ratio)
         return self.weight * forward + (1 - self.weight) * reverse
 
 
@@ -159,18 +173,15 @@ class JensenShannon(_Divergence):
         ends = not self.normalized
         _check_number("beta", self.beta, 0, 1, open_low=ends, open_high=ends)
 
-    def of(self, p, q):
+    def of(self, p, q, log_ratio):
         beta = self.beta
         if beta == 0:
-            return _kl(p, q)
+            return kl_term(p, q, log_ratio)
         if beta == 1:
-            return _kl(q, p)
-        m, log_m_over_p, log_m_over_q = mixture(p, q, beta)
-        p_term = kl_term(p, m, log_m_over_p)
-        q_term = kl_term(q, m, log_m_over_q)
-        if self.normalized:
-            return p_term / (1 - beta) + q_term / beta
-        return beta * p_term + (1 - beta) * q_term
+            return kl_term(q, p, -log_ratio)
+        scale = beta * (1 - beta) if self.normalized else 1
+        weights = beta / scale, (1 - beta) / scale
+        return jensen_shannon_term(p, q, log_ratio, beta, weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,11 +203,10 @@ class SkewForwardKL(_Divergence):
     def __post_init__(self):
         _check_number("alpha", self.alpha, 0, 1, open_high=True)
 
-    def of(self, p, q):
+    def of(self, p, q, log_ratio):
         if self.alpha == 0:
-            return _kl(p, q)
-        m, log_m_over_p, _ = mixture(p, q, self.alpha)
-        return kl_term(p, m, log_m_over_p)
+            return kl_term(p, q, log_ratio)
+        return skew_kl_term(p, q, log_ratio, self.alpha)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,8 +228,8 @@ class SkewReverseKL(_Divergence):
     def __post_init__(self):
         _check_number("alpha", self.alpha, 0, 1, open_high=True)
 
-    def of(self, p, q):
-        return SkewForwardKL(self.alpha).of(q, p)
+    def of(self, p, q, log_ratio):
+        return SkewForwardKL(self.alpha).of(q, p, -log_ratio)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,8 +243,8 @@ class TotalVariation(_Divergence):
       Distillation](https://arxiv.org/abs/2307.15190), 2023.
     """
 
-    def of(self, p, q):
-        q_less_p = difference(p, q)
+    def of(self, p, q, log_ratio):
+        q_less_p = difference(p, q, log_ratio)
         # Not `jnp.abs`, whose derivative at 0 is 1 or -1.
         return jnp.sign(q_less_p) * q_less_p / 2
 
@@ -263,5 +273,5 @@ class AlphaDivergence(_Divergence):
         limit = float("inf")
         _check_number("alpha", self.alpha, -limit, limit, open_low=True, open_high=True)
 
-    def of(self, p, q):
-        return alpha_term(p, q, float(self.alpha))
+    def of(self, p, q, log_ratio):
+        return alpha_term(p, q, log_ratio, float(self.alpha))

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from . import _checks as check
-from ._numerics import loss_dtype, zero_unless
-from ._terms import is_near, second_order
+from ._numerics import is_near, loss_dtype, second_order, zero_unless
 
 
 def elementwise(loss, args, axis, where):

@@ -1,12 +1,10 @@
 """Precision, and the softmax that every loss shares."""
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-
-_LOWEST = -1e30  # of logits, less their maximum: e^x is 0 there at any temperature
 
 
 def loss_dtype(*arrays) -> jnp.dtype:
@@ -75,9 +73,13 @@ class Rows(NamedTuple):
         It is subtracted before the division, where the difference of two near logits is
         exact; a constant added to all logits of a row then costs no accuracy.
         """
-        # Finite, as the second derivative of -inf / T would be NaN. A maximum, not a
-        # select: XLA on CPU then fuses all this with the sum.
-        x = jnp.maximum(logits - self._finite_peak[:, None], _LOWEST)
+        return self.over_temperature(self.less_peak(logits))
+
+    def less_peak(self, logits):
+        # A maximum, not a select: XLA on CPU then fuses all this with the sum.
+        return jnp.maximum(logits - self._finite_peak[:, None], self._lowest(logits))
+
+    def over_temperature(self, x):
         return x if self.temperature is None else x / self.temperature[:, None]
 
     def softmax(self, logits):
@@ -95,12 +97,126 @@ class Rows(NamedTuple):
         # A row of -inf only, or one with +inf, has no softmax: NaN comes from `logits`.
         return zero_unless(jnp.abs(self.peak) != jnp.inf, self.peak)
 
+    def _lowest(self, logits):
+        """In place of -inf, whose quotient by T has a second derivative of NaN: a
+        number that stays finite, over T³ too, and of which e^x is 0."""
+        lowest = jnp.finfo(logits.dtype).min / 16
+        if self.temperature is None:
+            return lowest
+        T = jax.lax.stop_gradient(self.temperature)[:, None]
+        return lowest * jnp.minimum(T * T * T, 1)
+
 
 def normalize(vocab, *models) -> list[Rows]:
     """The rows of each `(rows, logits)`, with their total."""
-    totals = [jnp.sum(jnp.exp(rows.shifted(x)), axis=-1) for rows, x in models]
-    pairs = zip(models, vocab.sum(*totals), strict=True)
+    totals = vocab.sum(*(_total(*model) for model in models))
+    pairs = zip(models, totals, strict=True)
     return [rows._replace(total=total) for (rows, _), total in pairs]
+
+
+def normalize_pair(vocab, p, q, others, *, same_temperature):
+    """The rows of all models, and `log(Z / U)` of the totals of the first two, `[B]`.
+
+    With `u` and `z` their shifted logits, `U = Σ e^u` and `Z = Σ e^z`, it is
+
+        log1p(Δ / U) or -log1p(-Δ / Z),   Δ = Σ (e^z - e^u),
+
+    where no term of Δ cancels. Its digits are relative to itself, not to the logarithms
+    of the totals, so that log-ratios keep theirs where the models are near each other.
+    """
+    models = p, q, *others
+    u, z = (rows.shifted(logits) for rows, logits in (p, q))
+    difference = _exp_difference(u, z, _shift(p, q, same_temperature))
+    totals = [_total(*model) for model in models]
+    *totals, difference = vocab.sum(*totals, jnp.sum(difference, axis=-1))
+    up = difference > 0
+    scale = jnp.log1p(jnp.abs(difference) / jnp.where(up, totals[0], totals[1]))
+    pairs = zip(models, totals, strict=True)
+    rows = [rows._replace(total=total) for (rows, _), total in pairs]
+    return rows, jnp.where(up, scale, -scale)
+
+
+def _total(rows, logits):
+    return jnp.sum(jnp.exp(rows.shifted(logits)), axis=-1)
+
+
+def _shift(p, q, same_temperature):
+    """The difference of the shifted logits, `z - u`."""
+    (p_rows, t), (q_rows, s) = p, q
+    if not same_temperature:
+        return q_rows.shifted(s) - p_rows.shifted(t)
+    # Exact where the logits are near, and 0 where they are equal. (Compilers fuse the
+    # difference of two quotients into something that is not.)
+    return q_rows.over_temperature(q_rows.less_peak(s) - p_rows.less_peak(t))
+
+
+def log_ratio(p, q, log_scale, *, same_temperature):
+    """`log q - log p` of two `(rows, logits)`, `[B, V]`."""
+    (_, t), (_, s) = p, q
+    ratio = _shift(p, q, same_temperature) - log_scale[:, None]
+    ratio = jnp.where(s == -jnp.inf, -jnp.inf, ratio)
+    return jnp.where(t == -jnp.inf, jnp.where(s == -jnp.inf, 0, jnp.inf), ratio)
+
+
+def _exp_difference(u, z, shift):
+    """`e^z - e^u`, to the last digits where they are near; `shift` is `z - u`."""
+    near, r = is_near(shift)
+    exp_u = jnp.exp(u)
+    return jnp.where(near, exp_u * (r + second_order(r)), jnp.exp(z) - exp_u)
+
+
+NEAR = 0.5  # |r| below which `e^r - 1 - r` is summed as a series
+
+
+def is_near(ratio, limit=NEAR):
+    """Whether a log-ratio is small, and its value there."""
+    near = jnp.abs(ratio) < limit
+    return near, zero_unless(near, ratio)
+
+
+def series(r, coefficient):
+    """`Σ_k coefficient(k) r^k / (k + 2)!`, to the last bits for `|r| < NEAR`."""
+    terms = 8 if r.dtype == jnp.float32 else 15
+    total = jnp.zeros_like(r)
+    for k in reversed(range(terms)):
+        total = total * r + coefficient(k) / math.factorial(k + 2)
+    return total
+
+
+def second_order(r):
+    """`e^r - 1 - r`, to the last bits for `|r| < NEAR`."""
+    return r * r * series(r, lambda k: 1.0)
+
+
+def sums(vocab, f, prob):
+    """`Σ_v f`, and that of `f` and of `prob` without a column of more than half."""
+    small = prob <= 0.5
+    others = zero_unless(small, f), zero_unless(small, prob)
+    return vocab.sum(*_sum_rows(f, *others))
+
+
+@jax.custom_jvp
+def _sum_rows(*arrays):
+    """The sum of each over its last axis. XLA on CPU reads them in one pass so."""
+    zeros = (jnp.zeros((), arrays[0].dtype),) * len(arrays)
+    add = lambda xs, ys: tuple(x + y for x, y in zip(xs, ys, strict=True))
+    return tuple(jax.lax.reduce(arrays, zeros, add, (arrays[0].ndim - 1,)))
+
+
+@_sum_rows.defjvp
+def _sum_rows_jvp(primals, tangents):
+    return _sum_rows(*primals), tuple(jnp.sum(d, axis=-1) for d in tangents)
+
+
+def centred(f, prob, total, f_others, prob_others):
+    """`f - prob · Σ_v f`.
+
+    In a column of more than half this is `f · (1 - prob) - prob · Σ_others f`, as of a
+    nearly certain one the difference of two large numbers would be rounding.
+    """
+    f_others, prob_others = f_others[:, None], prob_others[:, None]
+    of_others = f * prob_others - prob * f_others
+    return jnp.where(prob > 0.5, of_others, f - prob * total[:, None])
 
 
 def entropy(x: Outcomes):

@@ -85,9 +85,8 @@ def prepare(
         teacher, teacher_temperature = check_columns(teacher, columns, mask), 1.0
 
     temperature = check.temperature("temperature", temperature, shape)
-    if teacher_temperature is None:
-        teacher_temperature = temperature
-    else:
+    same_temperature = teacher_temperature is None
+    if not same_temperature:
         name = "teacher_temperature"
         teacher_temperature = check.temperature(name, teacher_temperature, shape)
     weights = None if weights is None else check.float_array("weights", weights)
@@ -119,7 +118,8 @@ def prepare(
     operands = Operands(
         student, teacher, term_weights, temperature, teacher_temperature, labels, mask
     )
-    spec = Spec(divergence, vocab, dtype, reduction != "none", statistics, tile)
+    reduce = reduction != "none"
+    spec = Spec(divergence, vocab, dtype, reduce, statistics, same_temperature, tile)
     if axis_name is not None:
         check_slices(axis_name, operands)
     return Problem(spec, operands, weight, label_smoothing, shape)

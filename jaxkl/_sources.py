@@ -92,10 +92,12 @@ class Source:
 
     # The two below are this device's shares: `vocab.sum` of them is the whole.
 
-    def compare(self, divergence, p: Outcomes, q: Outcomes, vocab: Vocabulary):
+    def compare(
+        self, divergence, p: Outcomes, q: Outcomes, vocab: Vocabulary, log_ratio=None
+    ):
         """As a teacher: the divergence from it of each token, `[B]`."""
-        p, q = jax.tree.map(vocab.mask, (p, q))
-        return jnp.sum(vocab.mask(evaluate(divergence, p, q)), axis=-1)
+        p, q, log_ratio = jax.tree.map(vocab.mask, (p, q, log_ratio))
+        return jnp.sum(vocab.mask(evaluate(divergence, p, q, log_ratio)), axis=-1)
 
     def against(
         self, divergence, rows: Rows, logits: jax.Array, vocab: Vocabulary

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from . import _checks as check
 from ._compat import to_varying, varying_axes
 from ._divergences import evaluate, ForwardKL, is_catalogued
-from ._numerics import entropy, Outcomes, zero_unless
+from ._numerics import centred, entropy, Outcomes, sums, zero_unless
 from ._sources import Source
 
 
@@ -91,9 +91,9 @@ class SparseTeacher(Source):
     def is_normalized(self):
         return True
 
-    def compare(self, divergence, p, q, vocab):
+    def compare(self, divergence, p, q, vocab, log_ratio=None):
         if self.tail not in ("drop", "bucket"):
-            return super().compare(divergence, p, q, vocab)
+            return super().compare(divergence, p, q, vocab, log_ratio)
         if self.tail == "drop":
             # The listed masses do not sum to 1: the form without cancellation does not
             # hold, and the plain one is right.
@@ -127,13 +127,17 @@ class SparseTeacher(Source):
 
         listed = logits.at[at].get(mode="fill", fill_value=-jnp.inf)
         others = jnp.exp(rows.shifted(logits)).at[at].set(0, mode="drop")
-        exp_listed = jnp.sum(jnp.exp(rows.shifted(listed)), axis=-1)
-        sum_others, sum_listed = vocab.sum(jnp.sum(others, axis=-1), exp_listed)
-        rows = rows._replace(total=sum_others + sum_listed)
+        exp_listed = jnp.exp(rows.shifted(listed))
+        others_sum = jnp.sum(others, axis=-1)
+        others_sum, listed_sum = vocab.sum(others_sum, jnp.sum(exp_listed, axis=-1))
+        rows = rows._replace(total=others_sum + listed_sum)
         q = rows.softmax(listed).outcomes
         # Inside `shard_map`, as all else here: a cast of what is on each device alike
         # would be where its gradients are summed over devices.
-        q_rest = to_varying(sum_others / rows.total, varying_axes(listed))
+        q_listed, q_rest = (
+            to_varying(x / rows.total, varying_axes(listed))
+            for x in (listed_sum, others_sum)
+        )
 
         def compare(log_q, log_q_rest):
             of_list = p, Outcomes.known(log_q, q.prob)
@@ -146,13 +150,16 @@ class SparseTeacher(Source):
 
         (share, outside), pull = jax.vjp(compare, q.log, _log(q_rest))
         f_q, f_rest = pull((jnp.ones_like(share), jnp.ones_like(outside)))
-        (total,) = vocab.sum(jnp.sum(f_q, axis=-1))
-        total += f_rest
-        # Each of the others has its part of `f_rest`, by its part of `q_rest`.
-        ratio = zero_unless(q_rest > 0, f_rest / jnp.where(q_rest > 0, q_rest, 1))
-        inner = others * ((ratio - total) / rows.total)[:, None]
-        inner = inner.at[at].add(f_q - q.prob * total[:, None], mode="drop")
-        return share + vocab.once(outside), inner
+        of_list, f_others, q_others = sums(vocab, f_q, q.prob)
+        total = of_list + f_rest
+        d_listed = centred(f_q, q.prob, total, f_others + f_rest, q_others + q_rest)
+        d_rest = centred(
+            *(x[:, None] for x in (f_rest, q_rest)), total, of_list, q_listed
+        )
+        # Each of the others has its part of `d_rest`, by its part of `q_rest`.
+        part = zero_unless(others_sum > 0, 1 / jnp.where(others_sum > 0, others_sum, 1))
+        inner = others * (part[:, None] * d_rest)
+        return share + vocab.once(outside), inner.at[at].add(d_listed, mode="drop")
 
     def entropy(self, p, vocab):
         listed = super().entropy(p, vocab)

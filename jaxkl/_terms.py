@@ -18,57 +18,48 @@ import math
 import jax
 import jax.numpy as jnp
 
-from ._numerics import Outcomes, zero_unless
+from ._numerics import is_near, NEAR, Outcomes, second_order, series, zero_unless
 
 
-_NEAR = 0.5  # |r| below which `e^r - 1 - r` is summed as a series
+def log_ratio_of(p: Outcomes, q: Outcomes, known=None):
+    """`log q - log p`; 0 where both are `-inf`: an outcome that neither model has.
 
-
-def _series(r, coefficient):
-    """`Σ_k coefficient(k) r^k / (k + 2)!`, to the last bits for `|r| < _NEAR`."""
-    terms = 8 if r.dtype == jnp.float32 else 15
-    total = jnp.zeros_like(r)
-    for k in reversed(range(terms)):
-        total = total * r + coefficient(k) / math.factorial(k + 2)
-    return total
-
-
-def second_order(r):
-    """`e^r - 1 - r`, to the last bits for `|r| < _NEAR`."""
-    return r * r * _series(r, lambda k: 1.0)
-
-
-def is_near(log_ratio, limit=_NEAR):
-    """Whether the log-ratio is small, and its value there."""
-    near = jnp.abs(log_ratio) < limit
-    return near, zero_unless(near, log_ratio)
-
-
-def log_ratio_of(p: Outcomes, q: Outcomes):
-    """`log q - log p`; 0 where both are `-inf`: an outcome that neither model has."""
-    return _log_ratio(p.log, q.log)
-
-
-def _log_ratio(log_p, log_q):
-    absent = (log_p == -jnp.inf) & (log_q == -jnp.inf)
-    return zero_unless(~absent, log_q - log_p)
-
-
-def difference(p: Outcomes, q: Outcomes):
-    """`q - p`, to the last digits where they are near, and 0 where they are equal."""
-    near, r = is_near(log_ratio_of(p, q))
-    return jnp.where(near, p.prob * jnp.expm1(r), q.prob - p.prob)
+    `known` is its value, where that is known better than as a difference of two rounded
+    logarithms.
+    """
+    absent = (p.log == -jnp.inf) & (q.log == -jnp.inf)
+    ratio = q.log - p.log if known is None else _known_ratio(p.log, q.log, known)
+    return zero_unless(~absent, ratio)
 
 
 @jax.custom_jvp
-def kl_term(p: Outcomes, q: Outcomes, log_ratio):
-    """`p (e^r - 1 - r)` with `r = log_ratio = log q - log p`: summed, KL(p ‖ q).
+def _known_ratio(log_p, log_q, ratio):
+    """`ratio`, as a function of the two logarithms."""
+    del log_p, log_q
+    return ratio
 
-    `log_ratio` is an argument because a caller may know it better than the difference
-    of two rounded logarithms.
-    """
+
+@_known_ratio.defjvp
+def _known_ratio_jvp(primals, tangents):
+    d_log_p, d_log_q, _ = tangents
+    return _known_ratio(*primals), d_log_q - d_log_p
+
+
+# All below are functions of two models and of their `log_ratio`, `log q - log p`.
+
+
+def difference(p, q, log_ratio):
+    """`q - p`, to the last digits where they are near, and 0 where they are equal."""
     near, r = is_near(log_ratio)
-    p_log_ratio = p.prob * zero_unless(p.prob > 0, log_ratio)
+    p_expm1 = p.prob * (r + second_order(r))
+    return jnp.where(near, p_expm1, q.prob - p.prob)
+
+
+@jax.custom_jvp
+def kl_term(p, q, log_ratio):
+    """`p (e^r - 1 - r)` with `r = log_ratio`: summed, KL(p ‖ q)."""
+    near, r = is_near(log_ratio)
+    p_log_ratio = _times(p.prob, log_ratio)
     return jnp.where(near, p.prob * second_order(r), q.prob - p.prob - p_log_ratio)
 
 
@@ -76,45 +67,101 @@ def kl_term(p: Outcomes, q: Outcomes, log_ratio):
 def _kl_term_jvp(primals, tangents):
     # ∂/∂log q = p (e^r - 1), ∂/∂log p = -p r: these two are the whole derivative.
     (p, q, log_ratio), (d_p, d_q, _) = primals, tangents
-    near, r = is_near(log_ratio)
-    p_log_ratio = p.prob * zero_unless(p.prob > 0, log_ratio)
-    p_expm1 = jnp.where(near, p.prob * (r + second_order(r)), q.prob - p.prob)
-    return kl_term(*primals), p_expm1 * d_q.log - p_log_ratio * d_p.log
+    slope = difference(p, q, log_ratio) * d_q.log - _times(p.prob, log_ratio) * d_p.log
+    return kl_term(*primals), slope
 
 
-def mixture(p: Outcomes, q: Outcomes, beta):
-    """`m = β p + (1 - β) q`, β in (0, 1), with `log(m / p)` and `log(m / q)`."""
-    log_m, log_m_over_p, log_m_over_q = _log_mixture(p.log, q.log, beta)
-    m = Outcomes.known(log_m, beta * p.prob + (1 - beta) * q.prob)
-    return m, log_m_over_p, log_m_over_q
+def _times(prob, log_ratio):
+    """The product, with `0 · inf = 0`."""
+    return prob * zero_unless(prob > 0, log_ratio)
 
 
-@ft.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _log_mixture(log_p, log_q, beta):
-    r = _log_ratio(log_p, log_q)
-    up = r > 0
+@ft.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def jensen_shannon_term(p, q, log_ratio, beta, weights):
+    """Summed, `a KL(p ‖ m) + b KL(q ‖ m)` with `m = β p + (1-β) q`, β in (0, 1), and
+    `weights` a : b as β : 1-β."""
+    m_over_p, m_over_q = _log_mixture_ratios(log_ratio, beta)
+    m = _mixture(p, q, beta)
+    return weights[0] * kl_term(p, m, m_over_p) + weights[1] * kl_term(q, m, m_over_q)
+
+
+@jensen_shannon_term.defjvp
+def _jensen_shannon_term_jvp(beta, weights, primals, tangents):
+    # What m contributes adds up to 0: ∂/∂log p = -β p log(m / p), and likewise for q.
+    (p, q, log_ratio), (d_p, d_q, _) = primals, tangents
+    m_over_p, m_over_q = _log_mixture_ratios(log_ratio, beta)
+    f_p = -weights[0] * _times(p.prob, m_over_p)
+    f_q = -weights[1] * _times(q.prob, m_over_q)
+    value = jensen_shannon_term(*primals, beta, weights)
+    return value, f_p * d_p.log + f_q * d_q.log
+
+
+@ft.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def skew_kl_term(p, q, log_ratio, alpha):
+    """Summed, `KL(p ‖ m)` with `m = α p + (1-α) q`, α in (0, 1)."""
+    m_over_p, _ = _log_mixture_ratios(log_ratio, alpha)
+    return kl_term(p, _mixture(p, q, alpha), m_over_p)
+
+
+@skew_kl_term.defjvp
+def _skew_kl_term_jvp(alpha, primals, tangents):
+    # ∂/∂log m = m - p = (1-α) (q - p), of which p has the share α p / m, q the rest;
+    # and ∂/∂log p = -p log(m / p) besides.
+    (p, q, log_ratio), (d_p, d_q, _) = primals, tangents
+    m_over_p, _ = _log_mixture_ratios(log_ratio, alpha)
+    m = _mixture(p, q, alpha).prob
+    slope = (1 - alpha) * difference(p, q, log_ratio) / jnp.where(m > 0, m, 1)
+    f_p = slope * alpha * p.prob - _times(p.prob, m_over_p)
+    f_q = slope * (1 - alpha) * q.prob
+    value = skew_kl_term(*primals, alpha)
+    return value, f_p * d_p.log + f_q * d_q.log
+
+
+def _mixture(p, q, beta):
+    """`β p + (1-β) q`; of its logarithm, only the ratios to p and q are needed."""
+    prob = beta * p.prob + (1 - beta) * q.prob
+    return Outcomes(jnp.zeros_like(prob), prob)
+
+
+@ft.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _log_mixture_ratios(r, beta):
+    """`log(m / p)` and `log(m / q)` of `m = β p + (1-β) q`, from `r = log(q / p)`."""
+    if not _MODERATE <= beta <= 1 - _MODERATE:
+        return _log_blend(r, beta, 1 - beta), _log_blend(-r, 1 - beta, beta)
     # The larger of p and q is factored out; log1p and expm1 keep small differences.
+    up = r > 0
     gain = jnp.log1p(jnp.where(up, beta, 1 - beta) * jnp.expm1(-jnp.abs(r)))
-    log_m = jnp.where(up, log_q, log_p) + gain
-    return log_m, gain + zero_unless(up, r), gain - zero_unless(~up, r)
+    return gain + zero_unless(up, r), gain - zero_unless(~up, r)
 
 
-@_log_mixture.defjvp
-def _log_mixture_jvp(beta, primals, tangents):
-    (log_p, log_q), (d_log_p, d_log_q) = primals, tangents
-    # The share of q in the mixture, (1 - β) q / m.
-    share = jax.nn.sigmoid(_log_ratio(log_p, log_q) + math.log((1 - beta) / beta))
-    d_ratio = d_log_q - d_log_p
-    d_log_m = (1 - share) * d_log_p + share * d_log_q
-    tangent = d_log_m, share * d_ratio, (share - 1) * d_ratio
-    return _log_mixture(log_p, log_q, beta), tangent
+_MODERATE = 1 / 16  # the least β and 1-β of which the quick form keeps the digits
 
 
-def _excess(x: Outcomes, y: Outcomes, c):
-    """`(x^(1-c) y^c - x) / c`, which tends to `x (log y - log x)` at c = 0."""
-    r = log_ratio_of(x, y)
-    if c == 0:
-        return x.prob * zero_unless(x.prob > 0, r)
+@_log_mixture_ratios.defjvp
+def _log_mixture_ratios_jvp(beta, primals, tangents):
+    (r,), (d_r,) = primals, tangents
+    log_odds = math.log1p(-beta) - math.log(beta)
+    share_q = jax.nn.sigmoid(r + log_odds)  # (1-β) q / m
+    share_p = jax.nn.sigmoid(-r - log_odds)
+    return _log_mixture_ratios(r, beta), (share_q * d_r, -share_p * d_r)
+
+
+def _log_blend(r, a, b):
+    """`log(a + b e^r)`, `a + b = 1`, to the last digits for any weights and any `r`."""
+    change = b * jnp.expm1(jnp.minimum(r, 60.0))
+    # A sum of positive numbers, relative to the larger of 1 and e^r.
+    low, high = jnp.where(r < 0, a, b), jnp.where(r < 0, b, a)
+    far = jnp.maximum(r, 0) + jnp.log(low + high * jnp.exp(-jnp.abs(r)))
+    return jnp.where(jnp.abs(change) < 0.5, jnp.log1p(change), far)
+
+
+_LEAST_EXPONENT = 1e-20  # below it the limit is right to the last digit
+
+
+def _excess(x, y, r, c):
+    """`(x^(1-c) y^c - x) / c` with `r = log y - log x`; it tends to `x r` at c = 0."""
+    if abs(c) < _LEAST_EXPONENT:
+        return _times(x.prob, r)
     near, cr = is_near(c * r, 1.0)
     absent = (x.log == -jnp.inf) & (y.log == -jnp.inf)
     # One factor alone drops out at exponent 0: 0^0 = 1, as the limit has it.
@@ -123,24 +170,25 @@ def _excess(x: Outcomes, y: Outcomes, c):
     return jnp.where(near, x.prob * jnp.expm1(cr), power - x.prob) / c
 
 
-@ft.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def alpha_term(p: Outcomes, q: Outcomes, alpha):
+@ft.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def alpha_term(p, q, log_ratio, alpha):
     """`(α p + (1-α) q - p^α q^(1-α)) / (α (1-α))`: KL(p ‖ q) at 1, KL(q ‖ p) at 0."""
     beta = 1 - alpha
-    limit = _NEAR / max(1.0, abs(alpha), abs(beta))
-    near, r = is_near(log_ratio_of(p, q), limit)
+    limit = NEAR / max(1.0, abs(alpha), abs(beta))
+    near, r = is_near(log_ratio, limit)
     # Σ_k (1 + β + … + β^k) r^k / (k + 2)!, in which no small α or β is divided by.
-    series = _series(r, lambda k: sum(beta**j for j in range(k + 1)))
+    total = series(r, lambda k: sum(beta**j for j in range(k + 1)))
     if abs(alpha) >= abs(beta):
-        far = (q.prob - p.prob - _excess(p, q, beta)) / alpha
+        far = (q.prob - p.prob - _excess(p, q, log_ratio, beta)) / alpha
     else:
-        far = (p.prob - q.prob - _excess(q, p, alpha)) / beta
-    return jnp.where(near, p.prob * r * r * series, far)
+        far = (p.prob - q.prob - _excess(q, p, -log_ratio, alpha)) / beta
+    return jnp.where(near, p.prob * r * r * total, far)
 
 
 @alpha_term.defjvp
 def _alpha_term_jvp(alpha, primals, tangents):
     # ∂/∂log q = (q - p^α q^(1-α)) / α and ∂/∂log p = (p - p^α q^(1-α)) / (1-α).
-    (p, q), (d_p, d_q) = primals, tangents
-    f_q, f_p = -_excess(q, p, alpha), -_excess(p, q, 1 - alpha)
-    return alpha_term(p, q, alpha), f_q * d_q.log + f_p * d_p.log
+    (p, q, log_ratio), (d_p, d_q, _) = primals, tangents
+    f_q = -_excess(q, p, -log_ratio, alpha)
+    f_p = -_excess(p, q, log_ratio, 1 - alpha)
+    return alpha_term(*primals, alpha), f_q * d_q.log + f_p * d_p.log

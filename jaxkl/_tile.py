@@ -16,8 +16,19 @@ import jax
 import jax.numpy as jnp
 
 from ._compat import to_varying, varying_axes
-from ._divergences import Divergence, ForwardKL
-from ._numerics import entropy, normalize, Outcomes, Rows, Softmax, zero_unless
+from ._divergences import Divergence, ForwardKL, is_centred
+from ._numerics import (
+    centred,
+    entropy,
+    log_ratio,
+    normalize,
+    normalize_pair,
+    Outcomes,
+    Rows,
+    Softmax,
+    sums,
+    zero_unless,
+)
 from ._vocabulary import Vocabulary
 
 
@@ -49,7 +60,7 @@ class Operands(NamedTuple):
     teacher: Any  # Source
     weights: Terms
     student_temperature: Any = None  # None: 1
-    teacher_temperature: Any = None
+    teacher_temperature: Any = None  # None: 1, or the student's if they are the same
     labels: Any = None  # -1: none
     mask: Any = None  # tokens that may be looked at
 
@@ -85,7 +96,11 @@ class Spec:
     dtype: jnp.dtype
     reduce: bool = True  # sum over tokens
     statistics: bool = False
+    same_temperature: bool = False  # of teacher and student
     tile: int | None = None
+
+    def teacher_temperature(self, x: Operands) -> jax.Array | None:
+        return x.student_temperature if self.same_temperature else x.teacher_temperature
 
 
 class Tile(NamedTuple):
@@ -115,11 +130,14 @@ def run_tile(spec: Spec, x: Operands, live: jax.Array, *, again=False) -> Tile:
         share, inner_p, inner_q = _one_by_one(spec, x, rows, s, t, again)
     else:
         (share, inner_q), inner_p = found, jnp.zeros_like(t)
-    terms, hit = _terms(x, share, plain_q, vocab)
+    terms, d_label = _terms(x, share, plain_q, vocab)
     pull_back = ft.partial(_d_logits, x.weights)
-    d_t, d_teacher_temperature = pull_back(inner_p, p, x.teacher_temperature)
+    d_t, d_teacher_temperature = pull_back(inner_p, p, spec.teacher_temperature(x))
     d_s, d_student_temperature = pull_back(inner_q, q, x.student_temperature)
-    d_s += _d_plain_logits(x.weights, plain_q, hit, vocab)
+    if spec.same_temperature and d_student_temperature is not None:
+        d_student_temperature += d_teacher_temperature
+        d_teacher_temperature = None
+    d_s += _d_plain_logits(x.weights, plain_q, d_label, vocab)
     # 0 · NaN is NaN in a product too: leave out what has no weight and no finite loss.
     weighty = ft.reduce(jnp.logical_or, [w != 0 for w in jax.tree.leaves(x.weights)])
     live &= weighty | jnp.isfinite(terms.divergence + q.lse)
@@ -154,27 +172,31 @@ class _Rows(NamedTuple):
 
     p: Rows | None
     q: Rows
+    log_scale: jax.Array | None = None  # of the tempered pair
     plain_p: Rows | None = None
     plain_q: Rows | None = None
 
     @property
     def tempered(self):
-        return _Rows(self.p, self.q)
+        return _Rows(self.p, self.q, self.log_scale)
 
 
 def _rows(spec, x, s, t) -> _Rows:
     s_peak, t_peak = spec.vocab.max(x.student.peak(s), x.teacher.peak(t))
     needs_plain = spec.statistics or any(w is not None for w in x.weights[1:])
-    models = {"q": (Rows(s_peak, x.student_temperature), s)}
-    if needs_plain:
-        models["plain_q"] = Rows(s_peak), s
-    # Log-probabilities are the same at any temperature.
-    if not x.teacher.is_normalized:
-        models["p"] = Rows(t_peak, x.teacher_temperature), t
-        if spec.statistics:
-            models["plain_p"] = Rows(t_peak), t
-    found = dict(zip(models, normalize(spec.vocab, *models.values()), strict=True))
-    return _Rows(found.pop("p", None), **found)
+    q = Rows(s_peak, x.student_temperature), s
+    plain = {"plain_q": (Rows(s_peak), s)} if needs_plain else {}
+    if x.teacher.is_normalized:
+        # Log-probabilities are the same at any temperature.
+        q, *found = normalize(spec.vocab, q, *plain.values())
+        return _Rows(None, q, **dict(zip(plain, found, strict=True)))
+    p = Rows(t_peak, spec.teacher_temperature(x)), t
+    if spec.statistics:
+        plain["plain_p"] = Rows(t_peak), t
+    (p, q, *found), log_scale = normalize_pair(
+        spec.vocab, p, q, plain.values(), same_temperature=spec.same_temperature
+    )
+    return _Rows(p, q, log_scale, **dict(zip(plain, found, strict=True)))
 
 
 def _models(x, rows, s, t) -> tuple[Softmax, Softmax]:
@@ -188,47 +210,60 @@ def _models(x, rows, s, t) -> tuple[Softmax, Softmax]:
 
 def _one_by_one(spec, x, rows, s, t, again):
     """`Σ_v f` of the columns at hand, and its gradients to the logits over T."""
-    models = _models(x, rows, s, t)
-    share, *slopes = _slopes(spec, x, *models)
+    share, *slopes = _slopes(spec, x, rows, s, t)
 
     def inner(i):
-        f, model = slopes[i], models[i]
-        # Not just 0 for a forward KL, nor the loss for a reverse KL, but what rounding
-        # left in the normalisers too: of a nearly certain outcome it is all the slope.
-        (total,) = spec.vocab.sum(jnp.sum(f, axis=-1))
+        f, prob = slopes[i]
+        total, *others = sums(spec.vocab, f, prob)
         if again:
             # To the compiler, what comes behind the barrier is another computation.
-            fresh, total = jax.lax.optimization_barrier((rows.tempered, total))
-            fresh = _models(x, fresh, s, t)
-            f, model = _slopes(spec, x, *fresh)[1 + i], fresh[i]
-        return f - model.prob * total[:, None]
+            fresh, total, others = jax.lax.optimization_barrier(
+                (rows.tempered, total, others)
+            )
+            f, prob = _slopes(spec, x, fresh, s, t)[1 + i]
+        return centred(f, prob, total, *others)
 
+    if rows.p is not None and is_centred(spec.divergence):
+        return share, inner(0), slopes[1][0]
     return share, inner(0), inner(1)
 
 
-def _slopes(spec, x, p, q):
-    """`Σ_v f` of the columns at hand, `∂f/∂log p` and `∂f/∂log q`."""
+def _slopes(spec, x, rows, s, t):
+    """`Σ_v f` of the columns at hand, and of either model slopes, as `∂f/∂log q`, with
+    the probabilities."""
+    p, q = _models(x, rows, s, t)
+    ratio = None
+    if rows.p is not None:
+        models = (rows.p, t), (rows.q, s)
+        same = spec.same_temperature
+        ratio = log_ratio(*models, rows.log_scale, same_temperature=same)
 
     def compare(log_p, log_q):
         outcomes = Outcomes.known(log_p, p.prob), Outcomes.known(log_q, q.prob)
-        return x.teacher.compare(spec.divergence, *outcomes, spec.vocab)
+        return x.teacher.compare(spec.divergence, *outcomes, spec.vocab, ratio)
 
     share, pull = jax.vjp(compare, p.log, q.log)
-    return share, *pull(jnp.ones_like(share))
+    f_p, f_q = pull(jnp.ones_like(share))
+    return share, (f_p, p.prob), (f_q, q.prob)
 
 
 def _terms(x, share, plain_q, vocab):
-    """All terms that have a weight, and which columns are labels."""
+    """All terms that have a weight, and the gradient of `-log q[label]`, `[B, V]`."""
     if plain_q is None:
         return Terms(*vocab.sum(share)), None
     log_q, lse = plain_q.log, plain_q.lse
     hit = _is_label(x.labels, log_q, vocab)
     label = -jnp.sum(zero_unless(hit, log_q), axis=-1)
+    others = jnp.sum(zero_unless(~hit, plain_q.prob), axis=-1)
     uniform = -jnp.sum(vocab.mask(log_q), axis=-1) / vocab.size
-    divergence, label, uniform = vocab.sum(share, label, uniform)
+    divergence, label, others, uniform = vocab.sum(share, label, others, uniform)
+    # Of a nearly certain label, log q has its digits in the others' probabilities.
+    certain = others < 0.5
+    label = jnp.where(certain, -jnp.log1p(-zero_unless(certain, others)), label)
     terms = Terms(divergence, label, uniform, lse * lse)
     pairs = zip(x.weights, terms, strict=True)
-    return Terms(*(None if w is None else term for w, term in pairs)), hit
+    terms = Terms(*(None if w is None else term for w, term in pairs))
+    return terms, jnp.where(hit, -others[:, None], plain_q.prob)
 
 
 def _is_label(labels, like, vocab):
@@ -256,14 +291,14 @@ def _d_logits(weights, inner, model, temperature):
     return weigh(weight[:, None], inner), weigh(weight, d_temperature)
 
 
-def _d_plain_logits(weights, plain_q, hit, vocab):
+def _d_plain_logits(weights, plain_q, d_label, vocab):
     """Gradient of the terms at temperature 1 to the student's logits, `[B, V]` or 0."""
     if plain_q is None:
         return 0
     parts = []
     q, lse = plain_q.prob, plain_q.lse
     if weights.label is not None:
-        parts.append(weigh(weights.label[:, None], q - hit.astype(q.dtype)))
+        parts.append(weigh(weights.label[:, None], d_label))
     if weights.uniform is not None:
         inner = vocab.mask(q - 1 / vocab.size)
         parts.append(weigh(weights.uniform[:, None], inner))

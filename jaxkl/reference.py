@@ -107,7 +107,7 @@ def distillation_loss(student, teacher, **options: Unpack[Options]) -> Array:
     s = _gathered(student.logits(spec.dtype, spec.vocab), spec.vocab)
     t = _gathered(teacher.logits(spec.dtype, spec.vocab), spec.vocab)
     log_q = jax.nn.log_softmax(_over(s, x.student_temperature), axis=-1)
-    log_p = _over(t, x.teacher_temperature)
+    log_p = _over(t, spec.teacher_temperature(x))
     if not teacher.is_normalized:
         log_p = jax.nn.log_softmax(log_p, axis=-1)
     plain_log_q = jax.nn.log_softmax(s, axis=-1)
