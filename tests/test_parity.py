@@ -75,6 +75,21 @@ def test_page_needs_nothing_else(report):
     assert page.count("<circle") > 20 and "cases agreed" in page
 
 
+def test_page_explains_its_columns():
+    page = _html.page(run_sample(["errors", "shapes"]))
+    (table,) = re.findall(r"<table>(.*?)</table>", page, re.DOTALL)
+    headers = re.findall(r"<th[^>]*>([^<]*)</th>", table)[2:]
+    assert headers[:2] == ["cases", "numbers"] and "peer&#x27;s own" in headers
+    explained = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", page))
+    assert list(explained) == headers
+    assert "error of the peer itself" in explained["peer&#x27;s own"]
+    # On a narrow screen each cell stands alone, beside its label.
+    rows = re.findall(r"<tr[^>]*><td.*?</tr>", table)
+    assert len(rows) == 3  # values, their gradients, errors
+    for row in rows:
+        assert re.findall(r'data-label="(.*?)"', row) == headers
+
+
 # -- It can fail
 
 kl_div = jaxkl.kl_div
