@@ -3,11 +3,14 @@
 import argparse
 import sys
 
+from . import __version__
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "jaxkl", description="KL divergence and distillation losses for JAX."
     )
+    parser.add_argument("--version", action="version", version=f"jaxkl {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     from .parity import _cli
 

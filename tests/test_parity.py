@@ -75,6 +75,21 @@ def test_page_needs_nothing_else(report):
     assert page.count("<circle") > 20 and "cases agreed" in page
 
 
+def test_page_explains_its_columns():
+    page = _html.page(run_sample(["errors", "shapes"]))
+    (table,) = re.findall(r"<table>(.*?)</table>", page, re.DOTALL)
+    headers = re.findall(r"<th[^>]*>([^<]*)</th>", table)[2:]
+    assert headers[:2] == ["cases", "numbers"] and "peer&#x27;s own" in headers
+    explained = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", page))
+    assert list(explained) == headers
+    assert "error of the peer itself" in explained["peer&#x27;s own"]
+    # On a narrow screen each cell stands alone, beside its label.
+    rows = re.findall(r"<tr[^>]*><td.*?</tr>", table)
+    assert len(rows) == 3  # values, their gradients, errors
+    for row in rows:
+        assert re.findall(r'data-label="(.*?)"', row) == headers
+
+
 # -- It can fail
 
 kl_div = jaxkl.kl_div
@@ -264,8 +279,26 @@ def test_command(capsys, tmp_path):
     assert json.loads(capsys.readouterr().out)["summary"] == "all 9 cases agreed"
     assert main(["parity", "--group", "nonsense"]) == 2
     assert "there are reductions, " in capsys.readouterr().err
-    assert main([*command, "--html", str(tmp_path / "no" / "page.html")]) == 2
-    assert "cannot write" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--html", "--json"])
+@pytest.mark.parametrize("path", ["no/page", "file/page", "folder"])
+def test_what_cannot_be_written_is_said_first(tmp_path, capsys, option, path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    path = tmp_path / path
+    command = ["parity", "--group", "errors", option, str(path), "--force"]
+    assert main(command) == 2
+    shown = capsys.readouterr()
+    assert f"cannot write {path}: " in shown.err
+    assert "errors: 9 cases" not in shown.err and not shown.out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"jaxkl {jaxkl.__version__}\n"
 
 
 def test_exit_status_of_a_mismatch(monkeypatch, capsys):

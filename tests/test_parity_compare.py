@@ -17,7 +17,8 @@ from .cases import rarely
 
 TEMPERATURE = 3.0
 rng = np.random.default_rng(0)
-x, log_t = log_softmax(2 * rng.normal(size=(2, 8, 50)), -1).astype(np.float32)
+logits = (2 * rng.normal(size=(2, 8, 50))).astype(np.float32)
+x, log_t = log_softmax(logits, -1).astype(np.float32)
 t = np.exp(log_t)
 mask = np.arange(8) < 5
 ARRAYS = {"input": x, "target": t}
@@ -42,6 +43,20 @@ def scaled(recorded, factor):
 
 def only_loss(value):
     return dict(loss=np.float32(value))
+
+
+def of_logits(temperature, log_target=False):
+    """What a PyTorch user records who divides logits by T: all but `grad_target`."""
+    z, w = (torch.tensor(a).requires_grad_() for a in logits)
+    target = torch.log_softmax(w / temperature, -1)
+    loss = temperature**2 * torch.nn.functional.kl_div(
+        torch.log_softmax(z / temperature, -1),
+        target if log_target else target.exp(),
+        reduction="batchmean",
+        log_target=log_target,
+    )
+    (grad,) = torch.autograd.grad(loss, z)
+    return dict(loss=loss.detach().numpy(), grad_input=grad.numpy())
 
 
 kl = torch_loss(x, t)
@@ -139,6 +154,55 @@ MISTAKES = {
         {},
         ("the file holds logits: input", "log_softmax(input)"),
     ),
+    "logits at T": (
+        of_logits(2.0),
+        dict(input=logits[0], target=logits[1], temperature=np.float32(2)),
+        {},
+        (
+            "the file holds logits: input and target",
+            "kl_div(log_softmax(input / 2), softmax(target / 2)",
+        ),
+    ),
+    "logits at T, log_target": (
+        of_logits(2.0, log_target=True),
+        dict(input=logits[0], target=logits[1]),
+        dict(temperature=2.0, log_target=True),
+        ("the file holds logits: input and target", "log_softmax(target / 2)"),
+    ),
+    "logits of the student at T": (
+        of_logits(2.0),
+        dict(
+            input=logits[0],
+            target=np.exp(log_softmax(logits[1] / 2, -1)),
+            temperature=np.float32(2),
+        ),
+        {},
+        ("the file holds logits: input", "kl_div(log_softmax(input / 2), target,"),
+    ),
+    "logits at T, missing T²": (
+        scaled(of_logits(2.0), 1 / 4),
+        dict(input=logits[0], target=logits[1], temperature=np.float32(2)),
+        {},
+        ("missing T², and the file holds logits: input and target", "= 0.8253"),
+    ),
+    "logits, not divided by T": (
+        scaled(of_logits(1.0), 4),
+        dict(input=logits[0], target=logits[1], temperature=np.float32(2)),
+        {},
+        ("the file holds logits, not divided by T: input and target", "* 2**2"),
+    ),
+    "logits at T, T unknown": (
+        of_logits(2.0),
+        dict(input=logits[0], target=logits[1]),
+        {},
+        ("the file holds logits: input and target, at T = 2 (give", "* 2**2"),
+    ),
+    "logits, log_target": (
+        of_logits(1.0, log_target=True),
+        dict(input=logits[0], target=log_t),
+        dict(log_target=True),
+        ("the file holds logits: input", "kl_div(log_softmax(input), target,"),
+    ),
     "two": (
         only_loss(torch_loss(x, t, "mean")["loss"]),
         {"temperature": np.float64(TEMPERATURE)},
@@ -148,7 +212,10 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("name", ["mean", *rarely(*sorted(set(MISTAKES) - {"mean"}))])
+OFTEN = ["mean", "logits at T", "logits at T, T unknown"]
+
+
+@pytest.mark.parametrize("name", [*OFTEN, *rarely(*sorted(set(MISTAKES) - {*OFTEN}))])
 def test_names_the_mistake(name):
     recorded, more, options, says = MISTAKES[name]
     arrays = ARRAYS | {k: np.asarray(v) for k, v in (recorded | more).items()}
@@ -218,6 +285,27 @@ def test_half_precision(dtype):
         assert names == ([] if reduction == "batchmean" else ["mean for batchmean"])
 
 
+@pytest.mark.parametrize("name", ["input", "target"])
+def test_says_where_nan_is(name, capsys, tmp_path):
+    with_nan = ARRAYS[name].copy()
+    with_nan[1, 2] = with_nan[3, 4] = np.nan
+    path = tmp_path / "nan.npz"
+    for loss in (kl["loss"], np.float32(np.nan)):
+        np.savez(path, **ARRAYS | {name: with_nan, "loss": loss})
+        assert main(["parity", "compare", str(path)]) == 1
+        shown = capsys.readouterr().out
+        assert f"NaN in {name}:\n  2 of 400 numbers of `{name}`" in shown
+        assert "the first at [1, 2]" in shown
+        assert "none of the known" not in shown and "recorded - right" not in shown
+
+
+def test_nan_in_padding_is_none():
+    padded = np.where(mask[:, None], x, np.nan)
+    arrays = {"input": padded, "target": t, "mask": mask}
+    found = compare(Recording("file", arrays | only_loss(rows[:5].sum() / 5)))
+    assert found.recorded[0].agrees and not found.mistakes
+
+
 def test_says_if_it_does_not_know():
     found = compare(Recording("file", ARRAYS | only_loss(0.777)))
     (mistake,) = found.mistakes
@@ -241,6 +329,31 @@ def test_says_if_it_does_not_know():
 def test_other_shapes(arrays, says):
     with pytest.raises(ParityError, match=says):
         compare(Recording("file", ARRAYS | arrays))
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 5), (2, 0), (1, 5, 0)])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean"])
+def test_nothing_to_compare(shape, reduction, tmp_path, capsys):
+    path = tmp_path / "empty.npz"
+    empty = np.zeros(shape, np.float32)
+    loss = {} if reduction == "none" else dict(loss=np.float32(0))
+    np.savez(path, input=empty, target=empty, **loss)
+    assert main(["parity", "compare", str(path), "--reduction", reduction]) == 2
+    shown = capsys.readouterr()
+    assert not shown.out and shown.err.count("\n") == 1
+    assert f"`input` {shape} and `target` {shape} hold no numbers" in shown.err
+
+
+@pytest.mark.parametrize("temperature", ["0", "nan", "inf", "-1", "1e200", "1e-200"])
+def test_temperatures_that_are_none(temperature, tmp_path, capsys):
+    path = tmp_path / "right.npz"
+    np.savez(path, **ARRAYS, **kl)
+    command = ["parity", "compare", str(path), "--temperature", temperature]
+    assert main(command) == 2
+    shown = capsys.readouterr()
+    assert not shown.out and shown.err.count("\n") == 1
+    assert "`temperature` must be positive and finite" in shown.err
+    assert shown.err.endswith(f"got {float(temperature):g}\n")
 
 
 def test_command(tmp_path, capsys):

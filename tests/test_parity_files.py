@@ -222,11 +222,28 @@ def test_contents(tmp_path):
         (dict(input=X, target=T.astype(int)), "`target` must be floating-point"),
         (dict(input=X, target=T, mask=[2, 0]), "`mask` must be bool"),
         (dict(input=X, target=T, temperature=-1.0), "`temperature` must be"),
-        (dict(input=X, target=T.astype("S4")), "holds |S4"),
+        (dict(input=X, target=T, temperature=1e200), "`temperature` must be"),
+        (dict(input=X, target=T, temperature=[1.0, 2.0]), "must be one real number"),
+        (dict(input=X, target=T.astype("S4")), r"`target` holds strings \(\|S4\)"),
+        (dict(input=X.astype(str), target=T), r"`input` holds strings \(<U32\)"),
+        (dict(input=X.astype(object), target=T), "`input` holds Python objects"),
+        (dict(input=X.astype("V4"), target=T), r"`input` holds \|V4; bfloat16 needs"),
+        (dict(input=X + 0j, target=T), "`input` holds complex64, not real numbers"),
     ]:
         np.savez(path, **arrays)
         with pytest.raises(ParityError, match=says):
             read([path])
+    np.save(tmp_path / "a.npy", np.array(["0.5"]))
+    with pytest.raises(ParityError, match="a.npy: it holds strings"):
+        read([tmp_path / "a.npy"] * 2)
+    for more, says in [
+        (dict(input=["0.5"]), "`input` must be a dense tensor, not a list"),
+        (dict(temperature=torch.tensor(2j)), "`temperature` must be one real number"),
+    ]:
+        tensors = {"input": torch.tensor(X), "target": torch.tensor(T)} | more
+        torch.save(tensors, tmp_path / "a.pt")
+        with pytest.raises(ParityError, match=says):
+            read([tmp_path / "a.pt"])
     torch.save([torch.tensor(X)], tmp_path / "a.pt")
     with pytest.raises(ParityError, match="dict of tensors, not a list"):
         read([tmp_path / "a.pt"])
@@ -237,7 +254,11 @@ def test_contents(tmp_path):
 
 
 def test_paths(tmp_path, capsys):
+    folder = tmp_path / "folder.npz"
+    folder.mkdir()
     for paths, says in [
+        ([folder], "is a directory, not a file"),
+        ([tmp_path], "is a directory, not a file"),
         (["missing.npz"], "no such file"),
         (["a.csv"], "not one of .npz"),
         ([good("npy", tmp_path)], "pairs"),

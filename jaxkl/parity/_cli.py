@@ -1,6 +1,7 @@
 """`jaxkl parity` and `jaxkl parity compare`."""
 
 import argparse
+import os
 import pathlib
 import sys
 
@@ -90,7 +91,7 @@ def _reporting(command):
 def _battery(arguments):
     from . import _report, _run
 
-    _check_free(arguments, arguments.json, arguments.html)
+    _check_outputs(arguments, arguments.json, arguments.html)
     talk = lambda line: print(line, file=sys.stderr, flush=True)
     report = _run.run(arguments.group, progress=talk)
     if arguments.json != STDOUT:
@@ -108,7 +109,7 @@ def _compare(arguments):
     from . import _compare, _compare_report
 
     require_torch()
-    _check_free(arguments, arguments.json)
+    _check_outputs(arguments, arguments.json)
     comparisons = [
         _compare.compare(
             recording,
@@ -125,12 +126,22 @@ def _compare(arguments):
     return 0 if all(c.agrees for c in comparisons) else 1
 
 
-def _check_free(arguments, *paths):
-    """Before the work: nothing is written over."""
+def _check_outputs(arguments, *paths):
+    """Before the work: they can be written, and nothing is written over."""
     for path in paths:
-        if path and path != STDOUT and not arguments.force:
-            if pathlib.Path(path).exists():
-                raise ParityError(f"{path} exists; --force writes over it")
+        if path and path != STDOUT:
+            _check_output(pathlib.Path(path), arguments.force)
+
+
+def _check_output(path, force):
+    if path.is_dir():
+        raise ParityError(f"cannot write {path}: it is a directory")
+    if path.exists() and not force:
+        raise ParityError(f"{path} exists; --force writes over it")
+    if not path.parent.is_dir():
+        raise ParityError(f"cannot write {path}: there is no directory {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ParityError(f"cannot write {path}: permission denied")
 
 
 def _write(arguments, path, text):

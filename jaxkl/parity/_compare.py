@@ -9,12 +9,12 @@ import jax
 import numpy as np
 
 from ._cases import Case
-from ._contents import wrong_contents
+from ._contents import nans, wrong_contents
 from ._errors import ParityError, require_torch
 from ._evaluate import Evaluated
 from ._files import Recording
-from ._formula import Formula
-from ._mistakes import double_mistakes, single_mistakes
+from ._formula import check_temperature, Formula
+from ._mistakes import at_unknown_temperature, double_mistakes, single_mistakes
 from ._run import compare_cases, Result
 
 
@@ -64,20 +64,25 @@ def compare(
     count too.
 
     Raises:
-      ParityError: If PyTorch is not installed, or shapes do not fit.
+      ParityError: If PyTorch is not installed, if shapes do not fit or hold nothing,
+        or if `temperature` is not a positive number.
     """
     require_torch()
     arrays = recording.arrays
     if temperature is None:
         temperature = float(arrays.get("temperature", np.ones(())).item())
+    check_temperature(temperature)
     right = Formula(reduction, log_target, temperature, masked="mask" in arrays)
     with jax.enable_x64(True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _check_shapes(recording, reduction)
         both = _in_both(recording, reduction, log_target)
         recorded, found = _recorded(recording, right)
-        wrong = wrong_contents(arrays, log_target)
-        found = (*(Mistake(*w) for w in wrong), *found)
+        bad = nans(arrays)
+        if not (found or bad or all(r.agrees for r in recorded)):
+            found = (_unknown(recorded),)
+        bad += wrong_contents(arrays, log_target)
+        found = (*(Mistake(*b) for b in bad), *found)
     shown = {k: f"{v.dtype}{list(v.shape)}" for k, v in arrays.items()}
     return Comparison(recording.path, right, shown, both, recorded, found)
 
@@ -91,6 +96,11 @@ def _check_shapes(recording, reduction):
         raise ParityError(
             f"{path}: `input` {x.shape} and `target` {t.shape} do not broadcast"
         ) from None
+    if 0 in shape:
+        raise ParityError(
+            f"{path}: `input` {x.shape} and `target` {t.shape} hold no numbers: there "
+            "is nothing to compare"
+        )
     expected = {
         "loss": shape if reduction == "none" else (),
         "grad_input": x.shape,
@@ -138,19 +148,22 @@ def _recorded(recording, right):
         return recorded, ()
     shape = np.broadcast_shapes(arrays["input"].shape, arrays["target"].shape)
     about = right, len(shape)
+    tiers = [single_mistakes(*about), double_mistakes(*about)]
+    if right.temperature == 1:
+        tiers.append(at_unknown_temperature(right))
     # Pairs only if no mistake explains the recording alone.
-    for candidates in (single_mistakes(*about), double_mistakes(*about)):
+    for candidates in tiers:
         found = []
         for name, formula in candidates:
             wrong = Evaluated(formula, arrays, names)
             if all(wrong.agrees(n, arrays) for n in names):
                 found.append(Mistake(name, _evidence(truth, wrong, recorded)))
         # The softmax of what is normalised changes nothing.
-        found = [m for m in found if "logits" not in m.name] or found
+        found = [m for m in found if "logits" not in m.name] or found[:1]
         found = found or _padded(arrays, right, truth, recorded)
         if found:
             return recorded, tuple(found)
-    return recorded, (_unknown(recorded),)
+    return recorded, ()
 
 
 def _padded(arrays, right, truth, recorded):
@@ -167,7 +180,7 @@ def _padded(arrays, right, truth, recorded):
     evidence = f"the recording is a mean over {rows}; {truth.formula} is over all"
     loss = next((r for r in recorded if r.name == "loss"), None)
     if loss:
-        evidence += f"; {_relation(float(loss.recorded.item()), float(loss.expected))}"
+        evidence += _relation(float(loss.recorded.item()), float(loss.expected), "; ")
     return [Mistake("mean over padding", evidence)]
 
 
@@ -185,7 +198,7 @@ def _evidence(truth, wrong, recorded):
             got, right = float(r.recorded.item()), float(right)
             lines.append(
                 f"recorded {got:.7g} = {float(value):.7g} = {wrong.formula}; right: "
-                f"{right:.7g} = {truth.formula}, {_relation(got, right)}"
+                f"{right:.7g} = {truth.formula}{_relation(got, right)}"
             )
             if wrong.formula.cross_entropy:
                 lines.append(
@@ -194,17 +207,19 @@ def _evidence(truth, wrong, recorded):
     return "; ".join(lines)
 
 
-def _relation(got, right):
-    if not (math.isfinite(got) and math.isfinite(right)) or got == 0:
-        return f"recorded - right = {got - right:.7g}"
-    return f"right / recorded = {right / got:.7g}"
+def _relation(got, right, separator=", "):
+    if not (math.isfinite(got) and math.isfinite(right)):
+        return ""
+    if got == 0:
+        return f"{separator}recorded - right = {got - right:.7g}"
+    return f"{separator}right / recorded = {right / got:.7g}"
 
 
 def _unknown(recorded):
     for r in recorded:
         if r.name == "loss" and r.expected.ndim == 0 and not r.agrees:
             got, right = float(r.recorded.item()), float(r.expected)
-            text = f"recorded {got:.7g}, right {right:.7g}, {_relation(got, right)}"
+            text = f"recorded {got:.7g}, right {right:.7g}{_relation(got, right)}"
             square = got / right if right else math.nan
             for ratio, verb in ((square, "times"), (1 / (square or math.nan), "over")):
                 root = math.sqrt(ratio) if ratio > 1 else 0

@@ -1,4 +1,4 @@
-"""What arrays show by themselves: whether they hold logarithms or probabilities."""
+"""What arrays show by themselves: logarithms, probabilities, or NaN."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +14,28 @@ def wrong_contents(arrays, log_target) -> list[tuple[str, str]]:
         if x.ndim and x.size and not _holds(x, logs) and _holds(x, not logs):
             found.append((_name(name, logs), _evidence(name, x, logs)))
     return found
+
+
+def nans(arrays) -> list[tuple[str, str]]:
+    """Arrays with NaN where it counts."""
+    found = []
+    for name in ("input", "target"):
+        x = arrays[name]
+        where = np.isnan(x) & _counts(arrays, x)
+        if where.any():
+            first = np.argwhere(where)[0].tolist()
+            evidence = (
+                f"{where.sum():,} of {x.size:,} numbers of `{name}` "
+                f"{'is' if where.sum() == 1 else 'are'} NaN, the first at {first}"
+            )
+            found.append((f"NaN in {name}", evidence))
+    return found
+
+
+def _counts(arrays, x):
+    if "mask" not in arrays or arrays["mask"].shape != x.shape[:-1]:
+        return True
+    return arrays["mask"].astype(bool)[..., None]
 
 
 def _name(name, logs):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._errors import ParityError, require_torch
+from ._formula import check_temperature
 
 
 NAMES = (
@@ -53,6 +54,8 @@ def read(paths, max_bytes: int = MAX_BYTES) -> list[Recording]:
     """
     recordings, singles = [], []
     for path in map(pathlib.Path, paths):
+        if path.is_dir():
+            raise ParityError(f"{path}: it is a directory, not a file")
         if path.suffix not in SUFFIXES:
             raise ParityError(f"{path}: not one of {', '.join(SUFFIXES)}")
         if not path.is_file():
@@ -99,8 +102,9 @@ def _checked(path, arrays):
             if not np.isin(array, (0, 1)).all():
                 raise ParityError(f"{path}: `mask` must be bool, or 0 and 1")
         elif name == "temperature":
-            if array.size != 1 or not 0 < float(array.item()) < math.inf:
-                raise ParityError(f"{path}: `temperature` must be one positive number")
+            if array.size != 1 or np.iscomplexobj(array):
+                raise ParityError(f"{path}: `temperature` must be one real number")
+            check_temperature(float(array.item()), f"{path}: ")
         elif array.dtype.name not in ("float16", "bfloat16", "float32", "float64"):
             raise ParityError(
                 f"{path}: `{name}` must be floating-point, it is {array.dtype}"
@@ -123,8 +127,8 @@ def _read_npz(path, max_bytes):
         arrays = {}
         for member in members:
             with archive.open(member) as file:
-                array = _read_array(path, file, member.file_size)
-                arrays[member.filename.removesuffix(".npy")] = array
+                name = member.filename.removesuffix(".npy")
+                arrays[name] = _read_array(path, f"`{name}`", file, member.file_size)
         return arrays
 
 
@@ -136,10 +140,10 @@ def _read_npy(path, max_bytes):
     size = path.stat().st_size
     _check_size(path, size, max_bytes)
     with open(path, "rb") as file:
-        return _read_array(path, file, size)
+        return _read_array(path, "it", file, size)
 
 
-def _read_array(path, file, size):
+def _read_array(path, name, file, size):
     """One array in NumPy's format, whose header must not promise more than `size`."""
     version = np.lib.format.read_magic(file)
     read_header = {
@@ -149,10 +153,8 @@ def _read_array(path, file, size):
     if read_header is None:
         raise ParityError(f"{path}: unknown version {version} of NumPy's format")
     shape, fortran, dtype = read_header(file)
-    if dtype.hasobject:
-        raise ParityError(f"{path}: holds pickled objects, which are not loaded")
     if dtype.kind not in "fbiu":
-        raise ParityError(f"{path}: holds {dtype}; bfloat16 needs .safetensors or .pt")
+        raise ParityError(f"{path}: {name} holds {_no_numbers(dtype)}")
     wanted = math.prod(shape) * dtype.itemsize
     if wanted > size:
         raise ParityError(f"{path}: truncated: {size:,} bytes of {wanted:,}")
@@ -160,6 +162,16 @@ def _read_array(path, file, size):
     if len(data) != wanted:
         raise ParityError(f"{path}: truncated: {len(data):,} bytes of {wanted:,}")
     return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
+
+
+def _no_numbers(dtype):
+    if dtype.hasobject:
+        return f"Python objects ({dtype}), which are pickled and not loaded"
+    if dtype.kind in "SU":
+        return f"strings ({dtype}), not numbers"
+    if dtype.kind == "V":
+        return f"{dtype}; bfloat16 needs .safetensors or .pt"
+    return f"{dtype}, not real numbers"
 
 
 def _read_safetensors(path, max_bytes):
@@ -228,7 +240,11 @@ def _from_tensor(path, name, x, size):
     torch = require_torch()
     if isinstance(x, int | float):
         return np.asarray(float(x))
-    if not isinstance(x, torch.Tensor) or x.layout != torch.strided or x.is_quantized:
+    if not isinstance(x, torch.Tensor):
+        raise ParityError(
+            f"{path}: `{name}` must be a dense tensor, not a {type(x).__name__}"
+        )
+    if x.layout != torch.strided or x.is_quantized:
         raise ParityError(f"{path}: `{name}` must be a dense tensor")
     # A tensor can claim more than the file holds: repeated, or out of bounds.
     if max(x.untyped_storage().nbytes(), x.numel() * x.element_size()) > size:

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import xlogy
 
+from ._errors import ParityError
 
-# How an array is changed before it is used.
+
+# How an array is changed before it is used; logits are divided by T before.
 CHANGES: dict[str, Any] = {
     "": lambda x: x,
     "log": jnp.log,
@@ -29,6 +31,7 @@ class Formula:
     t_squared: bool = True
     input: str = ""  # of `CHANGES`
     target: str = ""
+    divided: bool = True  # logits, by T
     reverse: bool = False
     cross_entropy: bool = False
     masked: bool = False
@@ -37,7 +40,7 @@ class Formula:
 
     def __call__(self, x, t, mask=None):
         """The loss, and the sum of the magnitudes of its terms, for its rounding."""
-        x, t = CHANGES[self.input](x), CHANGES[self.target](t)
+        x, t = self._changed(self.input, x), self._changed(self.target, t)
         first, second = self._terms(x, t)
         first, second = jnp.broadcast_arrays(first, second)
         if mask is not None and self.padding != "all":
@@ -49,6 +52,12 @@ class Formula:
             factor /= self._divisor(x, first.shape, mask)
             return factor * jnp.sum(first + second), factor * jnp.sum(sizes)
         return factor * (first + second), factor * sizes
+
+    def _changed(self, change, x):
+        return CHANGES[change](x / self.temperature if self._divides(change) else x)
+
+    def _divides(self, change):
+        return "softmax" in change and self.divided and self.temperature != 1
 
     def _terms(self, x, t):
         if self.reverse:
@@ -71,10 +80,7 @@ class Formula:
         return rows * width if self.reduction == "mean" else rows
 
     def __str__(self):
-        x, t = (
-            f"{change}({name})" if change else name
-            for change, name in ((self.input, "input"), (self.target, "target"))
-        )
+        x, t = self._shown(self.input, "input"), self._shown(self.target, "target")
         options = f'reduction="{self.reduction}"'
         if self.reverse:
             log_t = t if self.log_target else f"log({t})"
@@ -94,3 +100,17 @@ class Formula:
             "all": ", all rows",
         }
         return text + rows[self.padding]
+
+    def _shown(self, change, name):
+        if self._divides(change):
+            name += f" / {self.temperature:g}"
+        return f"{change}({name})" if change else name
+
+
+def check_temperature(temperature: float, where: str = "") -> None:
+    """T² is what is used: it must be a number, too."""
+    if not (temperature > 0 and 0 < temperature * temperature < math.inf):
+        raise ParityError(
+            f"{where}`temperature` must be positive and finite, and its square too, "
+            f"got {temperature:g}"
+        )

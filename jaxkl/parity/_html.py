@@ -4,13 +4,15 @@ import html
 
 from ._cases import NOT_COMPARED
 from ._picture import picture
-from ._report import groups, HOW, place, summary
+from ._report import COLUMNS, groups, HOW, place, summary
 from ._run import Report
 from ._snippet import snippet
 
 
 # Of the rest there are only the names.
 SNIPPETS = 50
+_HEADERS = {"peer_ulp": "peer's own"}
+_FORMATS = {"numbers": ",", "ulp": ".2f", "peer_ulp": ".3g", "relative": ".1e"}
 
 
 def page(report: Report) -> str:
@@ -21,15 +23,15 @@ def page(report: Report) -> str:
         f'<p class="verdict {verdict}">{_text(summary(report))}</p>',
         f"<p>{_text(versions)}</p>",
         _failures(report),
-        '<h2>By group</h2><div class="wide">',
+        "<h2>By group</h2>",
         _table(report),
-        "</div>",
         f"<p>{_text(HOW)}.</p>",
+        _legend(),
         "<h2>Errors by dtype and size</h2>",
         "<p>The largest error of each array in the groups reductions and log_target, "
         "values and gradients: jaxkl filled, PyTorch in the same dtype hollow; "
-        "both against PyTorch in float64.</p>",
-        f'<div class="wide">{picture(report)}</div>',
+        "both against PyTorch in float64. A line is what is allowed for sums.</p>",
+        picture(report),
         "<h2>Not compared</h2><ul>",
         *(f"<li>{_text(x)}</li>" for x in NOT_COMPARED),
         "</ul>",
@@ -38,24 +40,38 @@ def page(report: Report) -> str:
 
 
 def _table(report):
-    cells = "group", "", "cases", "numbers", "ulp", "peer's own", "relative", "where"
-    rows = [f"<tr>{''.join(f'<th>{c}</th>' for c in cells)}</tr>"]
-    for g in groups(report):
-        ends = f"{g.failures} differ" if g.failures else "agreed"
-        numbers = (
-            f"{g.cases}",
-            f"{g.numbers:,}",
-            f"{g.ulp:.2f}",
-            f"{g.peer_ulp:.3g}",
-            f"{g.relative:.1e}",
-        )
-        rows.append(
-            f'<tr class="{"bad" if g.failures else ""}"><td>{_text(g.name)}</td>'
-            f'<td class="verdict">{ends}</td>'
-            + "".join(f'<td class="number">{n}</td>' for n in numbers)
-            + f"<td>{_text(g.where)}</td></tr>"
-        )
-    return f"<table>{''.join(rows)}</table>"
+    header = "<th>group</th><th></th>" + "".join(
+        f'<th class="{_kind(name)}">{_header(name)}</th>' for name in COLUMNS
+    )
+    rows = "".join(map(_row, groups(report)))
+    return f"<table><thead><tr>{header}</tr></thead>\n<tbody>{rows}</tbody></table>"
+
+
+def _row(group):
+    ends = f"{group.failures} differ" if group.failures else "agreed"
+    cells = "".join(
+        f'<td class="{_kind(name)}" data-label="{_header(name)}">'
+        f"{_text(format(getattr(group, name), _FORMATS.get(name, '')))}</td>"
+        for name in COLUMNS
+    )
+    return (
+        f'<tr class="{"bad" if group.failures else ""}">'
+        f'<td class="group">{_text(group.name)}</td><td class="verdict">{ends}</td>'
+        f"{cells}</tr>\n"
+    )
+
+
+def _header(name):
+    return _text(_HEADERS.get(name, name))
+
+
+def _kind(name):
+    return "where" if name == "where" else "number"
+
+
+def _legend():
+    terms = (f"<dt>{_header(k)}</dt><dd>{_text(v)}</dd>" for k, v in COLUMNS.items())
+    return f"<dl>{''.join(terms)}</dl>"
 
 
 def _failures(report):
@@ -102,20 +118,32 @@ _STYLE = """
   --float16: #f5a349; --bfloat16: #b794f6; --float32: #6cb2ff; --float64: #4fd1c0; } }
 * { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink);
-  background: var(--paper); max-width: 68rem; margin: 0 auto; padding: 1rem; }
+  background: var(--paper); max-width: 72rem; margin: 0 auto; padding: 1rem; }
 h1, h2 { line-height: 1.2; } h2 { margin-top: 2rem; }
 p, li { max-width: 48rem; overflow-wrap: anywhere; }
 p.verdict { font-size: 1.4rem; font-weight: 600; }
 .verdict { color: var(--good); } .bad.verdict, .bad .verdict { color: var(--bad); }
-.wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; }
-th, td { text-align: left; padding: .3rem .7rem; border-bottom: 1px solid var(--line);
-  white-space: nowrap; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .3rem .7rem; white-space: nowrap; }
+tr { border-bottom: 1px solid var(--line); }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.where { white-space: normal; overflow-wrap: anywhere; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem;
+  max-width: 48rem; font-size: .9rem; }
+dt { font-weight: 600; } dd { margin: 0; }
+@media (max-width: 60rem) { /* each row becomes a card, with its labels */
+  table, tbody { display: block; } thead { display: none; }
+  tr { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr));
+    gap: 0 1rem; padding: .5rem 0; }
+  td, td.number { padding: 0; text-align: left; white-space: normal; }
+  td.group { grid-column: 1 / -2; font-weight: 600; } td:empty { display: none; }
+  td.verdict { grid-column: -2; } td.where { grid-column: 1 / -1; }
+  td[data-label]::before { content: attr(data-label) " "; opacity: .75; } }
 pre { background: var(--soft); padding: .8rem; overflow-x: auto; font-size: .85rem; }
 details { border: 1px solid var(--line); border-radius: .4rem; padding: .4rem .8rem;
   margin: .5rem 0; }
 summary { cursor: pointer; overflow-wrap: anywhere; }
 svg { width: 100%; max-width: 48rem; height: auto; display: block; }
 svg text { fill: var(--ink); font: 14px system-ui, sans-serif; }
+@media (max-width: 30rem) { svg text { font-size: 19px; } }
 """

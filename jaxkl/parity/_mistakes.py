@@ -7,6 +7,9 @@ from dataclasses import replace
 from ._formula import Formula
 
 
+USUAL = 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 20.0  # temperatures
+
+
 def single_mistakes(right: Formula, dims: int) -> Iterator[tuple[str, Formula]]:
     """Names, and the formulas that they lead to, for arrays of so many dimensions."""
     for name, changes in _changes(right, dims):
@@ -18,6 +21,15 @@ def double_mistakes(right: Formula, dims: int) -> Iterator[tuple[str, Formula]]:
     for (name, changes), (other, more) in itertools.combinations(every, 2):
         if not changes.keys() & more.keys():
             yield f"{name}, and {other}", replace(right, **changes, **more)
+
+
+def at_unknown_temperature(right: Formula) -> Iterator[tuple[str, Formula]]:
+    """Logits, divided by one of the usual temperatures."""
+    for temperature, t_squared in itertools.product(USUAL, (True, False)):
+        formula = replace(right, temperature=temperature, t_squared=t_squared)
+        for name, changes in _logits(right):
+            name += f", at T = {temperature:g} (give the temperature to be sure)"
+            yield name, replace(formula, **changes)
 
 
 def _changes(right, dims):
@@ -44,7 +56,14 @@ def _changes(right, dims):
         if right.reduction in ("mean", "batchmean"):
             yield "mean over padding", dict(padding="count")
         yield "padding not masked", dict(padding="all")
-    yield "the file holds logits: input", dict(input="log_softmax")
+    yield from _logits(right)
+    if right.temperature != 1:
+        for name, changes in _logits(right, ", not divided by T"):
+            yield name, changes | dict(divided=False)
+
+
+def _logits(right, how=""):
     softmax = "log_softmax" if right.log_target else "softmax"
-    name = "the file holds logits: input and target"
-    yield name, dict(input="log_softmax", target=softmax)
+    name = f"the file holds logits{how}: input"
+    yield name, dict(input="log_softmax")
+    yield f"{name} and target", dict(input="log_softmax", target=softmax)

@@ -6,8 +6,8 @@ from ._cases import DTYPES
 from ._run import Report
 
 
-WIDTH, HEIGHT = 600, 380
-LEFT, RIGHT, TOP, BOTTOM = 55, 10, 40, 50
+WIDTH, HEIGHT = 600, 360
+LEFT, RIGHT, TOP, BOTTOM = 55, 10, 40, 30
 LOW, HIGH = 0.03125, 1024.0  # ulp; what is smaller or larger is drawn at the edge
 
 
@@ -22,7 +22,7 @@ def picture(report: Report) -> str:
     for size, i in column.items():
         x = LEFT + (i + 0.5) * step
         label = f"{size:,} numbers"
-        parts.append(_label(x, HEIGHT - 28, label, "middle"))
+        parts.append(_label(x, HEIGHT - 6, label, "middle"))
     for (dtype, size), (ours, theirs, allowed) in points.items():
         shift = (DTYPES.index(dtype) - 1.5) * step / 6
         x = LEFT + (column[size] + 0.5) * step + shift
@@ -30,11 +30,6 @@ def picture(report: Report) -> str:
         parts.append(_dot(x - 5, ours, dtype, f"jaxkl, {dtype}, {size}", True))
         if dtype != "float64":  # there it is what all are compared with
             parts.append(_dot(x + 5, theirs, dtype, f"PyTorch, {dtype}, {size}", False))
-    parts.append(
-        _label(
-            LEFT, HEIGHT - 6, "line: allowed for sums · filled: jaxkl · hollow: PyTorch"
-        )
-    )
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="Largest error in ulp by dtype and size">{"".join(parts)}</svg>'

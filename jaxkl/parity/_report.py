@@ -10,10 +10,25 @@ from ._snippet import snippet
 
 
 HOW = (
-    "dtype, shape, NaN and infinities as the peer's; numbers against the peer in "
-    "float64; ulp, of the result's dtype, and relative: to the terms added up; "
-    f"allowed: {ELEMENTWISE:g}, and for a sum of n terms √n more"
+    "The peer is PyTorch; in the groups of optax it is optax. Dtype, shape, NaN and "
+    "infinities must be the peer's in the same dtype. Finite numbers are compared with "
+    "the peer in float64, on the same numbers"
 )
+# Of the table, by their names in `Group`.
+COLUMNS = {
+    "cases": "how many calls were made in both frameworks",
+    "numbers": "how many numbers were compared",
+    "ulp": "the largest error of jaxkl, in units in the last place of the result's "
+    "dtype, at the size of the terms that are added up; "
+    f"{ELEMENTWISE:g} are allowed, and for a sum of n terms √n more",
+    "peer_ulp": "the largest error of the peer itself, in the same units: how far it "
+    "is in the case's dtype from what it gives in float64. It is huge where dtypes are "
+    "mixed: there PyTorch rounds to the narrower one and returns the wider one",
+    "relative": "the largest error of jaxkl, divided by the size of the terms that are "
+    "added up",
+    "where": "the case, the quantity and the index of the largest error in ulp, or of "
+    "the first that does not agree",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +121,7 @@ def as_json(report: Report) -> str:
         "summary": summary(report),
         "versions": report.versions,
         "how": HOW,
+        "columns": COLUMNS,
         "not_compared": NOT_COMPARED,
         "groups": [dataclasses.asdict(g) for g in groups(report)],
         "results": [_result(r) for r in report.results],
