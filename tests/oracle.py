@@ -175,7 +175,8 @@ def alpha_divergence(alpha):
         f_p, f_q = -less(p, c * x) / c, -less(q, -a * x) / a
         near = np.abs(x) < 0.5 / max(1, abs(c))
         series = p * _power_series(np.where(near, x, 0), c)
-        return np.where(near, series, f_p + f_q), f_p, f_q
+        f = np.where(np.isposinf(product), product, f_p + f_q)
+        return np.where(near, series, f), f_p, f_q
 
     return divergence
 
@@ -344,7 +345,7 @@ def _to_logits(log_probs, slopes):
     probs, top = np.exp(log_probs), _at_top(log_probs)
     total = lambda x: np.sum(x, -1, keepdims=True)
     per_prob = total(np.where(top, slopes, 0)) / np.max(probs, -1, keepdims=True)
-    slopes = np.where(top, 0, slopes - _times(probs, per_prob))
+    slopes = np.where(top, 0 * slopes, slopes - _times(probs, per_prob))
     return slopes - _times(probs, total(slopes))
 
 
