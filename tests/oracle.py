@@ -1,7 +1,8 @@
 """Oracle of the distillation losses: NumPy in extended precision, from the equations.
 
-It shares no code with jaxkl. Every sum is the textbook one, `Σ p (log p - log q)`:
-`np.longdouble` has digits enough (64 bits on x86) for its cancellation not to matter.
+It shares no code with jaxkl. `np.longdouble` has 64 bits on x86, and no term is a
+difference of numbers that are nearly equal: equal models give exactly 0, on every
+processor, and confident rows, high temperatures and small β keep their digits.
 All gradients are closed forms, which `test_oracle.py` checks by central differences.
 """
 
@@ -18,14 +19,28 @@ def _real(x):
     return x.astype(np.longdouble)
 
 
-def _lse(logits):
-    top = np.max(logits, -1, keepdims=True)
-    return top + np.log(np.sum(np.exp(logits - top), -1, keepdims=True))
+def _at_top(logits):
+    """Whether an entry is the largest of its row: the first one of equals."""
+    top = np.argmax(logits, -1, keepdims=True)
+    return np.arange(logits.shape[-1]) == top
+
+
+def _shifted_and_log_sum(logits):
+    """Logits less the largest, and the log of the sum of their exponentials."""
+    shifted = logits - np.max(logits, -1, keepdims=True)
+    # The largest itself is 0 here, or NaN where it is infinite.
+    others = np.where(_at_top(logits), shifted, np.exp(shifted))
+    return shifted, np.log1p(np.sum(others, -1, keepdims=True))
 
 
 def log_softmax(logits):
-    logits = _real(logits)
-    return logits - _lse(logits)
+    shifted, log_sum = _shifted_and_log_sum(_real(logits))
+    return shifted - log_sum
+
+
+def _lse(logits):
+    _, log_sum = _shifted_and_log_sum(logits)
+    return np.max(logits, -1, keepdims=True) + log_sum
 
 
 def _times(probs, x):
@@ -33,13 +48,41 @@ def _times(probs, x):
     return np.where(probs == 0, 0, probs * np.where(probs == 0, 0, x))
 
 
-# Divergences: `(log_p, log_q) -> f, ∂f/∂log p, ∂f/∂log q`, elementwise.
+def _log_ratio(log_p, log_q):
+    """`log(p / q)`: 0 where both are 0."""
+    return np.where(log_p == log_q, 0, log_p - log_q)
+
+
+def _difference(log_p, log_q):
+    """`p - q`."""
+    x = _log_ratio(log_p, log_q)
+    larger = np.exp(np.maximum(log_p, log_q))
+    return -np.sign(x) * larger * np.expm1(-np.abs(x))
+
+
+# Divergences: `(log_p, log_q) -> f, ∂f/∂log p, ∂f/∂log q`, elementwise. To a term, a
+# multiple of `q - p` is added that makes it non-negative: over a row it adds up to 0.
+
+
+def _power_series(x, c):
+    """`Σ xᵏ/k! · (1 + c + … + cᵏ⁻²)`, k ≥ 2: to full precision where x is small."""
+    total, power, slope = np.zeros_like(x), x, np.longdouble(0)
+    for k in range(2, 26):
+        power, slope = power * x / k, 1 + c * slope
+        total = total + power * slope
+    return total
+
+
+def _excess(p, q, x):
+    """`p log(p / q) - p + q`, where x is log(q / p)."""
+    near = np.abs(x) < 0.5
+    series = p * _power_series(np.where(near, x, 0), 0)
+    return np.where(near, series, q - p - _times(p, x))
 
 
 def forward_kl(log_p, log_q):
-    p = np.exp(log_p)
-    f = _times(p, log_p - log_q)
-    return f, f + p, -p
+    p, q, x = np.exp(log_p), np.exp(log_q), _log_ratio(log_q, log_p)
+    return _excess(p, q, x), -_times(p, x), _difference(log_q, log_p)
 
 
 def _swap(divergence):
@@ -65,11 +108,13 @@ def symmetric_kl(weight=0.5):
     return divergence
 
 
-def _log_mixture(weight, log_a, log_b):
-    """`log(weight · a + (1 - weight) · b)`."""
-    return np.logaddexp(
-        np.log(np.longdouble(weight)) + log_a, np.log1p(-np.longdouble(weight)) + log_b
-    )
+def _log_mixture(weight, other, x):
+    """`log(weight + other eˣ)`, with weights that add up to 1."""
+    step = other * np.expm1(x)
+    near = np.log1p(np.maximum(step, -0.5))
+    plain = np.log(weight + other * np.exp(x))
+    beyond = x + np.log(weight * np.exp(-x) + other)
+    return np.where(np.isposinf(step), beyond, np.where(step > -0.5, near, plain))
 
 
 def jensen_shannon(beta=0.5, normalized=False):
@@ -79,23 +124,31 @@ def jensen_shannon(beta=0.5, normalized=False):
         return reverse_kl
 
     def divergence(log_p, log_q):
-        b = np.longdouble(beta)
-        log_m = _log_mixture(beta, log_p, log_q)
-        f_p = b * _times(np.exp(log_p), log_p - log_m)
-        f_q = (1 - b) * _times(np.exp(log_q), log_q - log_m)
+        b, x = np.longdouble(beta), _log_ratio(log_q, log_p)
+        p, q = np.exp(log_p), np.exp(log_q)
+        mixture = b * p + (1 - b) * q
+        to_p, to_q = _log_mixture(b, 1 - b, x), _log_mixture(1 - b, b, -x)
+        f = b * _excess(p, mixture, to_p) + (1 - b) * _excess(q, mixture, to_q)
+        f_p, f_q = -b * _times(p, to_p), -(1 - b) * _times(q, to_q)
         scale = b * (1 - b) if normalized else 1
-        return (f_p + f_q) / scale, f_p / scale, f_q / scale
+        return f / scale, f_p / scale, f_q / scale
 
     return divergence
 
 
 def skew_forward_kl(alpha=0.1):
+    if alpha == 0:
+        return forward_kl
+
     def divergence(log_p, log_q):
-        a, p = np.longdouble(alpha), np.exp(log_p)
-        log_m = _log_mixture(alpha, log_p, log_q)
-        f = _times(p, log_p - log_m)
-        ratio_p, ratio_q = _times(p, np.exp(log_p - log_m)), np.exp(log_q - log_m)
-        return f, f + p - a * ratio_p, -(1 - a) * _times(p, ratio_q)
+        a, p, q = np.longdouble(alpha), np.exp(log_p), np.exp(log_q)
+        x = _log_mixture(a, 1 - a, _log_ratio(log_q, log_p))
+        gap = -np.expm1(-x)  # 1 - p / mixture
+        slope = np.where(
+            np.abs(x) < 0.5, -_power_series(-x, 0) - (1 - a) * gap, a * gap - x
+        )
+        f = _excess(p, a * p + (1 - a) * q, x)
+        return f, _times(p, slope), (1 - a) * _times(q, gap)
 
     return divergence
 
@@ -105,9 +158,8 @@ def skew_reverse_kl(alpha=0.1):
 
 
 def total_variation(log_p, log_q):
-    p, q = np.exp(log_p), np.exp(log_q)
-    sign = np.sign(p - q)
-    return np.abs(p - q) / 2, sign * p / 2, -sign * q / 2
+    difference, sign = _difference(log_p, log_q), np.sign(_log_ratio(log_p, log_q))
+    return np.abs(difference) / 2, sign * np.exp(log_p) / 2, -sign * np.exp(log_q) / 2
 
 
 def alpha_divergence(alpha):
@@ -116,20 +168,23 @@ def alpha_divergence(alpha):
 
     def divergence(log_p, log_q):
         a, p, q = np.longdouble(alpha), np.exp(log_p), np.exp(log_q)
+        c, x = 1 - a, _log_ratio(log_q, log_p)
         both_zero = (p == 0) & (q == 0)
-        product = np.where(both_zero, 0, np.exp(a * log_p + (1 - a) * log_q))
-        scale = a * (a - 1)
-        # Σ (a p + (1 - a) q) = 1: the "- 1" of the definition, dealt out to the terms.
-        f = (product - a * p - (1 - a) * q) / scale
-        return f, (product - p) * a / scale, (product - q) * (1 - a) / scale
+        product = np.where(both_zero, 0, np.exp(a * log_p + c * log_q))  # pᵃ q¹⁻ᵃ
+        less = lambda p, y: np.where(np.abs(y) < 1, p * np.expm1(y), product - p)
+        f_p, f_q = -less(p, c * x) / c, -less(q, -a * x) / a
+        near = np.abs(x) < 0.5 / max(1, abs(c))
+        series = p * _power_series(np.where(near, x, 0), c)
+        f = np.where(np.isposinf(product), product, f_p + f_q)
+        return np.where(near, series, f), f_p, f_q
 
     return divergence
 
 
 def squared_error(log_p, log_q):
     """`(p - q)²`: stands for a user's own divergence."""
-    p, q = np.exp(log_p), np.exp(log_q)
-    return (p - q) ** 2, 2 * (p - q) * p, -2 * (p - q) * q
+    d = _difference(log_p, log_q)
+    return d**2, 2 * d * np.exp(log_p), -2 * d * np.exp(log_q)
 
 
 class Result(NamedTuple):
@@ -278,22 +333,33 @@ def metrics(
 def _divergence_and_grad(divergence, student_logits, teacher_logits):
     log_p, log_q = log_softmax(teacher_logits), log_softmax(student_logits)
     f, f_p, f_q = divergence(log_p, log_q)
-    dz = f_q - _times(np.exp(log_q), np.sum(f_q, -1, keepdims=True))
-    du = f_p - _times(np.exp(log_p), np.sum(f_p, -1, keepdims=True))
-    return np.sum(f, -1), dz, du
+    return np.sum(f, -1), _to_logits(log_q, f_q), _to_logits(log_p, f_p)
+
+
+def _to_logits(log_probs, slopes):
+    """`slopes - probs Σ slopes`, to which a multiple of `probs` can be added freely.
+
+    It is taken such that the likeliest entry has no slope: its gradient, which may be
+    all that its probability lacks to 1, is then a sum over the others.
+    """
+    probs, top = np.exp(log_probs), _at_top(log_probs)
+    total = lambda x: np.sum(x, -1, keepdims=True)
+    per_prob = total(np.where(top, slopes, 0)) / np.max(probs, -1, keepdims=True)
+    slopes = np.where(top, 0 * slopes, slopes - _times(probs, per_prob))
+    return slopes - _times(probs, total(slopes))
 
 
 def _cross_entropy(logits, labels, label_smoothing):
     """Zero, with zero gradient, where the label is -100."""
-    vocab = logits.shape[-1]
-    log_probs, labelled = log_softmax(logits), labels != -100
-    target = np.zeros_like(logits)
-    target[labelled, labels[labelled]] = 1
-    epsilon = np.longdouble(label_smoothing)
-    target = (1 - epsilon) * target + epsilon / vocab
-    ce = -np.sum(_times(target, log_probs), -1)
-    d_ce = np.exp(log_probs) - target
-    return np.where(labelled, ce, 0), np.where(labelled[:, None], d_ce, 0)
+    log_probs, labelled = log_softmax(logits), (labels != -100)[:, None]
+    vocab, epsilon = logits.shape[-1], np.longdouble(label_smoothing)
+    is_label = np.arange(vocab) == labels[:, None]
+    target = (1 - epsilon) * is_label + epsilon / vocab
+    ce = -np.sum(_times(target, log_probs), -1, keepdims=True)
+    # Of the label, `probs - 1` of a probability that may be nearly 1.
+    d_ce = np.where(is_label, np.expm1(log_probs) + epsilon, np.exp(log_probs))
+    d_ce = d_ce - epsilon / vocab
+    return np.where(labelled, ce, 0)[:, 0], np.where(labelled, d_ce, 0)
 
 
 class _Tokens:

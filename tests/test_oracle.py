@@ -1,4 +1,6 @@
-"""The oracle against central differences and against SciPy: it is itself tested."""
+"""The oracle against central differences, SciPy and decimals: it is itself tested."""
+
+from decimal import Decimal, localcontext
 
 import numpy as np
 import pytest
@@ -131,3 +133,122 @@ def test_metrics_match_scipy(rng):
     assert_close(got.cross_entropy, (w * nll)[labels >= 0].sum() / 18, 1e-12)
     assert got.weight == 21
     assert got.divergence < got.kl  # temperature 2 flattens both
+
+
+# Rows that take the digits from a textbook sum, against one in a hundred digits.
+
+HARD = {
+    # student, teacher, temperature
+    "confident": ([20, 1, 0], [20, 0, 0.5], 1.0),
+    "confident student": ([14, 0, 0.3], [-60, 0, 0.1], 1.0),
+    "confident teacher": ([-60, 0, 0.1], [14, 0, 0.3], 1.0),
+    "apart": ([0, -60, 3], [0, 2, 1], 1.0),
+    "near": ([0.3, 1, -2], [0.3, 1.00001, -2], 1.0),
+    "T = 1e4": (np.linspace(-2, 1, 9) ** 3, np.linspace(0, 2, 9) ** 2, 1e4),
+    "T = 1e6": (np.linspace(-2, 1, 9) ** 3, np.linspace(0, 2, 9) ** 2, 1e6),
+}
+_kl = lambda p, q: sum(a * (a / b).ln() for a, b in zip(p, q, strict=True))
+_mix = lambda a, p, q: [a * x + (1 - a) * y for x, y in zip(p, q, strict=True)]
+_mixed = lambda b, p, q: (
+    b * _kl(p, _mix(b, p, q)) + (1 - b) * _kl(q, _mix(b, p, q)),
+    b * (1 - b),
+)
+_power = lambda a, p, q: sum(x**a * y ** (1 - a) for x, y in zip(p, q, strict=True)) - 1
+# The oracle of a parameter, beside the textbook's.
+FAMILIES = {
+    "symmetric": (
+        oracle.symmetric_kl,
+        lambda w, p, q: w * _kl(p, q) + (1 - w) * _kl(q, p),
+    ),
+    "js": (oracle.jensen_shannon, lambda b, p, q: _mixed(b, p, q)[0]),
+    "js_normalized": (
+        lambda b: oracle.jensen_shannon(b, normalized=True),
+        lambda b, p, q: _mixed(b, p, q)[0] / _mixed(b, p, q)[1],
+    ),
+    "skew_forward": (oracle.skew_forward_kl, lambda a, p, q: _kl(p, _mix(a, p, q))),
+    "skew_reverse": (oracle.skew_reverse_kl, lambda a, p, q: _kl(q, _mix(a, q, p))),
+    "total_variation": (
+        lambda _: oracle.total_variation,
+        lambda _, p, q: sum(abs(x - y) for x, y in zip(p, q, strict=True)) / 2,
+    ),
+    "alpha": (oracle.alpha_divergence, lambda a, p, q: _power(a, p, q) / (a * (a - 1))),
+}
+PARAMETERS = {"total_variation": [0.0], "alpha": [-1.0, 1e-8, 0.5, 1 - 1e-8, 2.0]}
+
+
+def _decimals(x):
+    return [Decimal(float(v)) for v in x]
+
+
+def _softmax(logits):
+    powers = [x.exp() for x in logits]
+    return [x / sum(powers) for x in powers]
+
+
+def _slopes(f, x, step=Decimal("1e-35")):
+    """Central differences, in the digits of the context."""
+    moved = lambda i, h: f([v + h * (i == j) for j, v in enumerate(x)])
+    return [(moved(i, step) - moved(i, -step)) / (2 * step) for i in range(len(x))]
+
+
+def _assert_digits(actual, expected, rounding=0.0):
+    assert_close(actual, [float(x) for x in expected], 1e-12, floor=rounding)
+
+
+@pytest.mark.parametrize("row", HARD)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_digits_of_hard_rows(family, row):
+    make, textbook = FAMILIES[family]
+    student, teacher, temperature = HARD[row]
+    s, t, T = _decimals(student), _decimals(teacher), Decimal(temperature)
+    for parameter in PARAMETERS.get(family, [1e-8, 0.3, 1 - 1e-8]):
+
+        def loss(s, t):
+            p, q = (_softmax([x / T for x in z]) for z in (t, s))
+            return T * T * textbook(Decimal(parameter), p, q)  # noqa: B023
+
+        with localcontext(prec=100):
+            value = loss(s, t)
+            d_student = _slopes(lambda z: loss(z, t), s)
+            d_teacher = _slopes(lambda z: loss(s, z), t)
+        got = oracle.distillation_loss(
+            *np.float64([[student], [teacher]]),
+            divergence=make(parameter),
+            temperature=temperature,
+        )
+        # A slope that is 1e-18 of the loss is what its rounding leaves.
+        rounding = 1e-19 * float(value)
+        _assert_digits([got.loss], [value])
+        _assert_digits(got.student[0], d_student, rounding)
+        _assert_digits(got.teacher[0], d_teacher, rounding)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_digits_of_a_confident_cross_entropy(smoothing):
+    row = [0, -14.5, -15.2, -30]
+    got = oracle.distillation_loss(
+        *np.float64([[row], [row]]),
+        labels=np.array([0]),
+        alpha=0.0,
+        label_smoothing=smoothing,
+    )
+
+    def loss(logits):
+        losses = [-x.ln() for x in _softmax(logits)]
+        epsilon = Decimal(smoothing)
+        return (1 - epsilon) * losses[0] + epsilon * sum(losses) / len(losses)
+
+    with localcontext(prec=100):
+        value, slopes = loss(_decimals(row)), _slopes(loss, _decimals(row))
+    _assert_digits([got.loss], [value])
+    _assert_digits(got.student[0], slopes)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equal_models_differ_by_exactly_nothing(rng, family):
+    rows = np.concatenate([rng.normal(size=(3, 9)), [[-np.inf] * 8 + [3.0]]])
+    for parameter in PARAMETERS.get(family, [1e-8, 0.1, 0.3, 1 - 1e-8]):
+        divergence = FAMILIES[family][0](parameter)
+        got = oracle.distillation_loss(rows, rows, divergence=divergence)
+        assert got.loss == 0
+        assert not got.student.any() and not got.teacher.any()
