@@ -42,7 +42,8 @@ test-newest: .venv-newest/.done  ## the tests without PyTorch on the newest JAX,
 	@$(NEWEST)/python -c "import jax, sys; print('JAX', jax.__version__, 'on Python', sys.version.split()[0])"
 	@echo "Left to Python 3.11, as newer ones have no small build of PyTorch:"
 	@echo "  $(BESIDE_TORCH) and tests marked torch"
-	$(NEWEST)/python -m pytest -n $(WORKERS) --dist loadgroup $(BESIDE_TORCH:%=--ignore=%) -m "not torch and not slow" $(ARGS)
+	$(NEWEST)/python -m pytest -n $(WORKERS) --dist loadgroup $(BESIDE_TORCH:%=--ignore=%) \
+	  -m "not torch and (newest or not slow)" $(ARGS)
 
 parity: .venv-test/.test  ## every case beside the installed PyTorch
 	$(TEST)/jaxkl parity $(ARGS)
@@ -85,7 +86,7 @@ venv = $(PYTHON) -m venv $(@D) && $(PIP) $(1)
 
 # Apart, as are the benchmarks: JAX looks for a TPU wherever libtpu is installed.
 .venv-test/.test: pyproject.toml
-	$(call venv,-e ".[train$(comma)test$(comma)parity]")
+	$(call venv,-e ".[train$(comma)test$(comma)test-torch]")
 	touch $@
 
 .venv-test/.lint: .venv-test/.test
@@ -97,9 +98,9 @@ venv = $(PYTHON) -m venv $(@D) && $(PIP) $(1)
 	touch $@
 
 # Made from nothing: pip would keep a JAX that is there.
-.venv-newest/.done: PYTHON = $(shell .ci/newest-python)
+.venv-newest/.done: PYTHON = $(shell .ci/newest-python 2>/dev/null)
 .venv-newest/.done: pyproject.toml
-	@test -n "$(PYTHON)"
+	@test -n "$(PYTHON)" || .ci/newest-python
 	rm -rf $(@D)
 	$(call venv,-e ".[train$(comma)test]")
 	touch $@

@@ -46,7 +46,7 @@ def programs():
 
 def marks(page):
     with_torch = "\nimport torch\n" in page.read_text()
-    return [pytest.mark.slow, *[pytest.mark.torch] * with_torch]
+    return [pytest.mark.slow, pytest.mark.torch if with_torch else pytest.mark.newest]
 
 
 @pytest.fixture

@@ -85,6 +85,7 @@ def check_picture(path, colours):
             assert near.sum() > 50, colour
 
 
+@pytest.mark.newest
 @pytest.mark.slow
 def test_digits_small(tmp_path, digits):
     out = tmp_path / "deep" / "out"
