@@ -4,6 +4,7 @@ BIN := .venv/bin
 TEST := .venv-test/bin
 BENCH := .venv-bench/bin
 FLOOR := .venv-floor/bin
+NEWEST := .venv-newest/bin
 LM := .venv-lm/bin
 DOCS := .venv-docs/bin
 NOTEBOOK := .venv-notebook/bin
@@ -11,8 +12,10 @@ JAX_FLOOR := $(shell sed -n 's/.*"jax>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 WORKERS ?= 2
 CORE := tests/test_kl_div.py tests/test_divergences.py tests/test_distillation_singular.py \
   tests/test_check_distributions.py
+BESIDE_TORCH := tests/test_kl_div_torch.py tests/test_kl_div_properties.py tests/test_parity.py \
+  tests/test_parity_compare.py tests/test_parity_files.py
 
-.PHONY: bench distill distill-lm docs notebook test test-lm test-slow test-floor parity package lint clean
+.PHONY: bench distill distill-lm docs notebook test test-lm test-slow test-floor test-newest parity package lint clean
 
 distill: .venv/.train  ## train a teacher, distil a student: table and picture
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -34,6 +37,13 @@ test-lm: .venv-lm/.test  ## the tests of examples/smollm2
 
 test-floor: .venv-floor/.done  ## the core tests on the oldest JAX that is supported
 	$(FLOOR)/python -m pytest -n $(WORKERS) $(CORE) $(ARGS)
+
+test-newest: .venv-newest/.done  ## the tests without PyTorch on the newest JAX, on the newest Python that is found
+	@$(NEWEST)/python -c "import jax, sys; print('JAX', jax.__version__, 'on Python', sys.version.split()[0])"
+	@echo "Left to Python 3.11, as newer ones have no small build of PyTorch:"
+	@echo "  $(BESIDE_TORCH) and tests marked torch"
+	$(NEWEST)/python -m pytest -n $(WORKERS) --dist loadgroup $(BESIDE_TORCH:%=--ignore=%) \
+	  -m "not torch and (newest or not slow)" $(ARGS)
 
 parity: .venv-test/.test  ## every case beside the installed PyTorch
 	$(TEST)/jaxkl parity $(ARGS)
@@ -63,7 +73,7 @@ lint: .venv-test/.lint
 	$(TEST)/pyright
 
 clean:
-	rm -rf .venv .venv-test .venv-bench .venv-floor .venv-lm .venv-build .venv-docs .venv-notebook .venv-package build dist
+	rm -rf .venv .venv-test .venv-bench .venv-floor .venv-newest .venv-lm .venv-build .venv-docs .venv-notebook .venv-package build dist
 
 # Each mark is made when its environment is whole: `$(@D)` is the environment.
 comma := ,
@@ -76,7 +86,7 @@ venv = $(PYTHON) -m venv $(@D) && $(PIP) $(1)
 
 # Apart, as are the benchmarks: JAX looks for a TPU wherever libtpu is installed.
 .venv-test/.test: pyproject.toml
-	$(call venv,-e ".[train$(comma)test]")
+	$(call venv,-e ".[train$(comma)test$(comma)test-torch]")
 	touch $@
 
 .venv-test/.lint: .venv-test/.test
@@ -85,6 +95,14 @@ venv = $(PYTHON) -m venv $(@D) && $(PIP) $(1)
 
 .venv-floor/.done: pyproject.toml
 	$(call venv,-e . "jax==$(JAX_FLOOR)" "jaxlib==$(JAX_FLOOR)" pytest pytest-xdist scipy)
+	touch $@
+
+# Made from nothing: pip would keep a JAX that is there.
+.venv-newest/.done: PYTHON = $(shell .ci/newest-python 2>/dev/null)
+.venv-newest/.done: pyproject.toml
+	@test -n "$(PYTHON)" || .ci/newest-python
+	rm -rf $(@D)
+	$(call venv,-e ".[train$(comma)test]")
 	touch $@
 
 .venv-build/.done: pyproject.toml

@@ -182,11 +182,11 @@ def _pointwise_bwd(log_target, res, g):
     if log_target:
         prob = jnp.exp(target)
         g_prob = g * prob
-        return unwiden([-g_prob, g_prob + g * (target - input) * prob])
+        return unwiden((-g_prob, g_prob + g * (target - input) * prob))
     # A zero cotangent makes the NaN of a negative target 0, as PyTorch's xlogy does.
     log = jnp.log(jnp.where((g == 0) & (target < 0), 1.0, target))
     d_target = g * log + _times_one(g, target) + -g * input
-    return unwiden([-g * target, d_target])
+    return unwiden((-g * target, d_target))
 
 
 _pointwise.defvjp(_pointwise_fwd, _pointwise_bwd)

@@ -94,7 +94,8 @@ def widen(input, target):
     """Both arrays in at least float32, and in their broadcast shape."""
     with jax.numpy_dtype_promotion("standard"):
         dtype = jnp.result_type(input, target, jnp.float32)
-    return jnp.broadcast_arrays(input.astype(dtype), target.astype(dtype))
+    # A list before JAX 0.12: one type for all, as a transpose takes what this gives.
+    return tuple(jnp.broadcast_arrays(input.astype(dtype), target.astype(dtype)))
 
 
 def reduce_loss(loss, input, total, per_batch):

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 import jaxkl
 
@@ -217,9 +216,12 @@ def test_labels(rng, alpha, label_smoothing):
     )
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
 def test_cross_entropy_matches_torch(rng, dtype, label_smoothing):
+    import torch
+
     s, t = rounded(rng, (2, 4, 7), dtype), rounded(rng, (2, 4, 7), dtype)
     labels = np.array([[0, 6, -100, 3], [2, -100, 1, 1]])
     value, grads = evaluate(

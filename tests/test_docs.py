@@ -10,8 +10,6 @@ import pytest
 
 import jaxkl
 
-from .cases import rarely
-
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -43,7 +41,12 @@ def blocks(page):
 def programs():
     """README first; what takes long is left to CI."""
     found = [page for page in PAGES if "```python" in page.read_text()]
-    return [ROOT / "README.md", *rarely(*found)]
+    return [ROOT / "README.md", *(pytest.param(x, marks=marks(x)) for x in found)]
+
+
+def marks(page):
+    with_torch = "\nimport torch\n" in page.read_text()
+    return [pytest.mark.slow, pytest.mark.torch if with_torch else pytest.mark.newest]
 
 
 @pytest.fixture

@@ -85,6 +85,7 @@ def check_picture(path, colours):
             assert near.sum() > 50, colour
 
 
+@pytest.mark.newest
 @pytest.mark.slow
 def test_digits_small(tmp_path, digits):
     out = tmp_path / "deep" / "out"
@@ -177,6 +178,7 @@ def test_digits_folder_that_cannot_be_written(tmp_path):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.torch
 def test_from_pytorch_agrees():
     result = run(EXAMPLES / "from_pytorch.py")
     assert result.returncode == 0, result.stdout + result.stderr
@@ -189,6 +191,7 @@ def test_from_pytorch_agrees():
     np.testing.assert_allclose([kl_div_loss, distillation_loss], torch_loss, rtol=1e-5)
 
 
+@pytest.mark.torch
 @pytest.mark.slow
 def test_from_pytorch_fails_if_something_differs():
     code = (

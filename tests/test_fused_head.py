@@ -12,6 +12,7 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "fused_head.py"
 SMALL = "--length 128 --steps 2".split()
 
 
+@pytest.mark.newest
 @pytest.mark.slow
 def test_fused_head():
     result = run_python(EXAMPLE, *SMALL)

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 import jaxkl
 
@@ -92,8 +91,11 @@ def test_reverse_kl_where_the_teacher_has_minus_inf(rng):
     assert_close(jax.grad(ours)(s), expected.student, 1e-5)
 
 
+@pytest.mark.torch
 def test_minus_inf_in_both_models(rng):
     # All but torchtune: a NaN value with a finite gradient, so that training goes on.
+    import torch
+
     s, t = rng.normal(size=(2, 3, 5))
     s[:, 2] = t[:, 2] = -np.inf
     x = torch.tensor(s, requires_grad=True)
@@ -189,8 +191,11 @@ def test_cancellation_near_the_teacher(rng, noise, kl, wrong):
         assert _error(jax.jit(theirs)(s, t), expected) > wrong
 
 
+@pytest.mark.torch
 def test_mean_also_over_the_vocabulary(rng):
     # ModelOpt, and PyTorch's `kl_div(reduction="mean")`, the default.
+    import torch
+
     s, t = rounded(rng, (3, 50)), rounded(rng, (3, 50))
     log_q, log_p = jax.nn.log_softmax(s), jax.nn.log_softmax(t)
     theirs = torch.nn.functional.kl_div(

@@ -21,6 +21,7 @@ from .multiprocess_worker import make_cases, MESHES, prefix, PROCESSES
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "multihost.py"
+pytestmark = [pytest.mark.slow, pytest.mark.newest]
 
 
 def run(folder, *commands, timeout):
@@ -52,7 +53,6 @@ def run(folder, *commands, timeout):
     return [(x.returncode, text) for x, text in zip(running, texts, strict=True)]
 
 
-@pytest.mark.slow
 def test_loss_and_gradients_in_two_processes(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -95,7 +95,6 @@ def losses_of(text):
     return [float(x[-1]) for x in lines]
 
 
-@pytest.mark.slow
 def test_example_prints_the_same_losses_in_any_number_of_processes(tmp_path):
     losses = []
     for options, processes in (
@@ -113,7 +112,6 @@ def test_example_prints_the_same_losses_in_any_number_of_processes(tmp_path):
         np.testing.assert_allclose(other, losses[0], rtol=0, atol=1.5e-5)
 
 
-@pytest.mark.slow
 def test_example_ends_when_a_process_dies(tmp_path):
     command = (EXAMPLE, "--launch=2", "--die-at=2")
     ((status, text),) = run(tmp_path, command, timeout=120)

@@ -14,7 +14,7 @@ from .tpu_programs import CASES, PLAIN, SHARDED
 
 TIMEOUT = 600
 # One worker: it compiles once, for two minutes.
-pytestmark = [pytest.mark.xdist_group("tpu"), pytest.mark.slow]
+pytestmark = [pytest.mark.xdist_group("tpu"), pytest.mark.slow, pytest.mark.newest]
 
 
 @pytest.fixture(scope="module")
