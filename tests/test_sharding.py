@@ -173,6 +173,22 @@ def test_masked_tokens_may_hold_nan(rng):
     assert nothing == 0 and not any(x.any() for x in jax.tree.leaves(grads))
 
 
+@pytest.mark.parametrize("shape", [(0,), *rarely((0, 3), (3, 0))])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("form", ["dense", *rarely("heads")])
+def test_no_token_at_all(rng, form, reduction, shape):
+    student, teacher = sources(rng, form, shape, 24)
+    loss = sharded("2x4", sharded_distillation_loss_with_metrics)
+    f = ft.partial(loss, reduction=reduction, temperature=2.0)
+    summed = lambda s: jax.tree.map(jnp.sum, f(s, teacher))
+    _, grad = jax.jit(jax.value_and_grad(summed, has_aux=True))(student)
+    value, metrics = jax.jit(f)(student, teacher)
+    assert value.shape == (() if reduction == "mean" else shape)
+    assert not np.any(value) and not np.any(jax.tree.leaves(metrics))
+    for d, x in zip(jax.tree.leaves(grad), jax.tree.leaves(student), strict=True):
+        assert d.shape == x.shape and not np.any(d)
+
+
 def test_columns_that_are_masked_in_both(rng):
     """A whole device's slice of the vocabulary may be `-inf`."""
     student, teacher = (
