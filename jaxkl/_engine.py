@@ -9,6 +9,7 @@ incoming cotangent. Where the cotangents are per token, it runs the tiles again 
 """
 
 import functools as ft
+import math
 from typing import Any
 
 import jax
@@ -138,7 +139,8 @@ def _run(spec: Spec, operands: Operands, wanted: Operands) -> Tile:
 
     def fitting(tile_bytes, least=1, again=False):
         rows = max(tile_bytes // (spec.vocab.width * spec.dtype.itemsize), least)
-        return tiled(_tile_size(tokens, min(rows // 8 * 8 or rows, _MAX_TILE)), again)
+        near = min(rows // 8 * 8 or rows, _MAX_TILE)
+        return tiled(_tile_size(tokens, near, least), again)
 
     if spec.tile is not None:
         return tiled(spec.tile)(operands)
@@ -159,14 +161,17 @@ def _run(spec: Spec, operands: Operands, wanted: Operands) -> Tile:
     return jax.lax.platform_dependent(operands, cpu=on_cpu, default=elsewhere)
 
 
-def _tile_size(tokens, most):
-    """Near `most`, and such that few tokens of padding, which cost as much as others,
-    fill the last tile; none, which would cost a copy, if that can be had."""
-    for tile in range(most, most * 3 // 4, -8):
-        if tokens % tile == 0:
-            return tile
-    tile = -(-tokens // -(-tokens // most))
-    return min(-(-tile // 8) * 8, most)
+def _tile_size(tokens, near, least=1):
+    """A divisor of `tokens` in the octave around `near`, if there is one: padding costs
+    a copy, and moves tokens between devices that they are spread over. So does a tile
+    that those devices do not divide, and most often their number is a power of two."""
+    lowest = max(near * 2 // 3 + 1, least * 7 // 8)
+    octave = range(lowest, min(near * 4 // 3, _MAX_TILE) + 1)
+    if divisors := [tile for tile in octave if tokens % tile == 0]:
+        return max(divisors, key=lambda tile: (math.gcd(tile, 16), tile))
+    # Else such that few tokens of padding, which cost as much as others, fill the last.
+    tile = -(-tokens // -(-tokens // near))
+    return min(-(-tile // 8) * 8, near)
 
 
 def _run_whole(spec, wanted, operands, *, again):

@@ -20,6 +20,7 @@ from jaxkl import (
     SparseTeacher,
     top_k_teacher,
 )
+from jaxkl._engine import _tile_size
 
 from .cases import ALL, FORWARD, JENSEN_SHANNON, over, rarely, REVERSE, rounded
 from .heads import (
@@ -173,7 +174,7 @@ def test_masked_tokens_may_hold_nan(rng):
     assert nothing == 0 and not any(x.any() for x in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("shape", [(0,), *rarely((0, 3), (3, 0))])
+@pytest.mark.parametrize("shape", [(0,), *rarely(((0, 3),), ((3, 0),))])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("form", ["dense", *rarely("heads")])
 def test_no_token_at_all(rng, form, reduction, shape):
@@ -505,6 +506,28 @@ def collectives(compiled):
     """Each one's name and shape in the compiled program."""
     form = r"= (\S+) (all-gather|all-reduce|all-to-all|collective-permute)(?:-start)?\("
     return [(name, shape) for shape, name in re.findall(form, compiled.as_text())]
+
+
+@pytest.mark.parametrize("tokens", [1024, 4096, 6144, 8192, 15 * 512, 32768])
+@pytest.mark.parametrize("near", [1, 5, 48, 65, 384, 392, 770, 1024])
+def test_tiles_that_devices_share_evenly(tokens, near):
+    tile = _tile_size(tokens, near)
+    assert 2 / 3 * near < tile <= min(4 / 3 * near, 1024)
+    assert tokens % tile == 0
+    assert tile % 16 == 0 or tile < 16
+
+
+@pytest.mark.parametrize(
+    "tokens, tile",
+    [
+        (16 * 2047, 368),
+        (8000, 400),  # a multiple of 16, where 500 is none
+        (8184, 372),  # 264, a multiple of 8, would cost time
+        (8191, 392),  # a prime number
+    ],
+)
+def test_tiles_of_heads_on_accelerators(tokens, tile):
+    assert _tile_size(tokens, 392, 384) == tile
 
 
 @over_forms
