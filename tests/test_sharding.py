@@ -137,6 +137,20 @@ def test_bfloat16(rng, form):
     )
 
 
+@pytest.mark.parametrize("reduction", ["mean", *rarely("none")])
+def test_parts_of_hidden_states_gradients_are_rounded_once(rng, reduction):
+    student, teacher = (make_head(rng, (48,), n, 512, "bfloat16") for n in (32, 48))
+    more = dict(reduction=reduction, temperature=2.0, cotangent=1.3)
+    exact = expected_of(student, teacher, **more)
+    _, one = evaluate(student, teacher, **more)
+    _, many = evaluate(student, teacher, loss=sharded("1x8"), **more)
+    for name in ("student", "teacher"):
+        want = getattr(exact, name).hidden
+        error = lambda grads: np.abs(np.asarray(grads[name].hidden, float) - want)  # noqa: B023
+        assert np.mean(error(many)) < 1.02 * np.mean(error(one))
+        assert np.max(error(many)) < 1.1 * np.max(error(one))
+
+
 @over_forms
 def test_float64(rng, form):
     with jax.enable_x64(True):
