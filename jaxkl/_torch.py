@@ -99,7 +99,8 @@ def widen(input, target):
 
 def reduce_loss(loss, input, total, per_batch):
     if total == "mean":
-        loss = jnp.mean(loss)
+        # Of nothing: a NaN, of which the derivative by the cotangent is 0.
+        loss = jnp.sum(loss) + jnp.nan if loss.size == 0 else jnp.mean(loss)
     elif total == "sum":
         loss = jnp.sum(loss)
     if per_batch and input.ndim > 0:
