@@ -135,8 +135,9 @@ def _kl_quick(log_predictions, targets):
 
 
 def _finite(log):
-    """With the lowest number for `-inf`: times 0 it is 0."""
-    return jnp.maximum(log, jnp.finfo(log.dtype).min)
+    """At least -1000, of which the exponential is 0: times 0 it is 0, and so is it less
+    any finite number, which the lowest of all numbers would overflow."""
+    return jnp.maximum(log, -1e3)
 
 
 KL = _Loss(_kl_term, _kl_slopes, 0.0, _kl_quick)

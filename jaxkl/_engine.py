@@ -9,6 +9,7 @@ incoming cotangent. Where the cotangents are per token, it runs the tiles again 
 """
 
 import functools as ft
+import math
 from typing import Any
 
 import jax
@@ -35,41 +36,64 @@ def weighted_loss(spec: Spec, operands: Operands):
 
     Terms and statistics are constants to differentiation.
     """
-    operands = operands.alike(spec.vocab.axis_name)
+    dtypes = tuple(x.dtype.name for x in jax.tree.leaves(operands))
+    axis = spec.vocab.axis_name
+    operands = _summed_in_float32(axis, operands).alike(axis)
     student, teacher = (x.drop_padding(spec.vocab) for x in operands[:2])
     operands = operands._replace(student=student, teacher=teacher)
-    outputs: Any = _weighted_loss(spec, operands)
+    outputs: Any = _weighted_loss(spec, dtypes, operands)
     loss, terms, statistics = outputs
     return loss, jax.lax.stop_gradient(terms), jax.lax.stop_gradient(statistics)
 
 
-@ft.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _weighted_loss(spec, operands):
+def _summed_in_float32(axis_name, operands):
+    """With what all slices of the vocabulary share, hidden states, in float32: each
+    slice has a part of its gradient, and they are summed in the type it has here."""
+    if axis_name is None:
+        return operands
+
+    def widened(x):
+        is_half = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2
+        is_shared = axis_name not in varying_axes(x)
+        return x.astype(jnp.float32) if is_half and is_shared else x
+
+    return jax.tree.map(widened, operands)
+
+
+# `dtypes` are those of all operands to compute with: XLA drops both casts. Gradients
+# have the dtypes of the operands that are given.
+@ft.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _weighted_loss(spec, dtypes, operands):
+    operands = _as(dtypes, operands)
     return _outputs(spec, operands, _run(spec, operands, _nothing(operands)))
 
 
-def _weighted_loss_fwd(spec, primals):
+def _weighted_loss_fwd(spec, dtypes, primals):
     is_primal = lambda x: isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
-    values = operands = jax.tree.map(lambda x: x.value, primals, is_leaf=is_primal)
-    wanted = jax.tree.map(lambda x: x.perturbed, primals, is_leaf=is_primal)
+    operands = jax.tree.map(lambda x: x.value, primals, is_leaf=is_primal)
+    values = operands = _as(dtypes, operands)
+    wanted = jax.tree.map(
+        lambda x: x.perturbed and x.value.dtype.name, primals, is_leaf=is_primal
+    )
     if _must_wait(spec, operands, wanted):
         result = _run(spec, operands, _nothing(operands))
-        gradients = jax.tree.map(lambda want: _LATER if want else _NEVER, wanted)
+        later = lambda want: _placeholder(_LATER, want) if want else _placeholder()
+        gradients = jax.tree.map(later, wanted)
     else:
         result = _run(spec, operands, wanted)
-        keep = lambda want, d: d if want else _NEVER
+        keep = lambda want, d: d if want else _placeholder()
         gradients = jax.tree.map(keep, wanted, result.gradients)
-        operands = jax.tree.map(lambda _: _NEVER, operands)
-    res = jax.tree.map(_placeholder, (operands, gradients))
-    return _outputs(spec, values, result), res
+        operands = jax.tree.map(lambda _: _placeholder(), operands)
+    return _outputs(spec, values, result), (operands, gradients)
 
 
-def _weighted_loss_bwd(spec, res, cotangents):
+def _weighted_loss_bwd(spec, dtypes, res, cotangents):
+    del dtypes
     operands, gradients = res
     g, _, _ = cotangents
     if isinstance(g, jax.custom_derivatives.SymbolicZero):
         return (None,)
-    wanted = jax.tree.map(lambda d: d.ndim == _LATER, gradients)
+    wanted = jax.tree.map(lambda d: d.ndim == _LATER and d.dtype.name, gradients)
     if any(jax.tree.leaves(wanted)):
         weights = jax.tree.map(lambda weight: weight * g, operands.weights)
         scaled = operands._replace(weights=weights)
@@ -92,8 +116,14 @@ _weighted_loss.defvjp(_weighted_loss_fwd, _weighted_loss_bwd, symbolic_zeros=Tru
 _NEVER, _LATER = 8, 9
 
 
-def _placeholder(x):
-    return jnp.zeros((0,) * x) if isinstance(x, int) else x
+def _placeholder(rank=_NEVER, dtype="float32"):
+    return jnp.zeros((0,) * rank, dtype)
+
+
+def _as(dtypes, operands):
+    leaves, structure = jax.tree.flatten(operands)
+    pairs = zip(leaves, dtypes, strict=True)
+    return structure.unflatten([x.astype(dtype) for x, dtype in pairs])
 
 
 def _nothing(operands):
@@ -115,7 +145,8 @@ def _outputs(spec, operands, result):
 
 
 def _run(spec: Spec, operands: Operands, wanted: Operands) -> Tile:
-    """All tokens, and those gradients that are wanted."""
+    """All tokens, and the gradients that are wanted: `wanted` has a dtype for each, or
+    False."""
     tokens = operands.weights.divergence.shape[0]
     dense = operands.student.is_dense and operands.teacher.is_dense
     # What is in memory anyway is read again, where slopes of its size would be kept.
@@ -138,7 +169,8 @@ def _run(spec: Spec, operands: Operands, wanted: Operands) -> Tile:
 
     def fitting(tile_bytes, least=1, again=False):
         rows = max(tile_bytes // (spec.vocab.width * spec.dtype.itemsize), least)
-        return tiled(_tile_size(tokens, min(rows // 8 * 8 or rows, _MAX_TILE)), again)
+        near = min(rows // 8 * 8 or rows, _MAX_TILE)
+        return tiled(_tile_size(tokens, near, least), again)
 
     if spec.tile is not None:
         return tiled(spec.tile)(operands)
@@ -159,23 +191,23 @@ def _run(spec: Spec, operands: Operands, wanted: Operands) -> Tile:
     return jax.lax.platform_dependent(operands, cpu=on_cpu, default=elsewhere)
 
 
-def _tile_size(tokens, most):
-    """Near `most`, and such that few tokens of padding, which cost as much as others,
-    fill the last tile; none, which would cost a copy, if that can be had."""
-    for tile in range(most, most * 3 // 4, -8):
-        if tokens % tile == 0:
-            return tile
-    tile = -(-tokens // -(-tokens // most))
-    return min(-(-tile // 8) * 8, most)
+def _tile_size(tokens, near, least=1):
+    """A divisor of `tokens` in the octave around `near`, if there is one: padding costs
+    a copy, and moves tokens between devices that they are spread over. So does a tile
+    that those devices do not divide, and most often their number is a power of two."""
+    lowest = max(near * 2 // 3 + 1, least * 7 // 8)
+    octave = range(lowest, min(near * 4 // 3, _MAX_TILE) + 1)
+    if divisors := [tile for tile in octave if tokens % tile == 0]:
+        return max(divisors, key=lambda tile: (math.gcd(tile, 16), tile))
+    # Else such that few tokens of padding, which cost as much as others, fill the last.
+    tile = -(-tokens // -(-tokens // near))
+    return min(-(-tile // 8) * 8, near)
 
 
 def _run_whole(spec, wanted, operands, *, again):
     live = jnp.full_like(operands.weights.divergence, True, bool)
     result = run_tile(spec, operands, live, again=again)
-    gradients = jax.tree.map(
-        lambda want, d: d if want else None, wanted, result.gradients
-    )
-    return result._replace(gradients=_rounded(operands, gradients))
+    return result._replace(gradients=_rounded(wanted, result.gradients))
 
 
 def _run_tiles(spec, wanted, tile, operands, *, again):
@@ -195,7 +227,8 @@ def _run_tiles(spec, wanted, tile, operands, *, again):
             is_shared,
             result.gradients,
         )
-        return result._replace(gradients=pick(False)), pick(True)
+        rows = _rounded(wanted, pick(False))
+        return result._replace(gradients=rows), pick(True)
 
     def step(carry, i):
         results, totals = carry
@@ -212,7 +245,7 @@ def _run_tiles(spec, wanted, tile, operands, *, again):
     results = jax.tree.map(tiles.restore, results)
     join = lambda of_all, row, total: total if of_all else row
     gradients = jax.tree.map(join, is_shared, results.gradients, totals)
-    return results._replace(gradients=_rounded(operands, gradients))
+    return results._replace(gradients=_rounded(wanted, gradients))
 
 
 def _can_stride(operands):
@@ -230,6 +263,6 @@ def _shared(operands):
     return flags._replace(student=of(operands.student), teacher=of(operands.teacher))
 
 
-def _rounded(operands, gradients):
-    cast = lambda x, d: None if d is None else d.astype(x.dtype)
-    return jax.tree.map(cast, operands, gradients)
+def _rounded(wanted, gradients):
+    cast = lambda dtype, d: d.astype(dtype) if dtype and d is not None else None
+    return jax.tree.map(cast, wanted, gradients)

@@ -175,18 +175,27 @@ def _pointwise_fwd(input, target, log_target):
 
 
 def _pointwise_bwd(log_target, res, g):
-    # The transpose of widening sums over what was broadcast, and then rounds.
-    (input, target), unwiden = jax.vjp(widen, *res)
-    # Products are shared and expanded as in PyTorch's own rules: with 0, inf and NaN
-    # among the factors that decides the result, in second derivatives too.
+    input, target = (x.astype(g.dtype) for x in res)
+    spread = ft.partial(jnp.broadcast_to, shape=g.shape)
+    (all_input, sum_input), (all_target, sum_target) = (
+        jax.vjp(spread, x) for x in (input, target)
+    )
+    # Products are shared and expanded, and sums taken, as in PyTorch's own rules: with
+    # 0, inf and NaN among the factors that decides the result, in second derivatives
+    # and of sums of nothing too.
     if log_target:
         prob = jnp.exp(target)
-        g_prob = g * prob
-        return unwiden((-g_prob, g_prob + g * (target - input) * prob))
-    # A zero cotangent makes the NaN of a negative target 0, as PyTorch's xlogy does.
-    log = jnp.log(jnp.where((g == 0) & (target < 0), 1.0, target))
-    d_target = g * log + _times_one(g, target) + -g * input
-    return unwiden((-g * target, d_target))
+        g_all = g * spread(prob)
+        (d_input,), (d_target,) = sum_input(-g_all), sum_target(g_all)
+        (g_prob,) = sum_target(g * (all_target - all_input))
+        d_target += g_prob * prob
+    else:
+        (d_input,), (d_target,) = sum_input(-g * all_target), sum_target(-g * all_input)
+        (g_term,) = sum_target(g)
+        # A zero cotangent makes the NaN of a negative target 0, as in PyTorch's xlogy.
+        log = jnp.log(jnp.where((g_term == 0) & (target < 0), 1.0, target))
+        d_target += g_term * log + _times_one(g_term, target)
+    return d_input.astype(res[0].dtype), d_target.astype(res[1].dtype)
 
 
 _pointwise.defvjp(_pointwise_fwd, _pointwise_bwd)

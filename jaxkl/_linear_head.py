@@ -111,12 +111,7 @@ class LinearHead(Source):
         # A token without weight may hold NaN, and 0 · NaN is NaN; its `d_logits` are 0.
         hidden = zero_unless(live[:, None], self.hidden)
         d_kernel = _dot(hidden, d_product, (0, 0), dtype)
-        return dataclasses.replace(
-            self,
-            hidden=d_hidden.astype(self.hidden.dtype),
-            kernel=d_kernel,
-            bias=d_bias,
-        )
+        return dataclasses.replace(self, hidden=d_hidden, kernel=d_kernel, bias=d_bias)
 
 
 def _dot(x, y, axes, dtype):

@@ -98,10 +98,11 @@ def sharded_weighted_loss(spec: Spec, layout: Layout, operands: Operands):
 
 
 def _padded(operands, layout):
-    """Tokens of weight 0 and padding columns, so that the mesh divides both."""
+    """Tokens of weight 0 and padding columns, so that the mesh divides both; a token a
+    device where there is none, as nothing of size 0 can be spread."""
     tokens = operands.weights.divergence.shape[0]
     widths = [x.width for x in operands[:2] if x.width is not None]
-    more = -tokens % layout.token_shards
+    more = -tokens % layout.token_shards if tokens else layout.token_shards
     width = -(-max(widths) // layout.vocab_shards) * layout.vocab_shards
     if layout.vocab_axis is not None:
         student, teacher = (x.pad_columns(width) for x in operands[:2])

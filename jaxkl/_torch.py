@@ -94,13 +94,13 @@ def widen(input, target):
     """Both arrays in at least float32, and in their broadcast shape."""
     with jax.numpy_dtype_promotion("standard"):
         dtype = jnp.result_type(input, target, jnp.float32)
-    # A list before JAX 0.12: one type for all, as a transpose takes what this gives.
-    return tuple(jnp.broadcast_arrays(input.astype(dtype), target.astype(dtype)))
+    return jnp.broadcast_arrays(input.astype(dtype), target.astype(dtype))
 
 
 def reduce_loss(loss, input, total, per_batch):
     if total == "mean":
-        loss = jnp.mean(loss)
+        # Of nothing: a NaN, of which the derivative by the cotangent is 0.
+        loss = jnp.sum(loss) + jnp.nan if loss.size == 0 else jnp.mean(loss)
     elif total == "sum":
         loss = jnp.sum(loss)
     if per_batch and input.ndim > 0:

@@ -194,6 +194,45 @@ def test_shapes_and_reductions(arrays, kl_div, shape, other, log_target):
     compare_all(kl_div, x, t, every)
 
 
+@both
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize(
+    "shape, other",
+    [((0, 3), (1, 3)), ((2,), ()), *rarely(((0, 3), (0, 3)), ((1,), (0,)), ((0,), ()))],
+    ids=str,
+)
+def test_special_values_that_are_broadcast(shape, other, reduction, log_target):
+    """Of a sum, over nothing too, times NaN; and what cancels in it."""
+    f = functools.partial(jaxkl.kl_div, reduction=reduction, log_target=log_target)
+    f_ = functools.partial(torch_kl_div, reduction=reduction, log_target=log_target)
+
+    @jax.jit
+    def run(x, t, g):
+        pull = lambda x, t, g: jax.vjp(f, x, t)[1](g)
+        grads, again = jax.vjp(pull, x, t, g)
+        return f(x, t), *grads, *again(grads)
+
+    for x, t in itertools.product((-1.0, inf, nan), TARGETS):
+        x, t = jnp.full(shape, x, "float32"), jnp.full(other, t, "float32")
+        value = jax.eval_shape(f, x, t)
+        for ends in [(1, -1), (0, 0)]:
+            g = jnp.linspace(*ends, value.size, dtype=x.dtype).reshape(value.shape)
+            arrays_ = x_, t_, g_ = to_torch(x), to_torch(t), to_torch(g)
+            value_ = f_(x_, t_)
+            grads_ = torch.autograd.grad(value_, (x_, t_), g_, create_graph=True)
+            second_ = torch.autograd.grad(
+                grads_, arrays_, [d.detach() for d in grads_], allow_unused=True
+            )
+            second_ = [
+                torch.zeros_like(x) if d is None else d
+                for x, d in zip(arrays_, second_, strict=True)
+            ]
+            expected = value_, *grads_, *second_
+            names = ("value", "d_x", "d_t", "d_xx", "d_tt", "d_g")
+            for a, e, name in zip(run(x, t, g), expected, names, strict=True):
+                agree(a, e, name=f"{name} at {ends}")
+
+
 LEGACY = list(itertools.product([None, True, False], repeat=2))
 
 

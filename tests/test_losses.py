@@ -237,6 +237,24 @@ def test_singular_points(name, x, y, value, dx, dy, dtype):
         np.testing.assert_allclose(tangent, jnp.sum(grads[1]), rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("far", [1, -1])
+@pytest.mark.parametrize(
+    "name, zero, one",
+    [
+        ("kl_divergence", 0, 1),
+        ("kl_divergence_with_log_targets", -INF, 0),
+        ("kl_divergence_with_log_targets", -3e4, 0),
+    ],
+)
+def test_zero_times_the_largest_prediction(name, zero, one, far, dtype):
+    x = jnp.array([far * float(jnp.finfo(dtype).max), -1], dtype)
+    y = jnp.array([zero, one], dtype)
+    value, grads = value_and_vjp(name, (x, y), np.ones(()))
+    assert value == 1
+    np.testing.assert_array_equal(np.asarray(grads, float), [[0, -1], [0, 2]])
+
+
 @pytest.mark.parametrize("name", PLAIN)
 def test_derivatives_at_singular_points_are_not_nan(name):
     log_zero = name == "kl_divergence_with_log_targets"

@@ -20,6 +20,7 @@ from jaxkl import (
     SparseTeacher,
     top_k_teacher,
 )
+from jaxkl._engine import _tile_size
 
 from .cases import ALL, FORWARD, JENSEN_SHANNON, over, rarely, REVERSE, rounded
 from .heads import (
@@ -136,6 +137,20 @@ def test_bfloat16(rng, form):
     )
 
 
+@pytest.mark.parametrize("reduction", ["mean", *rarely("none")])
+def test_parts_of_hidden_states_gradients_are_rounded_once(rng, reduction):
+    student, teacher = (make_head(rng, (48,), n, 512, "bfloat16") for n in (32, 48))
+    more = dict(reduction=reduction, temperature=2.0, cotangent=1.3)
+    exact = expected_of(student, teacher, **more)
+    _, one = evaluate(student, teacher, **more)
+    _, many = evaluate(student, teacher, loss=sharded("1x8"), **more)
+    for name in ("student", "teacher"):
+        want = getattr(exact, name).hidden
+        error = lambda grads: np.abs(np.asarray(grads[name].hidden, float) - want)  # noqa: B023
+        assert np.mean(error(many)) < 1.02 * np.mean(error(one))
+        assert np.max(error(many)) < 1.1 * np.max(error(one))
+
+
 @over_forms
 def test_float64(rng, form):
     with jax.enable_x64(True):
@@ -171,6 +186,22 @@ def test_masked_tokens_may_hold_nan(rng):
         bad, teacher, where=jnp.zeros(6, bool), loss=sharded("2x4")
     )
     assert nothing == 0 and not any(x.any() for x in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("shape", [(0,), *rarely(((0, 3),), ((3, 0),))])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("form", ["dense", *rarely("heads")])
+def test_no_token_at_all(rng, form, reduction, shape):
+    student, teacher = sources(rng, form, shape, 24)
+    loss = sharded("2x4", sharded_distillation_loss_with_metrics)
+    f = ft.partial(loss, reduction=reduction, temperature=2.0)
+    summed = lambda s: jax.tree.map(jnp.sum, f(s, teacher))
+    _, grad = jax.jit(jax.value_and_grad(summed, has_aux=True))(student)
+    value, metrics = jax.jit(f)(student, teacher)
+    assert value.shape == (() if reduction == "mean" else shape)
+    assert not np.any(value) and not np.any(jax.tree.leaves(metrics))
+    for d, x in zip(jax.tree.leaves(grad), jax.tree.leaves(student), strict=True):
+        assert d.shape == x.shape and not np.any(d)
 
 
 def test_columns_that_are_masked_in_both(rng):
@@ -489,6 +520,28 @@ def collectives(compiled):
     """Each one's name and shape in the compiled program."""
     form = r"= (\S+) (all-gather|all-reduce|all-to-all|collective-permute)(?:-start)?\("
     return [(name, shape) for shape, name in re.findall(form, compiled.as_text())]
+
+
+@pytest.mark.parametrize("tokens", [1024, 4096, 6144, 8192, 15 * 512, 32768])
+@pytest.mark.parametrize("near", [1, 5, 48, 65, 384, 392, 770, 1024])
+def test_tiles_that_devices_share_evenly(tokens, near):
+    tile = _tile_size(tokens, near)
+    assert 2 / 3 * near < tile <= min(4 / 3 * near, 1024)
+    assert tokens % tile == 0
+    assert tile % 16 == 0 or tile < 16
+
+
+@pytest.mark.parametrize(
+    "tokens, tile",
+    [
+        (16 * 2047, 368),
+        (8000, 400),  # a multiple of 16, where 500 is none
+        (8184, 372),  # 264, a multiple of 8, would cost time
+        (8191, 392),  # a prime number
+    ],
+)
+def test_tiles_of_heads_on_accelerators(tokens, tile):
+    assert _tile_size(tokens, 392, 384) == tile
 
 
 @over_forms

@@ -81,6 +81,15 @@ def test_gradients_are_reduced_once_and_nothing_is_gathered(programs, name):
             assert not wide or (op == "all-reduce" and size == d_kernel), (op, size)
 
 
+def test_plain_jit_moves_no_token(programs):
+    """Each device has as many tokens of a tile as any other, none of them padding."""
+    inside, outside = split(programs, "plain jit 4x1")
+    _, _, _, hidden, vocab, *_ = CASES["plain jit 4x1"]
+    assert not inside and {op for op, _ in outside} == {"all-reduce"}
+    sizes = [size for _, sizes in outside for size in sizes]
+    assert sorted(sizes) == [[], [hidden, vocab]]  # the loss, and `d kernel`
+
+
 def test_a_large_head_fits(programs):
     """32768 tokens, H 4096, V 262144, bf16: on 16 chips of 16 GB."""
     assert programs["large 4x4"]["bytes"] < 16e9

@@ -25,6 +25,7 @@ CASES = {
     "logits 4x4": ("v5e:4x4", (4, 4), 4096, None, 40960, None, SHARDED),
     "labels 2x4": ("v5e:2x4", (2, 4), 2048, 512, 32768, 256, SHARDED),
     "plain jit 2x4": ("v5e:2x4", (2, 4), 2048, 512, 32768, 256, PLAIN),
+    "plain jit 4x1": ("v5e:2x2", (4, 1), 8192, 640, 128256, None, PLAIN),
     "logits alone": ("v5e:2x2", (1, 1), 4096, None, 32768, None, PLAIN),
     "list alone": ("v5e:2x2", (1, 1), 32768, None, 40960, None, LIST),
     "large 4x4": ("v5e:4x4", (4, 4), 32768, 4096, 262144, None, SHARDED),
