@@ -59,6 +59,11 @@ def as_source(name, x) -> tuple[Source, tuple[int, ...]]:
         if first.ndim == 0:
             raise ValueError(f"`{name}` must be logits [..., vocab], got a scalar.")
         x = Logits(first)
+    if not isinstance(x.width, int | None):
+        raise ValueError(
+            f"`{name}` must have a vocabulary of known size, got {x.width}: only the "
+            "number of tokens may be symbolic."
+        )
     if x.width == 0:
         raise ValueError(f"`{name}` must have a vocabulary of at least 1, got 0.")
     return x.map_tokens(lambda x: x.reshape(-1, x.shape[-1])), first.shape[:-1]
@@ -143,15 +148,22 @@ def check_sparse(divergence, teacher, teacher_temperature, differentiate_teacher
     check_tail(divergence, teacher)
 
 
+def per_token(x, shape, dtype):
+    """A number, or an array that is a scalar or of that shape, `[B]`. None is kept."""
+    if x is None:
+        return None
+    return jnp.broadcast_to(jnp.asarray(x, dtype), shape).reshape(-1)
+
+
 def as_mask(where, shape):
-    mask = jnp.asarray(where)
+    mask = check.array("where", where, "bools")
     if mask.dtype != jnp.bool_:
         raise TypeError(f"`where` must be bool, got {mask.dtype.name}.")
     return check.of_shape("where", mask, shape, "the batch shape").reshape(-1)
 
 
-def as_labels(labels, mask, shape, vocab_size):
-    labels = check.int_array("labels", labels)
+def as_labels(given, mask, shape, vocab_size):
+    labels = check.int_array("labels", given)
     check.of_shape("labels", labels, shape, "the batch shape")
     if check.is_known(labels) and check.is_known(mask):
         known = np.asarray(labels).reshape(-1)
@@ -160,12 +172,12 @@ def as_labels(labels, mask, shape, vocab_size):
         if bad.any():
             raise ValueError(
                 f"`labels` must be in [0, {vocab_size}), or {IGNORED_LABEL} for no "
-                f"label, got {known[bad][0]}."
+                f"label, got {np.asarray(given).reshape(-1)[bad][0]}."
             )
-    return labels.reshape(-1).astype(jnp.int32)
+    return labels.reshape(-1)
 
 
-def check_divergence(divergence: Any, vocab_size: int) -> None:
+def check_divergence(divergence: Any, vocab: Vocabulary, teacher: Source) -> None:
     """That it is a pure elementwise function, and a static argument."""
     name = "`divergence`"
     if isinstance(divergence, type):
@@ -177,8 +189,19 @@ def check_divergence(divergence: Any, vocab_size: int) -> None:
         return
     if not isinstance(divergence, Hashable):
         raise TypeError(f"{name} must be hashable, got {divergence!r}.")
-    arg = jax.ShapeDtypeStruct((2, vocab_size), jnp.float32)
-    jaxpr = jax.make_jaxpr(divergence)(arg, arg)
+    # It may hold an array of all columns, if these are what it sees.
+    sees_all = teacher.width is not None and vocab.axis_name is None
+    width = vocab.size if sees_all else vocab.size + 1
+    arg = jax.ShapeDtypeStruct((2, width), jnp.float32)
+    of = f"{arg.dtype.name}{list(arg.shape)}"
+    try:
+        jaxpr = jax.make_jaxpr(divergence)(arg, arg)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} must be elementwise, for arrays of any shape, and {divergence!r} "
+            f"fails for two of {of}. With a SparseTeacher, or a vocabulary that is "
+            "spread over devices, it must not hold an array with an entry a column."
+        ) from error
     if any(map(check.is_traced, jaxpr.consts)):
         raise ValueError(
             f"{name} must not close over traced values, as {divergence!r} does: make "
@@ -188,6 +211,5 @@ def check_divergence(divergence: Any, vocab_size: int) -> None:
     if [(x.shape, x.dtype) for x in out] != [(arg.shape, arg.dtype)]:
         got = ", ".join(f"{x.dtype.name}{list(x.shape)}" for x in out)
         raise ValueError(
-            f"{name} must be elementwise: of two {arg.dtype.name}{list(arg.shape)} it "
-            f"must make one, got {got}."
+            f"{name} must be elementwise: of two {of} it must make one, got {got}."
         )

@@ -33,12 +33,18 @@ def is_integer(x) -> bool:
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.integer)
 
 
-def float_array(name: str, x) -> jax.Array:
+def array(name: str, x, kind: str) -> jax.Array:
     try:
-        x = jnp.asarray(x)
+        return jnp.asarray(x)
     except (TypeError, ValueError) as error:
-        kind = type(x).__name__
-        raise TypeError(f"`{name}` must be an array of floats, got {kind}.") from error
+        got = type(x).__name__
+        raise TypeError(f"`{name}` must be an array of {kind}, got {got}.") from error
+    except OverflowError as error:
+        raise ValueError(f"`{name}` must be an array of {kind}: {error}.") from error
+
+
+def float_array(name: str, x) -> jax.Array:
+    x = array(name, x, "floats")
     if x.dtype.name not in FLOAT_DTYPES:
         raise TypeError(
             f"`{name}` must be floating-point, one of {', '.join(FLOAT_DTYPES)}; "
@@ -48,10 +54,16 @@ def float_array(name: str, x) -> jax.Array:
 
 
 def int_array(name: str, x) -> jax.Array:
-    x = jnp.asarray(x)
+    """In int32. What is beyond it is not wrapped, but as large or small as can be."""
+    # Without x64, `jnp.asarray` wraps the int64 of NumPy and of PyTorch.
+    foreign = hasattr(x, "__array__") and not isinstance(x, jax.Array)
+    x = np.asarray(x) if foreign else array(name, x, "integers")
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise TypeError(f"`{name}` must be integers, got {x.dtype.name}.")
-    return x
+    held, holds = jnp.iinfo(x.dtype), jnp.iinfo(jnp.int32)
+    if held.max > holds.max:
+        x = x.clip(max(held.min, holds.min), holds.max)
+    return jnp.asarray(x, jnp.int32)
 
 
 def of_shape(name: str, x: jax.Array, shape: tuple[int, ...], why: str) -> jax.Array:
@@ -80,47 +92,40 @@ def positive_int(name: str, value) -> int:
 
 
 def scalar(name: str, value, low: float, high: float = math.inf, *, positive=False):
-    """A Python number, or a scalar array; checked to be in range where it is known."""
+    """A Python number, or a scalar array; in range, as `in_range` has it."""
     if isinstance(value, bool):
         raise TypeError(f"`{name}` must be a number, got {value}.")
     if not isinstance(value, int | float):
         value = float_array(name, value)
         if value.ndim:
             raise ValueError(f"`{name}` must be a scalar, got shape {value.shape}.")
-    if is_known(value):
-        in_range(name, value, low, high, positive=positive)
-    return value
+    return in_range(name, value, low, high, positive=positive)
 
 
 def temperature(name, value, shape):
-    """`shape`, or None for exactly 1."""
+    """A Python number, an array that is a scalar or of `shape`, or None for exactly 1;
+    in range, as `in_range` has it."""
     if isinstance(value, bool):
         raise TypeError(f"`{name}` must be a number, got {value}.")
-    if isinstance(value, int | float):
-        in_range(name, value, 0, positive=True)
-        return None if value == 1 else jnp.full(shape, float(value), jnp.float32)
-    value = float_array(name, value)
-    if value.ndim:
-        of_shape(name, value, shape, "no shape or the batch shape")
-    if is_known(value):
-        in_range(name, value, 0, positive=True)
-    return jnp.broadcast_to(value, shape)
+    if not isinstance(value, int | float):
+        value = float_array(name, value)
+        if value.ndim:
+            of_shape(name, value, shape, "no shape or the batch shape")
+    value = in_range(name, value, 0, positive=True)
+    return None if is_number(value) and value == 1 else value
 
 
 def in_range(name: str, value, low: float, high: float = math.inf, *, positive=False):
-    """All of a known `value` is finite and in [low, high], or positive."""
-    x = np.asarray(value, np.float64)
-    good = np.isfinite(x) & ((x > 0) if positive else (x >= low)) & (x <= high)
+    """`value`, if all of it is finite and in [low, high], or positive. Else it is an
+    error, or NaN where the value is traced."""
+    x = np.asarray(value, np.float64) if is_known(value) else value
+    good = (abs(x) < math.inf) & ((x > 0) if positive else (x >= low)) & (x <= high)
+    if not is_known(value):
+        return jnp.where(good, value, jnp.nan)
     if not good.all():
         if positive:
             expected = "positive and finite"
         else:
             expected = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
         raise ValueError(f"`{name}` must be {expected}, got {x[~good].flat[0]}.")
-
-
-def hashable(name: str, value) -> None:
-    try:
-        hash(value)
-    except TypeError as error:
-        raise TypeError(f"`{name}` must be hashable, got {value!r}.") from error
+    return value

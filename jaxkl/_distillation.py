@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from ._arguments import IGNORED_LABEL
 from ._divergences import Divergence
 from ._engine import weighted_loss
+from ._keywords import check_keywords
 from ._metrics import DistillationMetrics
 from ._numerics import zero_unless
-from ._problem import prepare, Reduction
+from ._problem import prepare, Problem, Reduction
 from ._sharding import check_layout, sharded_weighted_loss
 from ._tile import weigh
 
@@ -49,6 +50,12 @@ def public_signature(f):
     return f
 
 
+def prepare_call(name, student, teacher, options, statistics=False) -> Problem:
+    """`prepare`, for the function of that name."""
+    check_keywords(name, options, Options.__annotations__)
+    return prepare(student, teacher, statistics=statistics, **options)
+
+
 @public_signature
 def distillation_loss(student, teacher, **options: Unpack[Options]) -> jax.Array:
     r"""Loss of a student that learns from a teacher.
@@ -72,19 +79,22 @@ def distillation_loss(student, teacher, **options: Unpack[Options]) -> jax.Array
     an infinite forward KL, and the formula's finite gradient.
 
     Args:
-      student: Logits $s$, `[..., vocab]`, or a `LinearHead` that makes them.
+      student: Logits $s$, `[..., vocab]`, or a `LinearHead` that makes them. It comes
+        first, where Keras and others have the teacher: values do not tell the two
+        apart. Where just the teacher is differentiated there is a warning.
       teacher: Logits $t$, `[..., vocab]`, with the same leading shape, a `LinearHead`,
         or a `SparseTeacher`. A constant unless `differentiate_teacher`.
       divergence: $D$: one of the catalogue, or any hashable, elementwise callable
         `(log_p, log_q) -> f`, of which $D$ is the sum over the vocabulary.
-      temperature: $T > 0$, a scalar or `[...]`. Differentiable.
+      temperature: $T > 0$, a scalar or `[...]`. Differentiable. Here and below, what
+        is out of range is an error, or a NaN loss where the values are traced.
       teacher_temperature: $T_t$, likewise; None: the same as `temperature`.
       t_squared: Whether to multiply $D$ by $T^2$, as Hinton et al. do, so that
         gradients keep their size when the temperature changes. TRL and Liger do not.
       labels: Integer classes, `[...]`; -100 leaves out the CE of a token, which still
-        counts in the mean. Others out of range are an error, or a NaN loss where the
-        values are traced.
-      alpha: $\alpha$ in [0, 1]. Below 1, `labels` are needed. A constant.
+        counts in the mean. They need `alpha`.
+      alpha: $\alpha$ in [0, 1]. It has no default beside `labels`, and is 1 without
+        them. A constant.
       label_smoothing: In [0, 1]: this share of each label is spread evenly over the
         vocabulary. A constant.
       z_loss: $z \ge 0$. A constant.
@@ -124,7 +134,7 @@ def distillation_loss(student, teacher, **options: Unpack[Options]) -> jax.Array
       Hinton, Vinyals, Dean. [Distilling the Knowledge in a Neural
       Network](https://arxiv.org/abs/1503.02531), 2015.
     """
-    problem = prepare(student, teacher, **options)
+    problem = prepare_call("distillation_loss", student, teacher, options)
     loss, _, _ = weighted_loss(problem.spec, problem.operands)
     return loss if problem.spec.reduce else loss.reshape(problem.shape)
 
@@ -138,7 +148,8 @@ def distillation_loss_with_metrics(
     Args:
       student: See `distillation_loss`, as for every argument.
       teacher: Likewise.
-      **options: Likewise.
+      **options: Likewise. But `labels` may be for the metrics alone, without `alpha`,
+        which then is 1.
 
     Returns:
       The loss, and `DistillationMetrics`: the form for
@@ -151,7 +162,8 @@ def distillation_loss_with_metrics(
       >>> print(f"{metrics.student_entropy:.4f} {metrics.top1_agreement}")
       0.6931 0.0
     """
-    problem = prepare(student, teacher, statistics=True, **options)
+    name = "distillation_loss_with_metrics"
+    problem = prepare_call(name, student, teacher, options, statistics=True)
     loss, terms, statistics = weighted_loss(problem.spec, problem.operands)
     loss = loss if problem.spec.reduce else loss.reshape(problem.shape)
     return loss, _metrics(problem, terms, statistics)
@@ -200,7 +212,8 @@ def sharded_distillation_loss(
       0.1109
     """
     layout = check_layout(mesh, token_axes, vocab_axis)
-    problem = _prepare_global(student, teacher, options)
+    name = "sharded_distillation_loss"
+    problem = _prepare_global(name, student, teacher, options)
     loss, _, _ = sharded_weighted_loss(problem.spec, layout, problem.operands)
     return loss if problem.spec.reduce else loss.reshape(problem.shape)
 
@@ -223,19 +236,22 @@ def sharded_distillation_loss_with_metrics(
       The loss, and `DistillationMetrics`, on all devices.
     """
     layout = check_layout(mesh, token_axes, vocab_axis)
-    problem = _prepare_global(student, teacher, options, statistics=True)
+    name = "sharded_distillation_loss_with_metrics"
+    problem = _prepare_global(name, student, teacher, options, statistics=True)
     outputs = sharded_weighted_loss(problem.spec, layout, problem.operands)
     loss, terms, statistics = outputs
     loss = loss if problem.spec.reduce else loss.reshape(problem.shape)
     return loss, _metrics(problem, terms, statistics)
 
 
-def _prepare_global(student, teacher, options, statistics=False):
+def _prepare_global(name, student, teacher, options, statistics=False):
     if options.get("axis_name") is not None:
         raise ValueError(
             "`axis_name` must be None with a mesh, whose axis is `vocab_axis`; got "
             f"{options['axis_name']!r}."
         )
+    own = "mesh", "token_axes", "vocab_axis"
+    check_keywords(name, options, [*own, *Options.__annotations__])
     return prepare(student, teacher, statistics=statistics, **options)
 
 

@@ -31,7 +31,7 @@ def broadcast(args, axis, where):
         msg = f"{names} must have shapes that broadcast, got {shapes}."
         raise ValueError(msg) from None
     if where is not None:
-        where = jnp.asarray(where)
+        where = check.array("where", where, "bools")
         if where.dtype != bool:
             raise TypeError(f"`where` must be bool, got {where.dtype}.")
         try:

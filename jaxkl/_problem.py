@@ -19,10 +19,12 @@ from ._arguments import (
     check_slices,
     check_sparse,
     IGNORED_LABEL,
+    per_token,
     vocabulary_of,
 )
 from ._divergences import Divergence, ForwardKL
 from ._numerics import loss_dtype, zero_unless
+from ._order import as_constant
 from ._sparse import check_columns, SparseTeacher
 from ._tile import Operands, Spec, Terms
 
@@ -51,7 +53,7 @@ def prepare(
     teacher_temperature=None,
     t_squared: bool = True,
     labels=None,
-    alpha=1.0,
+    alpha=None,
     label_smoothing=0.0,
     z_loss=0.0,
     where=None,
@@ -76,10 +78,10 @@ def prepare(
         )
     vocab = vocabulary_of(vocab_size, student, teacher, axis_name)
     columns = vocab.size
-    check_divergence(divergence, columns)
+    check_divergence(divergence, vocab, teacher)
     mask = None if where is None else as_mask(where, shape)
     if not check.boolean("differentiate_teacher", differentiate_teacher):
-        teacher = jax.lax.stop_gradient(teacher)
+        teacher = as_constant(student, teacher)
     if isinstance(teacher, SparseTeacher):
         check_sparse(divergence, teacher, teacher_temperature, differentiate_teacher)
         teacher, teacher_temperature = check_columns(teacher, columns, mask), 1.0
@@ -90,10 +92,11 @@ def prepare(
         name = "teacher_temperature"
         teacher_temperature = check.temperature(name, teacher_temperature, shape)
     weights = None if weights is None else check.float_array("weights", weights)
-    floats = [x for x in (temperature, teacher_temperature, weights) if x is not None]
-    dtype = loss_dtype(*floats, *jax.tree.leaves((student, teacher)))
-    flat = lambda x: None if x is None else x.astype(dtype).reshape(-1)
-    temperature, teacher_temperature = flat(temperature), flat(teacher_temperature)
+    floats = temperature, teacher_temperature, weights, student, teacher
+    arrays = [x for x in jax.tree.leaves(floats) if not check.is_number(x)]
+    dtype = loss_dtype(*arrays)
+    temperature = per_token(temperature, shape, dtype)
+    teacher_temperature = per_token(teacher_temperature, shape, dtype)
 
     if mask is not None:
         known = lambda x: None if x is None else jnp.where(mask, x, 1)
@@ -108,7 +111,7 @@ def prepare(
         temperature if t_squared else None,
         labels,
         vocab_size=columns,
-        alpha=check.scalar("alpha", alpha, 0, 1),
+        alpha=_alpha(alpha, labels, statistics),
         label_smoothing=check.scalar("label_smoothing", label_smoothing, 0, 1),
         z_loss=check.scalar("z_loss", z_loss, 0),
         statistics=statistics,
@@ -154,6 +157,26 @@ def _normalized(weight, reduction, normalizer):
     return zero_unless(total != 0, weight / jnp.where(total != 0, total, 1))
 
 
+def _alpha(alpha, labels, for_metrics):
+    """Checked beside the labels; None, where it may be left out, is 1."""
+    if alpha is None:
+        if labels is not None and not for_metrics:
+            raise ValueError(
+                "`alpha` must be given with `labels`: the loss is alpha times the "
+                "divergence and 1 - alpha times the cross-entropy. alpha=1.0 leaves "
+                "the labels out."
+            )
+        return 1.0
+    alpha = check.scalar("alpha", alpha, 0, 1)
+    if labels is not None:
+        return alpha
+    if not check.is_known(alpha):
+        return jnp.where(alpha == 1, alpha, jnp.nan)
+    if alpha != 1:
+        raise ValueError(f"`alpha` must be 1 without `labels`, got {alpha}.")
+    return alpha
+
+
 def _term_weights(
     weight,
     temperature,
@@ -166,13 +189,17 @@ def _term_weights(
     statistics,
 ) -> Terms:
     """`weight · (α T² D + (1-α) CE + z_loss lse²)`, as a weight for each term."""
-    has_cross_entropy = statistics or check.is_traced(alpha) or alpha != 1
-    if labels is None and not check.is_traced(alpha) and alpha != 1:
-        raise ValueError(f"`alpha` must be 1 without `labels`, got {alpha}.")
+    may_differ = lambda x, other: not check.is_known(x) or x != other
+    has_cross_entropy = statistics or may_differ(alpha, 1)
+    has_uniform, has_lse = may_differ(label_smoothing, 0), may_differ(z_loss, 0)
+    are_known = all(map(check.is_known, (alpha, label_smoothing, z_loss)))
     alpha, smoothing, z_weight = (
         jax.lax.stop_gradient(jnp.asarray(x, weight.dtype))
         for x in (alpha, label_smoothing, z_loss)
     )
+    if not are_known:
+        # One out of range is NaN, and makes the loss NaN, whatever its term is.
+        weight = jnp.where(jnp.isnan(alpha + smoothing + z_weight), jnp.nan, weight)
     # A term with factor 0 is absent, even where it is infinite.
     times = lambda weight, factor: zero_unless(factor != 0, weight * factor)
     divergence = times(weight, alpha)
@@ -188,8 +215,8 @@ def _term_weights(
         label = zero_unless(labels != IGNORED_LABEL, times(weight, 1 - alpha))
         # Under `jit` a label out of range can not raise: it makes the loss NaN.
         label = jnp.where(valid | (labels == IGNORED_LABEL), label, jnp.nan)
-        if check.is_traced(label_smoothing) or label_smoothing != 0:
+        if has_uniform:
             label, uniform = times(label, 1 - smoothing), times(label, smoothing)
-    if check.is_traced(z_loss) or z_loss != 0:
+    if has_lse:
         lse_squared = times(weight, z_weight)
     return Terms(divergence, label, uniform, lse_squared)

@@ -41,7 +41,8 @@ class SparseTeacher(Source):
 
     Args:
       indices: Columns, integers `[..., k]`. -1 is an empty slot; columns that are
-        repeated add up.
+        repeated add up. Where all slots of a token are empty, there is nothing to
+        renormalize, and its loss is NaN.
       log_probs: Their log-probabilities, `[..., k]`.
       tail: What becomes of the mass that is not listed.
 
@@ -239,26 +240,23 @@ def _log(x):
 
 
 def check_columns(teacher: SparseTeacher, vocab_size: int, mask) -> SparseTeacher:
-    """That the columns of the tokens in `mask` exist; NaN, if traced, where not."""
-    # Narrow and unsigned dtypes hold neither -1 nor, in general, the vocabulary's size.
+    """That the columns of the tokens in `mask` exist; NaN, if traced, where not, and
+    where none is listed though the listed mass is to be 1."""
     indices = teacher.indices
-    if indices.dtype != jnp.int64:
-        indices = indices.astype(jnp.int32)
-    teacher = dataclasses.replace(teacher, indices=indices)
-    bad = (teacher.indices < -1) | (teacher.indices >= vocab_size)
+    is_bad = (indices < -1) | (indices >= vocab_size)
     if mask is not None:
-        bad &= mask[:, None]
-    if check.is_known(bad):
-        if bad.any():
-            raise ValueError(
-                f"`teacher.indices` must be in [0, {vocab_size}), or -1 for an empty "
-                f"slot, got {teacher.indices[bad][0]}."
-            )
-        return teacher
-    any_bad = bad.any(axis=-1, keepdims=True)
+        is_bad &= mask[:, None]
+    if check.is_known(is_bad) and is_bad.any():
+        raise ValueError(
+            f"`teacher.indices` must be in [0, {vocab_size}), or -1 for an empty "
+            f"slot, got {indices[is_bad][0]}."
+        )
+    is_nan = is_bad.any(axis=-1, keepdims=True)
+    if teacher.tail == "renormalize":
+        is_nan |= (indices == -1).all(axis=-1, keepdims=True)
     # Where there is a column, so that none of the tails leaves the NaN out.
-    indices = jnp.where(any_bad, 0, teacher.indices)
-    log_probs = jnp.where(any_bad, jnp.nan, teacher.log_probs)
+    indices = jnp.where(is_nan, 0, indices)
+    log_probs = jnp.where(is_nan, jnp.nan, teacher.log_probs)
     return dataclasses.replace(teacher, indices=indices, log_probs=log_probs)
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from . import _checks as check
+from ._arguments import per_token
 from ._numerics import loss_dtype, Rows, zero_unless
 from ._sparse import SparseTeacher, Tail
 
@@ -90,15 +91,20 @@ def _sample(key, logits, temperature, num_samples):
     p = p.reshape(-1, vocab)
     p = jnp.pad(p, ((0, 0), (0, -vocab % group))).reshape(p.shape[0], -1, group)
     outer, inner = jax.random.uniform(key, (2, p.shape[0], num_samples), p.dtype)
-    groups = _draw(p.sum(axis=-1), outer)
+    mass = p.sum(axis=-1)
+    groups = _draw(mass, outer)
 
     def within(row):
         p, at, u = row
         return _draw(p[at], u[:, None])[:, 0]
 
     columns = jax.lax.map(within, (p, groups, inner), batch_size=64)  # for the memory
-    indices = (groups * group + columns).reshape(*shape, num_samples)
-    return indices, jnp.full_like(indices, -math.log(num_samples), dtype=p.dtype)
+    is_nan = jnp.isnan(mass).any(axis=-1, keepdims=True)  # no softmax to draw from
+    indices = jnp.where(is_nan, 0, groups * group + columns)
+    log_probs = jnp.where(is_nan, jnp.nan, -math.log(num_samples)).astype(p.dtype)
+    log_probs = jnp.broadcast_to(log_probs, indices.shape)
+    shape = *shape, num_samples
+    return indices.reshape(shape), log_probs.reshape(shape)
 
 
 def _draw(weights, uniform):
@@ -117,18 +123,20 @@ def _checked(logits, temperature):
     logits = check.float_array("logits", logits)
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(f"`logits` must be [..., vocab], got shape {logits.shape}.")
-    return logits, check.temperature("temperature", temperature, logits.shape[:-1])
+    shape = logits.shape[:-1]
+    temperature = check.temperature("temperature", temperature, shape)
+    dtype = loss_dtype(logits, None if check.is_number(temperature) else temperature)
+    return logits, per_token(temperature, shape, dtype)
 
 
 def _log_probs(logits, temperature):
     """Of `logits / temperature`, in at least float32."""
     dtype = loss_dtype(logits, temperature)
     flat = logits.reshape(-1, logits.shape[-1]).astype(dtype)
-    if temperature is not None:
-        temperature = temperature.astype(dtype).reshape(-1)
     x = Rows(jnp.max(flat, axis=-1), temperature).shifted(flat)
     # Of a nearly certain column log p = -log(1 + rest), where 1 + rest is 1 if rounded.
     at_top = jax.nn.one_hot(jnp.argmax(flat, -1), flat.shape[-1], dtype=bool)
     rest = jnp.sum(jnp.where(at_top, jnp.expm1(x), jnp.exp(x)), axis=-1, keepdims=True)
+    rest = jnp.where(rest < jnp.inf, rest, jnp.nan)  # of +inf there is no softmax
     log_probs = jnp.where(flat == -jnp.inf, -jnp.inf, x) - jnp.log1p(rest)
     return log_probs.reshape(logits.shape)

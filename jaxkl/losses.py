@@ -316,6 +316,11 @@ def softmax_divergence(
     rest = tuple(i for i in range(len(shape)) if i not in axes)
     batch = tuple(shape[i] for i in rest)
     vocab = math.prod(shape[i] for i in axes)
+    if not isinstance(vocab, int):
+        raise ValueError(
+            f"`student_logits` must have classes of known number, got {vocab}: only "
+            "the batch may be symbolic."
+        )
     if vocab == 0:
         return jnp.zeros(batch, dtype)
 

@@ -12,9 +12,8 @@ from jax import Array
 from jax.scipy.special import xlogy
 from jax.typing import ArrayLike
 
-from ._distillation import Options, public_signature
+from ._distillation import Options, prepare_call, public_signature
 from ._numerics import Outcomes, zero_unless
-from ._problem import prepare
 from ._torch import (
     check_arrays,
     check_reduction,
@@ -99,7 +98,8 @@ def distillation_loss(student, teacher, **options: Unpack[Options]) -> Array:
       >>> print(f"{value:.4f} {slope:.4f}")
       0.1308 -0.2500
     """
-    spec, x, *_, shape = prepare(student, teacher, **options)
+    name = "distillation_loss"
+    spec, x, *_, shape = prepare_call(name, student, teacher, options)
     student, teacher = x.student, x.teacher
     if x.mask is not None:
         student, teacher = student.mask_tokens(x.mask), teacher.mask_tokens(x.mask)

@@ -61,11 +61,30 @@ VALUE_ERRORS = {
     "alpha above 1": ("alpha", dict(alpha=1.1, labels=LABELS)),
     "alpha of nan": ("alpha", dict(alpha=float("nan"), labels=LABELS)),
     "alpha without labels": ("labels", dict(alpha=0.5)),
-    "labels shape": ("labels", dict(labels=np.zeros(4, int))),
-    "labels as one-hot": ("labels", dict(labels=np.zeros((3, 5), int))),
-    "label too large": ("labels", dict(labels=np.array([0, 5, 1]))),
-    "label of -1": ("labels", dict(labels=np.array([0, -1, 1]))),
-    "label in the padding": ("labels", dict(labels=np.array([0, 4, 1]), vocab_size=4)),
+    "labels shape": ("labels", dict(alpha=0.5, labels=np.zeros(4, int))),
+    "labels as one-hot": ("labels", dict(alpha=0.5, labels=np.zeros((3, 5), int))),
+    "label too large": ("labels", dict(alpha=0.5, labels=np.array([0, 5, 1]))),
+    "label of -1": ("labels", dict(alpha=0.5, labels=np.array([0, -1, 1]))),
+    "label in the padding": (
+        "labels",
+        dict(alpha=0.5, labels=np.array([0, 4, 1]), vocab_size=4),
+    ),
+    "labels that wrap to 1": (
+        "labels",
+        dict(alpha=0.5, labels=np.array([0, 2**32 + 1, 1])),
+    ),
+    "labels that wrap to -100": (
+        "labels",
+        dict(alpha=0.5, labels=np.array([0, 2**32 - 100, 1], np.uint32)),
+    ),
+    "uint64 labels that wrap to 1": (
+        "labels",
+        dict(alpha=0.5, labels=np.array([0, 2**32 + 1, 1], np.uint64)),
+    ),
+    "labels that wrap to 1, a list": (
+        "labels",
+        dict(alpha=0.5, labels=[0, 2**32 + 1, 1]),
+    ),
     "negative label_smoothing": (
         "label_smoothing",
         dict(label_smoothing=-0.1, labels=LABELS, alpha=0.5),
@@ -100,8 +119,22 @@ TYPE_ERRORS = {
     "integer teacher": ("teacher", dict(teacher=INT_LOGITS)),
     "boolean student": ("student", dict(student=INT_LOGITS.astype(bool))),
     "complex student": ("student", dict(student=S.astype(np.complex64))),
-    "float labels": ("labels", dict(labels=np.zeros(3, np.float32))),
-    "boolean labels": ("labels", dict(labels=np.zeros(3, bool))),
+    "float labels": ("labels", dict(alpha=0.5, labels=np.zeros(3, np.float32))),
+    "boolean labels": ("labels", dict(alpha=0.5, labels=np.zeros(3, bool))),
+    "labels as text": ("labels", dict(alpha=0.5, labels="yes")),
+    "labels with a gap": ("labels", dict(alpha=0.5, labels=[0, None, 1])),
+    "where as text": ("where", dict(where="all")),
+    "where with a gap": ("where", dict(where=[True, None, True])),
+    "weights as text": ("weights", dict(weights="all")),
+    "student as text": ("student", dict(student="gpt2")),
+    "teacher as text": ("teacher", dict(teacher="gpt2")),
+    "temperature as text": ("temperature", dict(temperature="2")),
+    "alpha as text": ("alpha", dict(alpha="0.5", labels=LABELS)),
+    "normalizer as text": ("normalizer", dict(normalizer="3")),
+    "indices as text": (
+        "teacher.indices",
+        dict(teacher=jaxkl.SparseTeacher("top", S[:, :2])),
+    ),
     "float where": ("where", dict(where=np.ones(3, np.float32))),
     "integer where": ("where", dict(where=np.ones(3, int))),
     "integer weights": ("weights", dict(weights=np.ones(3, int))),
@@ -162,13 +195,61 @@ def test_the_correct_call_beside_the_errors(loss):
     assert np.isfinite(jax.tree.leaves(_call(loss, arguments))[0])
 
 
+@pytest.mark.parametrize("loss", [FUNCTIONS[0], FUNCTIONS[2]])
+def test_labels_want_an_alpha(loss):
+    with pytest.raises(ValueError, match="`alpha` must be given with `labels`"):
+        loss(S, S, labels=LABELS)
+    assert loss(S, S, labels=LABELS, alpha=1.0) == 0
+
+
+def test_labels_are_for_the_metrics_without_an_alpha():
+    loss, metrics = jaxkl.distillation_loss_with_metrics(S, S, labels=LABELS)
+    assert loss == 0
+    np.testing.assert_allclose(metrics.cross_entropy, np.log(5), rtol=1e-6)
+
+
+ALL_FUNCTIONS = [
+    (jaxkl.distillation_loss, {}),
+    (jaxkl.distillation_loss_with_metrics, {}),
+    (jaxkl.reference.distillation_loss, {}),
+    (jaxkl.sharded_distillation_loss, dict(token_axes="x")),
+    (jaxkl.sharded_distillation_loss_with_metrics, dict(token_axes="x")),
+]
+
+
+@pytest.mark.parametrize(
+    "name, meant",
+    [
+        ("mask", "where"),
+        ("sample_weight", "weights"),
+        ("tau", "temperature"),
+        ("temprature", "temperature"),
+        ("differentiate_teachers", "differentiate_teacher"),
+        ("statistics", None),
+        ("foo", None),
+    ],
+)
+@pytest.mark.parametrize("loss, more", ALL_FUNCTIONS)
+def test_an_argument_that_there_is_not(loss, more, name, meant):
+    if more:
+        more = dict(more, mesh=jax.sharding.Mesh(jax.devices()[:1], ("x",)))
+    hint = f"; did you mean `{meant}`\\?" if meant else ""
+    message = (
+        rf"^{loss.__name__}\(\) got an unexpected keyword argument `{name}`{hint}$"
+    )
+    with pytest.raises(TypeError, match=message):
+        loss(S, S, **more, **{name: True})
+
+
 def test_messages_say_what_came():
     for arguments, came in [
         (dict(temperature=-2.5), r"-2\.5"),
         (dict(reduction="average"), "average"),
         (dict(teacher=np.zeros((4, 5), np.float32)), r"\(4, 5\)|\(4,\)"),
         (dict(student=INT_LOGITS), "int"),
-        (dict(labels=np.zeros(4, int)), r"\(4,\)"),
+        (dict(labels=np.zeros(4, int), alpha=0.5), r"\(4,\)"),
+        (dict(labels=np.full(3, 2**32 + 1), alpha=0.5), "4294967297"),
+        (dict(labels="yes", alpha=0.5), "str"),
         (dict(vocab_size=6), "6"),
         (dict(tile=0), "0"),
     ]:
@@ -200,16 +281,6 @@ def test_a_callable_may_close_over_a_constant(rng):
     assert jax.jit(jax.grad(loss))(s).any()
 
 
-def test_values_that_are_traced_are_not_checked():
-    @jax.jit
-    def f(temperature, alpha, labels):
-        return jaxkl.distillation_loss(
-            S, S, temperature=temperature, alpha=alpha, labels=labels, z_loss=alpha
-        )
-
-    f(jnp.float32(-1), jnp.float32(7), jnp.full(3, 99))
-
-
 def test_shapes_are_checked_under_jit():
     f = jax.jit(jaxkl.distillation_loss)
     with pytest.raises(ValueError, match="`teacher`"):
@@ -236,7 +307,7 @@ def test_signatures_are_the_contract():
         teacher_temperature=None,
         t_squared=True,
         labels=None,
-        alpha=1.0,
+        alpha=None,
         label_smoothing=0.0,
         z_loss=0.0,
         where=None,

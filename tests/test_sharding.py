@@ -503,7 +503,7 @@ def test_a_vocabulary_beyond_all_columns(rng):
         (dict(token_axes=3), TypeError, "`token_axes` must be a mesh axis"),
         (dict(mesh="mesh"), TypeError, "`mesh` must be a jax.sharding.Mesh"),
         (dict(axis_name="model"), ValueError, "`axis_name` must be None"),
-        (dict(labels=jnp.full(4, 8)), ValueError, "`labels` must be in"),
+        (dict(labels=jnp.full(4, 8), alpha=0.5), ValueError, "`labels` must be in"),
     ],
 )
 def test_bad_arguments(rng, more, error, message):

@@ -1,0 +1,130 @@
+"""Lists of columns that say nothing, and what cannot be had of a list."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from jax.sharding import Mesh, PartitionSpec as P
+
+import jaxkl
+import jaxkl.reference
+from jaxkl import SparseTeacher
+
+from .cases import rounded, squared_error
+
+
+LOSSES = [jaxkl.distillation_loss, jaxkl.reference.distillation_loss]
+FINITE_WITHOUT_MASS = [
+    jaxkl.ForwardKL(),
+    jaxkl.JensenShannon(),
+    jaxkl.TotalVariation(),
+    squared_error,
+]
+
+
+def a_list_and_an_empty_one(rng, **options):
+    indices = jnp.array([[0, 3], [-1, -1]])
+    return SparseTeacher(indices, rounded(rng, (2, 2)), **options)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("divergence", FINITE_WITHOUT_MASS)
+def test_an_empty_list_has_no_mass_to_renormalize(rng, loss, divergence):
+    s, teacher = rounded(rng, (2, 5)), a_list_and_an_empty_one(rng)
+    options = dict(divergence=divergence, reduction="none")
+
+    @jax.jit
+    def f(s, teacher):
+        each, pull = jax.vjp(lambda s: loss(s, teacher, **options), s)
+        kept = loss(s, teacher, where=jnp.array([True, False]), **options)
+        return each, kept, *pull(jnp.ones(2))
+
+    each, (first, dropped), grad = f(s, teacher)
+    np.testing.assert_array_equal(np.isnan(each), [False, True])
+    assert first > 0 and dropped == 0
+    np.testing.assert_array_equal(np.isnan(grad).all(-1), [False, True])
+    if divergence == jaxkl.ForwardKL():
+        assert np.isnan(loss(s, teacher))
+
+
+@pytest.mark.parametrize("tail", ["drop", "bucket", "uniform"])
+def test_an_empty_list_has_a_meaning_under_other_tails(rng, tail):
+    s, teacher = rounded(rng, (2, 5)), a_list_and_an_empty_one(rng, tail=tail)
+    _, empty = jaxkl.distillation_loss(s, teacher, reduction="none")
+    log_q = jax.nn.log_softmax(s[1])
+    expected = -np.log(5) - log_q.mean() if tail == "uniform" else 0
+    np.testing.assert_allclose(empty, expected, rtol=1e-5)
+
+
+ROWS = np.float32([[0, 2, 1], [np.inf, 0, 1], [0, np.nan, 1], [-np.inf] * 3])
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_row_without_a_softmax(rng, jit):
+    s, key = rounded(rng, (4, 3)), jax.random.key(0)
+
+    def f(s, rows):
+        lists = jaxkl.top_k_teacher(rows, 2), jaxkl.sampled_teacher(key, rows, 2)
+        loss = lambda t: jaxkl.distillation_loss(s, t, reduction="none")
+        return lists, [loss(t) for t in (rows, *lists)]
+
+    lists, losses = (jax.jit(f) if jit else f)(s, ROWS)
+    for teacher in lists:
+        bad = np.isnan(teacher.log_probs)
+        np.testing.assert_array_equal(bad, [[False] * 2] + [[True] * 2] * 3)
+        assert np.isin(teacher.indices, range(3)).all()
+    for loss in losses:
+        np.testing.assert_array_equal(np.isnan(loss), [False, True, True, True])
+
+
+def weighted(log_p, log_q):
+    return jnp.arange(5.0) * jnp.exp(log_p) * (log_p - log_q)
+
+
+NOT_ELEMENTWISE = "`divergence` must be elementwise.*SparseTeacher"
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("tail", ["renormalize", "bucket", "uniform"])
+@pytest.mark.parametrize("k", [2, 5])
+def test_a_divergence_that_holds_an_entry_a_column(rng, loss, tail, k):
+    s, t = rounded(rng, (4, 5)), rounded(rng, (4, 5))
+    with jax.numpy_rank_promotion("allow"):
+        assert np.isfinite(loss(s, t, divergence=weighted))  # of logits, all is seen
+        teacher = jaxkl.top_k_teacher(t, k, tail=tail)
+        with pytest.raises(ValueError, match=NOT_ELEMENTWISE):
+            loss(s, teacher, divergence=weighted)
+
+
+def test_a_divergence_that_holds_an_entry_a_column_and_a_slice(rng):
+    s, t = rounded(rng, (4, 5)), rounded(rng, (4, 5))
+    mesh = Mesh(jax.devices()[:1], ("model",))
+    loss = lambda s, t: jaxkl.distillation_loss(
+        s, t, divergence=weighted, axis_name="model"
+    )
+    with pytest.raises(ValueError, match=NOT_ELEMENTWISE):
+        jax.shard_map(loss, mesh=mesh, in_specs=P(None, "model"), out_specs=P())(s, t)
+
+
+def head(kernel, t):
+    student = jaxkl.LinearHead(jnp.ones((4, 2)), kernel)
+    return jaxkl.distillation_loss(student, t)
+
+
+@pytest.mark.parametrize(
+    "f, rows, name",
+    [
+        (jaxkl.distillation_loss, 4, "student"),
+        (jaxkl.distillation_loss_with_metrics, 4, "student"),
+        (jaxkl.reference.distillation_loss, 4, "student"),
+        (jaxkl.losses.softmax_kl_divergence, 4, "student_logits"),
+        (head, 2, "student"),
+        (lambda _, t: jaxkl.distillation_loss(jnp.ones((4, 3)), t), 4, "teacher"),
+    ],
+)
+def test_a_symbolic_vocabulary(f, rows, name):
+    (vocab,) = export.symbolic_shape("vocab")
+    args = [jax.ShapeDtypeStruct((n, vocab), jnp.float32) for n in (rows, 4)]
+    with pytest.raises(ValueError, match=f"`{name}` must have .* known .*got vocab"):
+        export.export(jax.jit(f))(*args)
