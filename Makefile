@@ -60,6 +60,7 @@ bench: .venv-bench/.done  ## time and memory beside other libraries: tables, pic
 # Not --quiet: it hides warnings from --strict too.
 docs: .venv-docs/.done  ## the site, in build/site; a broken link or reference is an error
 	JAX_PLATFORMS=cpu NO_MKDOCS_2_WARNING=1 $(DOCS)/mkdocs build --strict $(ARGS)
+	@echo "Open build/site/index.html in a browser: no server is needed."
 
 lint: .venv-test/.lint
 	$(TEST)/ruff check .

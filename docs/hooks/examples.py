@@ -4,6 +4,7 @@ They are linked as in the repository, `../examples/digits.py`, and the link lead
 page here.
 """
 
+import base64
 import json
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ from mkdocs.structure.files import File, InclusionLevel
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LINK = re.compile(r"\]\(\.\./(examples/[\w/]+)\.(?:py|ipynb|md)\)")
+WIDE = 800  # pixels: of several panels side by side
 JUPYTER_ANCHOR = re.compile(r"\]\(#([^)]+)\)")
 
 
@@ -32,7 +34,9 @@ def on_page_markdown(markdown, **_):
 
 def _program(name):
     path = EXAMPLES / f"{name}.py"
-    return f"# examples/{path.name}\n\n{_fenced('python', path.read_text())}"
+    unsearched = "---\nsearch:\n  exclude: true\n---\n"
+    text = _fenced("python", path.read_text())
+    return f"{unsearched}# examples/{path.name}\n\n{text}"
 
 
 def _guide(name):
@@ -55,7 +59,9 @@ def _cell(cell):
             yield _fenced("text", "".join(output["text"]))
         else:
             png = "".join(output["data"]["image/png"]).replace("\n", "")
-            yield f"![What this cell draws](data:image/png;base64,{png})"
+            width = int.from_bytes(base64.b64decode(png)[16:20])
+            style = "{ .wide }" if width > WIDE else ""
+            yield f"![What this cell draws](data:image/png;base64,{png}){style}"
 
 
 def _anchor(match):
