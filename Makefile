@@ -15,10 +15,14 @@ CORE := tests/test_kl_div.py tests/test_divergences.py tests/test_distillation_s
 BESIDE_TORCH := tests/test_kl_div_torch.py tests/test_kl_div_properties.py tests/test_parity.py \
   tests/test_parity_compare.py tests/test_parity_files.py
 
-.PHONY: bench distill distill-lm docs notebook test test-lm test-slow test-floor test-newest parity package lint clean
+.PHONY: bench distill distill-lm docs notebook run test test-lm test-slow test-floor test-newest parity package lint clean
 
 distill: .venv/.train  ## train a teacher, distil a student: table and picture
 	$(BIN)/python examples/digits.py $(ARGS)
+
+# PyTorch is large: only for the example that needs it.
+run: .venv/.train $(if $(findstring pytorch,$(ARGS)),.venv/.torch)  ## an example: ARGS="examples/fused_head.py --vocab 4096"
+	$(BIN)/python $(ARGS)
 
 distill-lm: .venv-lm/.done  ## distil SmolLM2-135M into six of its layers
 	$(LM)/python examples/smollm2/train.py $(ARGS)
@@ -66,6 +70,7 @@ bench: .venv-bench/.done  ## time and memory beside other libraries: tables, pic
 # Not --quiet: it hides warnings from --strict too.
 docs: .venv-docs/.done  ## the site, in build/site; a broken link or reference is an error
 	JAX_PLATFORMS=cpu NO_MKDOCS_2_WARNING=1 $(DOCS)/mkdocs build --strict $(ARGS)
+	@echo "Open build/site/index.html in a browser: no server is needed."
 
 lint: .venv-test/.lint
 	$(TEST)/ruff check .
@@ -78,10 +83,16 @@ clean:
 # Each mark is made when its environment is whole: `$(@D)` is the environment.
 comma := ,
 PIP = $(@D)/bin/pip install --quiet --disable-pip-version-check
-venv = $(PYTHON) -m venv $(@D) && $(PIP) $(1)
+# It says what it does, for pip is silent: `jaxkl[train]` is `-e ".[train]"`.
+venv = @echo 'Installing $(subst -e .,jaxkl,$(subst ",,$(1))) and all it needs into $(@D): once, for a minute or more' && \
+  $(PYTHON) -m venv $(@D) && $(PIP) $(1)
 
 .venv/.train: pyproject.toml
 	$(call venv,-e ".[train]")
+	touch $@
+
+.venv/.torch: .venv/.train
+	$(PIP) -e ".[parity]"
 	touch $@
 
 # Apart, as are the benchmarks: JAX looks for a TPU wherever libtpu is installed.

@@ -1,4 +1,11 @@
-"""What doctests find defined."""
+"""What doctests find defined, and what must be said before JAX is imported."""
+
+import os
+
+
+# Unless it is said: else JAX, where libtpu is installed, seeks a TPU, for up to a
+# minute, and libtpu prints errors.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import pytest
 

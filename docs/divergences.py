@@ -58,16 +58,17 @@ def fit(divergence):
 
 
 def main():
-    figure, axes = plt.subplots(1, 4, figsize=(9, 2.1), sharey=True, layout="tight")
+    figure, axes = plt.subplots(2, 2, figsize=(6, 3.8), sharey=True, layout="tight")
+    axes = axes.flat
     teacher = np.asarray(jax.nn.softmax(teacher_logits()))
     for axis, (name, divergence) in zip(axes, SHOWN.items(), strict=True):
         student = np.asarray(jax.nn.softmax(peak(fit(divergence))))
         axis.fill_between(PLACE, teacher, color="#c9d3dc", label="teacher")
-        axis.plot(PLACE, student, color="#2f6f9f", label="student")
-        axis.set_title(name, fontsize=10)
+        axis.plot(PLACE, student, color="#0072b2", lw=2, label="student")
+        axis.set_title(name, fontsize=15)
         axis.set(xticks=[], yticks=[])
-    axes[0].legend(fontsize=8, frameon=False, loc="upper right")
-    figure.savefig(PICTURE, dpi=150)
+    axes[0].legend(fontsize=12, frameon=False, loc="upper right")
+    figure.savefig(PICTURE, dpi=200)
     print(f"Wrote {PICTURE}")
 
 

@@ -1,3 +1,4 @@
+# `make distill` builds an environment and runs this.
 """Distil a small network from a larger one on real handwritten digits, in one file.
 
 What. scikit-learn's 1797 images of 8x8 pixels, 500 of them held out. The teacher, an

@@ -1,3 +1,4 @@
+# `make run ARGS="examples/from_pytorch.py"` builds an environment and runs this.
 """The same distillation step in PyTorch and in JAX, side by side, and checked.
 
 1. A small student, the same weights and data in both, a few steps of SGD at T = 2. In

@@ -1,3 +1,4 @@
+# `make run ARGS="examples/fused_head.py"` builds an environment and runs this.
 """A language model's distillation step that never makes its logits, in Flax NNX.
 
 The loss takes hidden states and heads in place of logits. The same student is trained

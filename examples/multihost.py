@@ -1,3 +1,4 @@
+# `make run ARGS="examples/multihost.py"` builds an environment and runs this.
 """A language model's head distilled over the devices of several processes.
 
 The same code runs as one process, as several on this machine, or on many machines.

@@ -1,3 +1,4 @@
+# `make run ARGS="examples/sharded_head.py"` builds an environment and runs this.
 """Distils a head whose vocabulary and tokens are spread over 8 devices.
 
 The batch is spread over the mesh axis "data" and the head over "model"; neither its

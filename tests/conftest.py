@@ -1,9 +1,3 @@
-import os
-
-
-# Unless it is said: else JAX, where libtpu is installed, spends a minute seeking a TPU.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
 import jax
 import numpy as np
 import pytest

@@ -14,6 +14,7 @@ import jaxkl
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
+READ_IN_PLACE = [ROOT / "README.md", ROOT / "examples/smollm2/README.md", *PAGES]
 FENCE = re.compile(r"^( *)(`{3,}|~{3,})(.*)$")
 LANGUAGES = {"python", "bash", "console", "text"}
 
@@ -79,6 +80,15 @@ def test_the_code_runs(page):
 def test_every_block_has_a_language(page):
     for line, language, _ in blocks(page):
         assert language in LANGUAGES, f"{name(page)}:{line}: {language or 'none'}"
+
+
+@pytest.mark.parametrize("page", READ_IN_PLACE, ids=name)
+def test_links_lead_to_files_of_the_repository(page):
+    """As they are read there; the site checks its own."""
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    links = re.findall(r"\]\(([^)\s#]+)", prose)
+    found = [x for x in links if not x.startswith(("http://", "https://"))]
+    assert not [x for x in found if not (page.parent / x).exists()]
 
 
 def test_a_block_without_a_language_is_seen(tmp_path, monkeypatch):

@@ -3,6 +3,9 @@
 import argparse
 import importlib.util
 import json
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +17,27 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 WAYS = ("labels alone", "distilled, same images", "distilled, all images")
 ROWS = ("teacher", *WAYS)
+
+
+PROGRAMS = [x for x in EXAMPLES.rglob("*.py") if "__main__" in x.read_text()]
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda x: x.name)
+def test_first_line_says_how_to_run_it(program):
+    first = program.read_text().splitlines()[0]
+    command = re.match("# `(make .+)` builds (an environment and runs)?", first)
+    assert command, first
+    make, *arguments = shlex.split(command[1])
+    assert shutil.which(make)
+    dry = [make, "--dry-run", *arguments]
+    shown = subprocess.run(dry, cwd=EXAMPLES.parent, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    python, started = shown.stdout.splitlines()[-1].split()
+    assert re.fullmatch(r"\.venv[-a-z]*/bin/python", python)
+    if command[2]:
+        assert started == str(program.relative_to(EXAMPLES.parent))
+    else:
+        assert python.split("/")[0] in first
 
 
 def run(*arguments):

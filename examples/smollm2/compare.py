@@ -1,3 +1,4 @@
+# `make distill-lm` builds the environment of this, .venv-lm.
 """What each teacher cache costs to store, and how good a student it makes.
 
     .venv-lm/bin/python examples/smollm2/compare.py

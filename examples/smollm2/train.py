@@ -1,3 +1,4 @@
+# `make distill-lm` builds an environment and runs this.
 """Distils SmolLM2-135M into a student of six of its thirty layers.
 
     make distill-lm                                  # the teacher is asked online

@@ -1,0 +1,27 @@
+/* Search in pages that are opened from disk. There a browser starts no worker, and the
+search is one: it runs in a hidden frame instead, and is sent the same messages. */
+if (location.protocol === "file:") {
+  window.Worker = class extends EventTarget {
+    constructor(url) {
+      super();
+      const frame = document.createElement("iframe");
+      frame.hidden = true;
+      document.body.append(frame);
+      this.inside = frame.contentWindow;
+      this.loaded = new Promise((done) => frame.addEventListener("load", done));
+      addEventListener("message", ({ source, data }) => {
+        if (source === this.inside) this.dispatchEvent(new MessageEvent("message", { data }));
+      });
+      const page = this.inside.document;
+      page.open();
+      page.write('<script>postMessage = (data) => parent.postMessage(data, "*")</script>');
+      page.write(`<script src="${url}"></script>`);
+      page.close();
+    }
+
+    async postMessage(data) {
+      await this.loaded;
+      this.inside.dispatchEvent(new MessageEvent("message", { data }));
+    }
+  };
+}
