@@ -161,7 +161,6 @@ def test_any_tile_gives_the_same_answer(rng, tile, reduction):
         weights=jnp.asarray(rng.uniform(0, 2, size=130), jnp.float32),
         where=jnp.asarray(rng.random(130) < 0.7),
         labels=jnp.asarray(rng.integers(0, 7, size=130)),
-        alpha=0.5,
     )
     g = rng.normal(size=130) if reduction == "none" else 1.0
     g = np.asarray(g, np.float32)
