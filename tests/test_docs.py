@@ -87,7 +87,8 @@ def test_links_lead_to_files_of_the_repository(page):
     """As they are read there; the site checks its own."""
     prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     links = re.findall(r"\]\(([^)\s#]+)", prose)
-    found = [x for x in links if not x.startswith(("http://", "https://"))]
+    absent = () if (DOCS / "images").exists() else (".png",)  # from the sdist
+    found = [x for x in links if not x.startswith("http") and not x.endswith(absent)]
     assert not [x for x in found if not (page.parent / x).exists()]
 
 
