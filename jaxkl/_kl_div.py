@@ -187,10 +187,9 @@ def _pointwise_bwd(log_target, res, g):
     # and of sums of nothing too.
     if log_target:
         prob = jnp.exp(target)
-        _, all_prob = spread(input, prob)
+        g_all = g * spread(input, prob)[1]
         g_prob = sum_target(g * (all_target - all_input))
-        d_input = sum_input(-g * all_prob)
-        d_target = sum_target(g * all_prob) + g_prob * prob
+        d_input, d_target = sum_input(-g_all), sum_target(g_all) + g_prob * prob
     else:
         g_term = sum_target(g)
         # A zero cotangent makes the NaN of a negative target 0, as in PyTorch's xlogy.
