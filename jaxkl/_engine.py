@@ -91,8 +91,6 @@ def _weighted_loss_bwd(spec, dtypes, res, cotangents):
     del dtypes
     operands, gradients = res
     g, _, _ = cotangents
-    if isinstance(g, jax.custom_derivatives.SymbolicZero):
-        return (None,)
     wanted = jax.tree.map(lambda d: d.ndim == _LATER and d.dtype.name, gradients)
     if any(jax.tree.leaves(wanted)):
         weights = jax.tree.map(lambda weight: weight * g, operands.weights)

@@ -52,6 +52,8 @@ def kl_div(
     Special values are PyTorch's. `0 log 0` is 0, but the product with an infinite
     `input` is NaN, as is a negative `target`, or a `target` of `-inf` with
     `log_target=True`. The gradient of `input` is finite there; that of `target` is NaN.
+    On CPU and TPU, XLA takes subnormal numbers (below 1.2e-38 in float32) for 0, as
+    PyTorch does after `torch.set_flush_denormal(True)`, and so does this.
 
     float16 and bfloat16 are computed in float32 and rounded once, to the dtype that
     PyTorch gives: the wider of the two, float32 for float16 with bfloat16, and a 0-d
@@ -176,25 +178,25 @@ def _pointwise_fwd(input, target, log_target):
 
 def _pointwise_bwd(log_target, res, g):
     input, target = (x.astype(g.dtype) for x in res)
-    spread = ft.partial(jnp.broadcast_to, shape=g.shape)
-    (all_input, sum_input), (all_target, sum_target) = (
-        jax.vjp(spread, x) for x in (input, target)
-    )
+    spread = lambda input, target: tuple(jnp.broadcast_arrays(input, target))
+    (all_input, all_target), collect = jax.vjp(spread, input, target)
+    sum_input = lambda d: collect((d, jnp.zeros_like(d)))[0]
+    sum_target = lambda d: collect((jnp.zeros_like(d), d))[1]
     # Products are shared and expanded, and sums taken, as in PyTorch's own rules: with
     # 0, inf and NaN among the factors that decides the result, in second derivatives
     # and of sums of nothing too.
     if log_target:
         prob = jnp.exp(target)
-        g_all = g * spread(prob)
-        (d_input,), (d_target,) = sum_input(-g_all), sum_target(g_all)
-        (g_prob,) = sum_target(g * (all_target - all_input))
-        d_target += g_prob * prob
+        g_all = g * spread(input, prob)[1]
+        g_prob = sum_target(g * (all_target - all_input))
+        d_input, d_target = sum_input(-g_all), sum_target(g_all) + g_prob * prob
     else:
-        (d_input,), (d_target,) = sum_input(-g * all_target), sum_target(-g * all_input)
-        (g_term,) = sum_target(g)
+        g_term = sum_target(g)
         # A zero cotangent makes the NaN of a negative target 0, as in PyTorch's xlogy.
         log = jnp.log(jnp.where((g_term == 0) & (target < 0), 1.0, target))
-        d_target += g_term * log + _times_one(g_term, target)
+        d_input = sum_input(-g * all_target)
+        d_target = g_term * log + _times_one(g_term, target)
+        d_target += sum_target(-g * all_input)
     return d_input.astype(res[0].dtype), d_target.astype(res[1].dtype)
 
 

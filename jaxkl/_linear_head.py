@@ -31,6 +31,7 @@ class LinearHead(Source):
 
     Products accumulate in float32 and take bf16 operands as they are; `d kernel` and
     `d bias` are summed over tokens in float32 and rounded once to their array's dtype.
+    So is `d hidden`, over the devices that a vocabulary is spread over.
 
     Args:
       hidden: Input of the head, `[..., hidden]`.

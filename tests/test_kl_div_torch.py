@@ -164,6 +164,28 @@ def test_second_order_special_values(dtype, log_target):
             agree(actual, expected, 1e-6, f"{name} at {c_x, c_t}")
 
 
+@pytest.fixture
+def flush_subnormals():
+    assert torch.set_flush_denormal(True)
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("dtype, tiny", [("float32", 5e-39), ("float64", 5e-310)])
+def test_a_subnormal_target_is_0(flush_subnormals, dtype, tiny):
+    """As XLA takes it on a CPU. In PyTorch it is so where it does likewise."""
+    x = jnp.full(20, -1, dtype)
+    t = torch.full((20,), tiny, dtype=getattr(torch, dtype), requires_grad=True)
+    x_ = to_torch(x)
+    value_ = torch_kl_div(x_, t, reduction="none")
+    expected = value_, *torch.autograd.grad(value_, (x_, t), torch.ones_like(value_))
+    f = functools.partial(jaxkl.kl_div, reduction="none")
+    value, pull = jax.vjp(jax.jit(f), x, jnp.asarray(t.detach().numpy()))
+    for a, e in zip((value, *pull(jnp.ones_like(x))), expected, strict=True):
+        np.testing.assert_array_equal(a, e.detach().numpy())
+        assert not np.any(np.nan_to_num(a))
+
+
 # -- Shapes and reductions
 
 SHAPES = [

@@ -230,19 +230,21 @@ def test_shard_map(arrays, replicated, check_vma, log_target):
 def test_sharded_arrays(arrays, axis_type, reduction, log_target):
     x, t = arrays(log_target)
     f = functools.partial(kl_div, reduction=reduction, log_target=log_target)
-    value, pull = jax.vjp(f, x, t[:1])
-    expected = value, *pull(jnp.ones_like(value))
+
+    @jax.jit
+    def run(x, t):
+        value, pull = jax.vjp(f, x, t)
+        return value, *pull(jnp.ones_like(value))
+
+    expected = [run(x, t) for t in (t, t[:1])]
     mesh = mesh_of(axis_type)
     with jax.set_mesh(mesh):
-        x = jax.device_put(x, NamedSharding(mesh, P("d")))
-        t = jax.device_put(t, NamedSharding(mesh, P()))[:1]
-
-        @jax.jit
-        def run(x, t):
-            value, pull = jax.vjp(f, x, t)
-            return value, *pull(jnp.ones_like(value))
-
-        actual = run(x, t)
-    assert actual[1].sharding.spec[0] == "d"
-    for a, e in zip(actual, expected, strict=True):
-        assert_close(a, e, 1e-5)
+        rows, copies = (NamedSharding(mesh, spec) for spec in (P("d"), P()))
+        x = jax.device_put(x, rows)
+        actual = run(x, jax.device_put(t, rows)), run(x, jax.device_put(t[:1], copies))
+    assert actual[0][1].sharding.spec[0] == "d"
+    if axis_type == AxisType.Explicit:  # else `-t`, a row on each device, may stay so
+        assert actual[1][1].sharding.spec[0] == "d"
+    for got, want in zip(actual, expected, strict=True):
+        for a, e in zip(got, want, strict=True):
+            assert_close(a, e, 1e-5)

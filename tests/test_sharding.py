@@ -151,6 +151,26 @@ def test_parts_of_hidden_states_gradients_are_rounded_once(rng, reduction):
         assert np.max(error(many)) < 1.1 * np.max(error(one))
 
 
+def test_a_half_gradient_meets_the_cotangent_in_float32(rng):
+    student, teacher = sources(rng, "heads", (5,), 16, "bfloat16")
+    _, pull = jax.vjp(lambda s: distillation_loss(s, teacher), student)
+    g = np.float32(1 + 2**-8 - 2**-12)  # in bfloat16 it would be 1
+    for d, one in zip(
+        *map(jax.tree.leaves, (pull(g), pull(np.float32(1)))), strict=True
+    ):
+        want = (one.astype("float32") * g).astype("bfloat16")
+        np.testing.assert_array_equal(d.astype("float32"), want.astype("float32"))
+        assert np.any(d != one)
+
+
+def test_local_tokens_are_not_copied_to_stride_over_them(rng):
+    """A slice of consecutive tokens needs no copy; strides of 7 by 3 are padded."""
+    student, teacher = sources(rng, "heads", (56,), 24)  # 7 tokens a device
+    program = lambda f: str(jax.make_jaxpr(ft.partial(f, tile=3))(student, teacher))
+    assert " pad[" not in program(sharded("8x1"))
+    assert " pad[" in program(distillation_loss)
+
+
 @over_forms
 def test_float64(rng, form):
     with jax.enable_x64(True):
