@@ -27,9 +27,10 @@ def log_ratio_of(p: Outcomes, q: Outcomes, known=None):
     `known` is its value, where that is known better than as a difference of two rounded
     logarithms.
     """
+    if known is not None:
+        return _known_ratio(p.log, q.log, known)
     absent = (p.log == -jnp.inf) & (q.log == -jnp.inf)
-    ratio = q.log - p.log if known is None else _known_ratio(p.log, q.log, known)
-    return zero_unless(~absent, ratio)
+    return zero_unless(~absent, q.log - p.log)
 
 
 @jax.custom_jvp
