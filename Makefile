@@ -13,7 +13,7 @@ WORKERS ?= 2
 CORE := tests/test_kl_div.py tests/test_divergences.py tests/test_distillation_singular.py \
   tests/test_check_distributions.py
 BESIDE_TORCH := tests/test_kl_div_torch.py tests/test_kl_div_properties.py tests/test_parity.py \
-  tests/test_parity_compare.py tests/test_parity_files.py
+  tests/test_parity_compare.py tests/test_parity_files.py jaxkl/parity/_in_torch.py
 
 .PHONY: bench distill distill-lm docs notebook run test test-lm test-slow test-floor test-newest parity package lint clean
 
