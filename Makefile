@@ -24,10 +24,10 @@ notebook: .venv-notebook/.done  ## examples/distillation.ipynb, run and compared
 	$(NOTEBOOK)/python .ci/notebook.py $(ARGS)
 
 test: .venv-test/.test  ## the test suite and the doctests
-	$(TEST)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow" $(ARGS)
+	$(TEST)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(ARGS)
 
 test-slow: .venv-test/.test  ## the rare heavy cases
-	$(TEST)/python -m pytest -n $(WORKERS) --dist loadgroup -m slow $(ARGS)
+	$(TEST)/python -m pytest -n $(WORKERS) --dist loadfile -m slow $(ARGS)
 
 test-lm: .venv-lm/.test  ## the tests of examples/smollm2
 	$(LM)/python -m pytest -n $(WORKERS) examples/smollm2/tests $(ARGS)
