@@ -31,10 +31,10 @@ notebook: .venv-notebook/.done  ## examples/distillation.ipynb, run and compared
 	$(NOTEBOOK)/python .ci/notebook.py $(ARGS)
 
 test: .venv-test/.test  ## the test suite and the doctests
-	$(TEST)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow" $(ARGS)
+	$(TEST)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(ARGS)
 
 test-slow: .venv-test/.test  ## the rare heavy cases
-	$(TEST)/python -m pytest -n $(WORKERS) --dist loadgroup -m slow $(ARGS)
+	$(TEST)/python -m pytest -n $(WORKERS) --dist loadfile -m slow $(ARGS)
 
 test-lm: .venv-lm/.test  ## the tests of examples/smollm2
 	$(LM)/python -m pytest -n $(WORKERS) examples/smollm2/tests $(ARGS)
@@ -46,7 +46,7 @@ test-newest: .venv-newest/.done  ## the tests without PyTorch on the newest JAX,
 	@$(NEWEST)/python -c "import jax, sys; print('JAX', jax.__version__, 'on Python', sys.version.split()[0])"
 	@echo "Left to Python 3.11, as newer ones have no small build of PyTorch:"
 	@echo "  $(BESIDE_TORCH) and tests marked torch"
-	$(NEWEST)/python -m pytest -n $(WORKERS) --dist loadgroup $(BESIDE_TORCH:%=--ignore=%) \
+	$(NEWEST)/python -m pytest -n $(WORKERS) --dist loadfile $(BESIDE_TORCH:%=--ignore=%) \
 	  -m "not torch and (newest or not slow)" $(ARGS)
 
 parity: .venv-test/.test  ## every case beside the installed PyTorch

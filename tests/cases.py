@@ -151,7 +151,7 @@ def assert_gradient(name, grad, expected, tol, cotangent=1.0, rounding=0.0):
         loss = np.abs(np.asarray(cotangent * expected.loss, np.float64))
         scale = max(scale, np.max(loss, where=np.isfinite(loss), initial=0.0))
     # Below these are float16's steps near 0, and the oracle's rounding of a true 0.
-    floor = float(jnp.finfo(grad.dtype).smallest_subnormal) + 1e-17
+    floor = float(jnp.finfo(grad.dtype).smallest_subnormal) + oracle.ROUNDING
     atol = tol * scale + floor + rounding
     np.testing.assert_allclose(
         np.asarray(grad, np.float64), want, rtol=0, atol=atol, err_msg=name

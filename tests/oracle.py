@@ -12,6 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 
+# What may be left of a true 0 where numbers of order one are added up.
+ROUNDING = 1e-17
+
+
 def _real(x):
     x = np.asarray(x)
     if x.dtype != np.longdouble:

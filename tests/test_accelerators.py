@@ -52,7 +52,11 @@ def test_heads(rng, taken, divergence, reference):
 def test_a_list_beside_logits(rng, taken, dtype, tail):
     s, t = rounded(rng, (TOKENS, VOCAB), dtype), rounded(rng, (TOKENS, VOCAB))
     teacher = jaxkl.top_k_teacher(t, 5, tail=tail)
-    run = lambda f: jax.value_and_grad(lambda s: f(s, teacher, temperature=1.7))(s)
+
+    def run(loss):
+        f = lambda s, teacher: loss(s, teacher, temperature=1.7)
+        return jax.jit(jax.value_and_grad(f))(s, teacher)
+
     value, grad = run(jaxkl.distillation_loss)
     (default, cpu), *_ = taken
     assert default.func is _engine._run_tiles

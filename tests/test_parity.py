@@ -17,9 +17,6 @@ from jaxkl.parity import _html, _measure, _report, _run, _snippet
 from .helpers import run_python
 
 
-pytestmark = pytest.mark.xdist_group("parity")  # one worker: it runs once
-
-
 whole = pytest.mark.slow  # the battery takes a minute
 
 

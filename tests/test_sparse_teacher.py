@@ -72,6 +72,9 @@ def _expected(
         log_p, log_Q, columns = _outcomes(log_q, indices[i], log_probs[i], teacher.tail)
         with np.errstate(all="ignore"):
             f, _, f_Q = (np.asarray(x, np.float64) for x in divergence(log_p, log_Q))
+            if teacher.tail == "drop":  # no whole sum, where the oracle's `q - p` is 0
+                f_Q = -np.exp(log_p)
+                f = np.where(f_Q == 0, 0, f_Q * (log_Q - log_p))
         q = np.exp(log_q)
         # ∂ log Q / ∂ log q, where there is any.
         Q = np.exp(log_Q)

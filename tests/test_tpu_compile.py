@@ -13,8 +13,8 @@ from .tpu_programs import CASES, PLAIN, SHARDED
 
 
 TIMEOUT = 600
-# One worker: it compiles once, for two minutes.
-pytestmark = [pytest.mark.xdist_group("tpu"), pytest.mark.slow, pytest.mark.newest]
+# The module compiles once, for two minutes: `make test-slow` splits no file.
+pytestmark = [pytest.mark.slow, pytest.mark.newest]
 
 
 @pytest.fixture(scope="module")
