@@ -72,7 +72,7 @@ class Source:
         """The gradient to every array, from that to the logits.
 
         Those of shared arrays are summed over the `live` tokens, `[B]`, and are in at
-        least float32; the others are in their array's dtype.
+        least float32; the others are in their array's dtype, or a wider one.
         """
         raise NotImplementedError
 
