@@ -107,15 +107,13 @@ class Rows(NamedTuple):
         return lowest * jnp.minimum(T * T * T, 1)
 
 
-def normalize(vocab, *models) -> list[Rows]:
-    """The rows of each `(rows, logits)`, with their total."""
-    totals = vocab.sum(*(_total(*model) for model in models))
-    pairs = zip(models, totals, strict=True)
-    return [rows._replace(total=total) for (rows, _), total in pairs]
+def normalize(vocab, models) -> dict[str, Rows]:
+    """The rows of each `(rows, logits)`, by name, with their total."""
+    return _with_totals(models, vocab.sum(*_totals(models)))
 
 
-def normalize_pair(vocab, p, q, others, *, same_temperature):
-    """The rows of all models, and `log(Z / U)` of the totals of the first two, `[B]`.
+def normalize_pair(vocab, models, *, same_temperature):
+    """The same, and `log(Z / U)` of the totals of the models "p" and "q", `[B]`.
 
     With `u` and `z` their shifted logits, `U = Σ e^u` and `Z = Σ e^z`, it is
 
@@ -124,20 +122,26 @@ def normalize_pair(vocab, p, q, others, *, same_temperature):
     where no term of Δ cancels. Its digits are relative to itself, not to the logarithms
     of the totals, so that log-ratios keep theirs where the models are near each other.
     """
-    models = p, q, *others
+    p, q = models["p"], models["q"]
     u, z = (rows.shifted(logits) for rows, logits in (p, q))
     difference = _exp_difference(u, z, _shift(p, q, same_temperature))
-    totals = [_total(*model) for model in models]
-    *totals, difference = vocab.sum(*totals, jnp.sum(difference, axis=-1))
+    difference = jnp.sum(difference, axis=-1)
+    *totals, difference = vocab.sum(*_totals(models), difference)
+    rows = _with_totals(models, totals)
     up = difference > 0
-    scale = jnp.log1p(jnp.abs(difference) / jnp.where(up, totals[0], totals[1]))
-    pairs = zip(models, totals, strict=True)
-    rows = [rows._replace(total=total) for (rows, _), total in pairs]
+    smaller = jnp.where(up, rows["p"].total, rows["q"].total)
+    scale = jnp.log1p(jnp.abs(difference) / smaller)
     return rows, jnp.where(up, scale, -scale)
 
 
-def _total(rows, logits):
-    return jnp.sum(jnp.exp(rows.shifted(logits)), axis=-1)
+def _totals(models):
+    shifted = [rows.shifted(logits) for rows, logits in models.values()]
+    return [jnp.sum(jnp.exp(x), axis=-1) for x in shifted]
+
+
+def _with_totals(models, totals):
+    pairs = zip(models.items(), totals, strict=True)
+    return {name: rows._replace(total=total) for (name, (rows, _)), total in pairs}
 
 
 def _shift(p, q, same_temperature):

@@ -154,9 +154,8 @@ class SparseTeacher(Source):
         of_list, f_others, q_others = sums(vocab, f_q, q.prob)
         total = of_list + f_rest
         d_listed = centred(f_q, q.prob, total, f_others + f_rest, q_others + q_rest)
-        d_rest = centred(
-            *(x[:, None] for x in (f_rest, q_rest)), total, of_list, q_listed
-        )
+        f_rest, q_rest = f_rest[:, None], q_rest[:, None]
+        d_rest = centred(f_rest, q_rest, total, of_list, q_listed)
         # Each of the others has its part of `d_rest`, by its part of `q_rest`.
         part = zero_unless(others_sum > 0, 1 / jnp.where(others_sum > 0, others_sum, 1))
         inner = others * (part[:, None] * d_rest)

@@ -184,19 +184,19 @@ class _Rows(NamedTuple):
 def _rows(spec, x, s, t) -> _Rows:
     s_peak, t_peak = spec.vocab.max(x.student.peak(s), x.teacher.peak(t))
     needs_plain = spec.statistics or any(w is not None for w in x.weights[1:])
-    q = Rows(s_peak, x.student_temperature), s
-    plain = {"plain_q": (Rows(s_peak), s)} if needs_plain else {}
+    models = {"q": (Rows(s_peak, x.student_temperature), s)}
+    if needs_plain:
+        models["plain_q"] = Rows(s_peak), s
     if x.teacher.is_normalized:
         # Log-probabilities are the same at any temperature.
-        q, *found = normalize(spec.vocab, q, *plain.values())
-        return _Rows(None, q, **dict(zip(plain, found, strict=True)))
-    p = Rows(t_peak, spec.teacher_temperature(x)), t
+        rows = normalize(spec.vocab, models)
+        return _Rows(p=None, log_scale=None, **rows)
+    models["p"] = Rows(t_peak, spec.teacher_temperature(x)), t
     if spec.statistics:
-        plain["plain_p"] = Rows(t_peak), t
-    (p, q, *found), log_scale = normalize_pair(
-        spec.vocab, p, q, plain.values(), same_temperature=spec.same_temperature
-    )
-    return _Rows(p, q, log_scale, **dict(zip(plain, found, strict=True)))
+        models["plain_p"] = Rows(t_peak), t
+    same = spec.same_temperature
+    rows, log_scale = normalize_pair(spec.vocab, models, same_temperature=same)
+    return _Rows(log_scale=log_scale, **rows)
 
 
 def _models(x, rows, s, t) -> tuple[Softmax, Softmax]:

@@ -29,7 +29,8 @@ def test_first_line_says_how_to_run_it(program):
     assert command, first
     make, *arguments = shlex.split(command[1])
     assert shutil.which(make)
-    dry = [make, "--dry-run", *arguments]
+    # In silence about folders, of which it speaks where it runs inside another `make`.
+    dry = [make, "--dry-run", "--no-print-directory", *arguments]
     shown = subprocess.run(dry, cwd=EXAMPLES.parent, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
     python, started = shown.stdout.splitlines()[-1].split()
