@@ -91,8 +91,8 @@ def _jensen_shannon_term_jvp(beta, weights, primals, tangents):
     # What m contributes adds up to 0: ∂/∂log p = -β p log(m / p), and likewise for q.
     (p, q, log_ratio), (d_p, d_q, _) = primals, tangents
     m_over_p, m_over_q = _log_mixture_ratios(log_ratio, beta)
-    f_p = -weights[0] * _times(p.prob, m_over_p)
-    f_q = -weights[1] * _times(q.prob, m_over_q)
+    f_p = weights[0] * _times(p.prob, -m_over_p)
+    f_q = weights[1] * _times(q.prob, -m_over_q)
     value = jensen_shannon_term(*primals, beta, weights)
     return value, f_p * d_p.log + f_q * d_q.log
 
