@@ -147,11 +147,14 @@ def _with_totals(models, totals):
 def _shift(p, q, same_temperature):
     """The difference of the shifted logits, `z - u`."""
     (p_rows, t), (q_rows, s) = p, q
-    if not same_temperature:
-        return q_rows.shifted(s) - p_rows.shifted(t)
-    # Exact where the logits are near, and 0 where they are equal. (Compilers fuse the
-    # difference of two quotients into something that is not.)
-    return q_rows.over_temperature(q_rows.less_peak(s) - p_rows.less_peak(t))
+    if same_temperature:
+        # Exact where the logits are near.
+        return q_rows.over_temperature(q_rows.less_peak(s) - p_rows.less_peak(t))
+    # Compilers fuse the difference of two quotients, and then it is not 0 where they
+    # are equal: they round one and not the other. Not so behind a maximum.
+    u, z = p_rows.shifted(t), q_rows.shifted(s)
+    lowest = jnp.finfo(u.dtype).min
+    return jnp.maximum(z, lowest) - jnp.maximum(u, lowest)
 
 
 def log_ratio(p, q, log_scale, *, same_temperature):

@@ -184,19 +184,22 @@ class _Rows(NamedTuple):
 def _rows(spec, x, s, t) -> _Rows:
     s_peak, t_peak = spec.vocab.max(x.student.peak(s), x.teacher.peak(t))
     needs_plain = spec.statistics or any(w is not None for w in x.weights[1:])
+    teacher_temperature = spec.teacher_temperature(x)
     models = {"q": (Rows(s_peak, x.student_temperature), s)}
-    if needs_plain:
+    if needs_plain and x.student_temperature is not None:
         models["plain_q"] = Rows(s_peak), s
     if x.teacher.is_normalized:
         # Log-probabilities are the same at any temperature.
-        rows = normalize(spec.vocab, models)
-        return _Rows(p=None, log_scale=None, **rows)
-    models["p"] = Rows(t_peak, spec.teacher_temperature(x)), t
-    if spec.statistics:
-        models["plain_p"] = Rows(t_peak), t
-    same = spec.same_temperature
-    rows, log_scale = normalize_pair(spec.vocab, models, same_temperature=same)
-    return _Rows(log_scale=log_scale, **rows)
+        rows, log_scale = normalize(spec.vocab, models), None
+    else:
+        models["p"] = Rows(t_peak, teacher_temperature), t
+        if spec.statistics and teacher_temperature is not None:
+            models["plain_p"] = Rows(t_peak), t
+        same = spec.same_temperature
+        rows, log_scale = normalize_pair(spec.vocab, models, same_temperature=same)
+    p, q = rows.get("p"), rows["q"]
+    plain_q = rows.get("plain_q", q) if needs_plain else None
+    return _Rows(p, q, log_scale, rows.get("plain_p", p), plain_q)
 
 
 def _models(x, rows, s, t) -> tuple[Softmax, Softmax]:
