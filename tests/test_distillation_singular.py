@@ -116,9 +116,12 @@ def test_the_singular_rows_have_the_gradients_to_test():
     assert finite(oracle.jensen_shannon(0.5), "teacher") == everything
 
 
-def test_forward_kl_without_student_support_is_inf_with_the_formulas_gradient():
+@pytest.mark.parametrize(
+    "divergence", [FORWARD[0], jaxkl.AlphaDivergence(1)], ids=["forward", "alpha_one"]
+)
+def test_no_student_support_is_inf_with_the_formulas_gradient(divergence):
     s, t = jnp.array([[-inf, 0.0, 0.0]]), jnp.array([[0.0, 0.0, -inf]])
-    value, grads = evaluate(s, t)
+    value, grads = evaluate(s, t, divergence=divergence)
     assert value == inf
     assert_close(grads["student"], [[-0.5, 0.0, 0.5]], 1e-6)
 

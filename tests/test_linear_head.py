@@ -449,6 +449,22 @@ def test_second_order(rng, divergence, reference, reduction):
     assert_close(jax.jit(jax.jacrev(jax.grad(fused)))(flat), hessian, 1e-5)
 
 
+def test_mixed_derivatives_at_a_weight_of_zero(rng):
+    student, teacher = (make_head(rng, (3,), 2, 5, bias=True) for _ in range(2))
+
+    @jax.jit
+    def slope(student, teacher, *weights):
+        of = partial(distillation_loss, tile=2, reduction="sum")
+        grad = lambda w: jax.grad(lambda head: of(head, teacher, weights=w))(student)
+        return jax.jvp(grad, *([w] for w in weights))[1]
+
+    # Gradients are linear in weights: their slope is the gradient of one token.
+    weights, one = jnp.array([0.0, 1.0, 2.0]), jnp.array([1.0, 0.0, 0.0])
+    expected = expected_of(student, teacher, weights=one, reduction="sum").student
+    actual = slope(student, teacher, weights, one)
+    assert_source_gradient(student, actual, expected, "student")
+
+
 @pytest.mark.parametrize("bad", [0.0, np.nan])
 @pytest.mark.parametrize("tile", [None, 2])
 def test_a_token_without_weight_needs_no_temperature(rng, bad, tile):

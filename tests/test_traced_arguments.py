@@ -179,6 +179,25 @@ def test_integers_that_would_wrap(rng, dtype, value):
         assert np.isfinite(of_a_list(s, indices, where)).all()
 
 
+@over_functions
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_a_dropped_token_may_have_any_label(rng, loss, reduction):
+    s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
+    where = jnp.array([True, False, True])
+
+    @jax.jit
+    def f(s, t, labels):
+        options = dict(where=where, labels=labels, alpha=0.5, reduction=reduction)
+        value, pull = jax.vjp(lambda s: loss(s, t, **options), s)
+        return value, *pull(jnp.ones_like(value))
+
+    for bad in 5, -1:
+        got = f(s, t, jnp.array([0, bad, 4]))
+        for x, expected in zip(got, f(s, t, jnp.array([0, 0, 4])), strict=True):
+            assert np.any(expected)
+            np.testing.assert_array_equal(x, expected)
+
+
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "uint32", "int64"])
 def test_labels_of_any_integer_dtype(rng, dtype):
     s, t = rounded(rng, (3, 300)), rounded(rng, (3, 300))
