@@ -243,6 +243,16 @@ def test_where_drops_a_token_of_which_another_argument_is_nan(rng, name, reducti
     assert_matches(s, t, FORWARD, where=where, reduction=reduction, **{name: x})
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_a_token_without_weight_is_no_part_of_temperatures_gradient(rng, reduction):
+    s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
+    arguments = dict(reduction=reduction, weights=jnp.array([1.0, 0.0, 2.0]))
+    arguments["temperature"] = jnp.float32(2)
+    _, expected = evaluate(s, t, **arguments)
+    _, grads = evaluate(s.at[1].set(np.nan), t, **arguments)
+    assert_close(grads["temperature"], expected["temperature"], 1e-6)
+
+
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("divergence", [FORWARD[0], USER[0]], ids=["forward", "user"])
 def test_where_equals_slicing(rng, divergence, reduction):

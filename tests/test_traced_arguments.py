@@ -151,10 +151,10 @@ def test_samples_at_a_bad_temperature(rng):
 
 @pytest.mark.parametrize(
     "dtype, value",
-    [("uint32", 2**32 - 100), ("uint32", 2**32 - 1), ("uint64", 2**32 + 1)]
-    + [("int64", 2**32 + 1), ("int64", -(2**32) - 100)],
+    [("int32", 5), ("uint32", 2**32 - 100), ("uint32", 2**32 - 1)]
+    + [("uint64", 2**32 + 1), ("int64", 2**32 + 1), ("int64", -(2**32) - 100)],
 )
-def test_integers_that_would_wrap(rng, dtype, value):
+def test_integers_out_of_range(rng, dtype, value):
     s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
     where = jnp.array([True, False, True])
     options = dict(reduction="none")
