@@ -126,6 +126,13 @@ def test_no_student_support_is_inf_with_the_formulas_gradient(divergence):
     assert_close(grads["student"], [[-0.5, 0.0, 0.5]], 1e-6)
 
 
+def test_cross_entropy_of_a_label_without_mass_is_infinite(rng):
+    s, t = rounded(rng, (2, 5)).at[0, 2].set(-inf), rounded(rng, (2, 5))
+    arguments = dict(labels=jnp.array([2, 2]), alpha=0.0, reduction="none")
+    value, _ = evaluate(s, t, **arguments)
+    assert value[0] == inf and np.isfinite(value[1])
+
+
 def test_an_infinite_token_leaves_the_other_gradients_alone(rng):
     s, t = rounded(rng, (5, 7)), rounded(rng, (5, 7))
     s = s.at[2, 3].set(-inf)

@@ -295,6 +295,17 @@ def test_logits_are_not_rounded_to_half_precision(rng, dtype):
     np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
+def test_a_small_gradient_is_no_float16_operand(rng):
+    student, teacher = (make_head(rng, (64,), 4, 11, "float16") for _ in range(2))
+    hidden, kernel = 256 * student.hidden, student.kernel / 256
+    student = dataclasses.replace(student, hidden=hidden, kernel=kernel)
+    # That to the logits is below float16's smallest step; that to the kernel is not.
+    arguments = dict(weights=jnp.full(64, 1e-7), reduction="sum")
+    _, grads = evaluate(student, teacher, **arguments)
+    expected = expected_of(student, teacher, **arguments).student.kernel
+    assert_close(grads["student"].kernel, expected, 1e-2)
+
+
 def test_a_small_loss_scale_survives_float16(rng):
     # The gradient of a mean over many tokens is below float16's range; the scale that
     # the caller applies must come first.
