@@ -116,11 +116,21 @@ def test_the_singular_rows_have_the_gradients_to_test():
     assert finite(oracle.jensen_shannon(0.5), "teacher") == everything
 
 
-def test_forward_kl_without_student_support_is_inf_with_the_formulas_gradient():
+@pytest.mark.parametrize(
+    "divergence", [FORWARD[0], jaxkl.AlphaDivergence(1)], ids=["forward", "alpha_one"]
+)
+def test_no_student_support_is_inf_with_the_formulas_gradient(divergence):
     s, t = jnp.array([[-inf, 0.0, 0.0]]), jnp.array([[0.0, 0.0, -inf]])
-    value, grads = evaluate(s, t)
+    value, grads = evaluate(s, t, divergence=divergence)
     assert value == inf
     assert_close(grads["student"], [[-0.5, 0.0, 0.5]], 1e-6)
+
+
+def test_cross_entropy_of_a_label_without_mass_is_infinite(rng):
+    s, t = rounded(rng, (2, 5)).at[0, 2].set(-inf), rounded(rng, (2, 5))
+    arguments = dict(labels=jnp.array([2, 2]), alpha=0.0, reduction="none")
+    value, _ = evaluate(s, t, **arguments)
+    assert value[0] == inf and np.isfinite(value[1])
 
 
 def test_an_infinite_token_leaves_the_other_gradients_alone(rng):
@@ -238,6 +248,16 @@ def test_where_drops_a_token_of_which_another_argument_is_nan(rng, name, reducti
     where = jnp.array([True, False, True, False])
     x = jnp.array([1.5, np.nan, 2.0, np.nan])
     assert_matches(s, t, FORWARD, where=where, reduction=reduction, **{name: x})
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_a_token_without_weight_is_no_part_of_temperatures_gradient(rng, reduction):
+    s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
+    arguments = dict(reduction=reduction, weights=jnp.array([1.0, 0.0, 2.0]))
+    arguments["temperature"] = jnp.float32(2)
+    _, expected = evaluate(s, t, **arguments)
+    _, grads = evaluate(s.at[1].set(np.nan), t, **arguments)
+    assert_close(grads["temperature"], expected["temperature"], 1e-6)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])

@@ -304,6 +304,12 @@ def test_no_temporary_of_the_size_of_the_logits(static, others):
     assert _temporaries(f, **others) < 0.1
 
 
+def test_slopes_are_evaluated_again_and_not_kept():
+    """In bfloat16 all tokens are one tile on CPU, and its arrays are float32."""
+    loss = partial(jaxkl.distillation_loss, divergence=jaxkl.JensenShannon(0.5))
+    assert _temporaries(loss, "bfloat16") / 2 < 6.5  # arrays; with the slopes it is 7
+
+
 def test_plain_jax_breaks_the_memory_bound():
     def plain(s, t):
         log_q, log_p = jax.nn.log_softmax(s), jax.nn.log_softmax(t)

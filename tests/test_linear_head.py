@@ -295,6 +295,17 @@ def test_logits_are_not_rounded_to_half_precision(rng, dtype):
     np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
+def test_a_small_gradient_is_no_float16_operand(rng):
+    student, teacher = (make_head(rng, (64,), 4, 11, "float16") for _ in range(2))
+    hidden, kernel = 256 * student.hidden, student.kernel / 256
+    student = dataclasses.replace(student, hidden=hidden, kernel=kernel)
+    # That to the logits is below float16's smallest step; that to the kernel is not.
+    arguments = dict(weights=jnp.full(64, 1e-7), reduction="sum")
+    _, grads = evaluate(student, teacher, **arguments)
+    expected = expected_of(student, teacher, **arguments).student.kernel
+    assert_close(grads["student"].kernel, expected, 1e-2)
+
+
 def test_a_small_loss_scale_survives_float16(rng):
     # The gradient of a mean over many tokens is below float16's range; the scale that
     # the caller applies must come first.
@@ -447,6 +458,22 @@ def test_second_order(rng, divergence, reference, reduction):
     # Forward over the reverse rule, and reverse over it.
     assert_close(jax.jit(jax.hessian(fused))(flat), hessian, 1e-5)
     assert_close(jax.jit(jax.jacrev(jax.grad(fused)))(flat), hessian, 1e-5)
+
+
+def test_mixed_derivatives_at_a_weight_of_zero(rng):
+    student, teacher = (make_head(rng, (3,), 2, 5, bias=True) for _ in range(2))
+
+    @jax.jit
+    def slope(student, teacher, *weights):
+        of = partial(distillation_loss, tile=2, reduction="sum")
+        grad = lambda w: jax.grad(lambda head: of(head, teacher, weights=w))(student)
+        return jax.jvp(grad, *([w] for w in weights))[1]
+
+    # Gradients are linear in weights: their slope is the gradient of one token.
+    weights, one = jnp.array([0.0, 1.0, 2.0]), jnp.array([1.0, 0.0, 0.0])
+    expected = expected_of(student, teacher, weights=one, reduction="sum").student
+    actual = slope(student, teacher, weights, one)
+    assert_source_gradient(student, actual, expected, "student")
 
 
 @pytest.mark.parametrize("bad", [0.0, np.nan])

@@ -151,10 +151,10 @@ def test_samples_at_a_bad_temperature(rng):
 
 @pytest.mark.parametrize(
     "dtype, value",
-    [("uint32", 2**32 - 100), ("uint32", 2**32 - 1), ("uint64", 2**32 + 1)]
-    + [("int64", 2**32 + 1), ("int64", -(2**32) - 100)],
+    [("int32", 5), ("uint32", 2**32 - 100), ("uint32", 2**32 - 1)]
+    + [("uint64", 2**32 + 1), ("int64", 2**32 + 1), ("int64", -(2**32) - 100)],
 )
-def test_integers_that_would_wrap(rng, dtype, value):
+def test_integers_out_of_range(rng, dtype, value):
     s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
     where = jnp.array([True, False, True])
     options = dict(reduction="none")
@@ -177,6 +177,25 @@ def test_integers_that_would_wrap(rng, dtype, value):
         with pytest.raises(ValueError, match=r"`teacher\.indices` must be in \[0, 5\)"):
             of_a_list(s, indices)
         assert np.isfinite(of_a_list(s, indices, where)).all()
+
+
+@over_functions
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_a_dropped_token_may_have_any_label(rng, loss, reduction):
+    s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
+    where = jnp.array([True, False, True])
+
+    @jax.jit
+    def f(s, t, labels):
+        options = dict(where=where, labels=labels, alpha=0.5, reduction=reduction)
+        value, pull = jax.vjp(lambda s: loss(s, t, **options), s)
+        return value, *pull(jnp.ones_like(value))
+
+    for bad in 5, -1:
+        got = f(s, t, jnp.array([0, bad, 4]))
+        for x, expected in zip(got, f(s, t, jnp.array([0, 0, 4])), strict=True):
+            assert np.any(expected)
+            np.testing.assert_array_equal(x, expected)
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "uint32", "int64"])
