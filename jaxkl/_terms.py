@@ -149,7 +149,7 @@ def _log_mixture_ratios_jvp(beta, primals, tangents):
 
 def _log_blend(r, a, b):
     """`log(a + b e^r)`, `a + b = 1`, to the last digits for any weights and any `r`."""
-    change = b * jnp.expm1(jnp.minimum(r, 60.0))
+    change = b * jnp.expm1(r)
     # A sum of positive numbers, relative to the larger of 1 and e^r.
     low, high = jnp.where(r < 0, a, b), jnp.where(r < 0, b, a)
     far = jnp.maximum(r, 0) + jnp.log(low + high * jnp.exp(-jnp.abs(r)))
