@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import os
 import re
 import shlex
 import shutil
@@ -29,9 +30,11 @@ def test_first_line_says_how_to_run_it(program):
     assert command, first
     make, *arguments = shlex.split(command[1])
     assert shutil.which(make)
-    # In silence about folders, of which it speaks where it runs inside another `make`.
-    dry = [make, "--dry-run", "--no-print-directory", *arguments]
-    shown = subprocess.run(dry, cwd=EXAMPLES.parent, capture_output=True, text=True)
+    # Not as part of the `make` that may run these tests, whose ARGS it would take.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
+    dry = [make, "--dry-run", *arguments]
+    options = dict(cwd=EXAMPLES.parent, env=environment)
+    shown = subprocess.run(dry, **options, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
     python, started = shown.stdout.splitlines()[-1].split()
     assert re.fullmatch(r"\.venv[-a-z]*/bin/python", python)
