@@ -92,6 +92,7 @@ venv = @echo 'Installing $(subst -e .,jaxkl,$(subst ",,$(1))) and all it needs i
 	touch $@
 
 .venv/.torch: .venv/.train
+	@echo 'Installing PyTorch into $(@D): once, for a minute or more'
 	$(PIP) -e ".[parity]"
 	touch $@
 

@@ -177,7 +177,9 @@ def as_labels(given, mask, shape, vocab_size):
     return labels.reshape(-1)
 
 
-def check_divergence(divergence: Any, vocab: Vocabulary, teacher: Source) -> None:
+def check_divergence(
+    divergence: Any, vocab: Vocabulary, teacher: Source, is_spread: bool
+) -> None:
     """That it is a pure elementwise function, and a static argument."""
     name = "`divergence`"
     if isinstance(divergence, type):
@@ -190,17 +192,21 @@ def check_divergence(divergence: Any, vocab: Vocabulary, teacher: Source) -> Non
     if not isinstance(divergence, Hashable):
         raise TypeError(f"{name} must be hashable, got {divergence!r}.")
     # It may hold an array of all columns, if these are what it sees.
-    sees_all = teacher.width is not None and vocab.axis_name is None
+    is_spread |= vocab.axis_name is not None
+    sees_all = teacher.width is not None and not is_spread
     width = vocab.size if sees_all else vocab.size + 1
     arg = jax.ShapeDtypeStruct((2, width), jnp.float32)
     of = f"{arg.dtype.name}{list(arg.shape)}"
     try:
         jaxpr = jax.make_jaxpr(divergence)(arg, arg)
     except (TypeError, ValueError) as error:
+        hint = (
+            " With a SparseTeacher, or a vocabulary that is spread over devices, it "
+            "must not hold an array with an entry a column."
+        )
         raise ValueError(
             f"{name} must be elementwise, for arrays of any shape, and {divergence!r} "
-            f"fails for two of {of}. With a SparseTeacher, or a vocabulary that is "
-            "spread over devices, it must not hold an array with an entry a column."
+            f"fails for two of {of}: {error}{'' if sees_all else hint}"
         ) from error
     if any(map(check.is_traced, jaxpr.consts)):
         raise ValueError(

@@ -42,7 +42,7 @@ def public_signature(f):
     """Shows the keyword arguments of `prepare`, with their defaults, as `f`'s."""
     own = inspect.signature(f).parameters
     parameters = inspect.signature(prepare).parameters
-    hidden = {"statistics"} | ({"axis_name"} if "mesh" in own else set())
+    hidden = {"statistics", "is_spread"} | ({"axis_name"} if "mesh" in own else set())
     merged = {k: p for k, p in own.items() if k != "options"}
     merged |= {k: p for k, p in parameters.items() if k not in merged}
     shown = [p for name, p in merged.items() if name not in hidden]
@@ -213,7 +213,7 @@ def sharded_distillation_loss(
     """
     layout = check_layout(mesh, token_axes, vocab_axis)
     name = "sharded_distillation_loss"
-    problem = _prepare_global(name, student, teacher, options)
+    problem = _prepare_global(name, student, teacher, layout, options)
     loss, _, _ = sharded_weighted_loss(problem.spec, layout, problem.operands)
     return loss if problem.spec.reduce else loss.reshape(problem.shape)
 
@@ -237,14 +237,14 @@ def sharded_distillation_loss_with_metrics(
     """
     layout = check_layout(mesh, token_axes, vocab_axis)
     name = "sharded_distillation_loss_with_metrics"
-    problem = _prepare_global(name, student, teacher, options, statistics=True)
+    problem = _prepare_global(name, student, teacher, layout, options, statistics=True)
     outputs = sharded_weighted_loss(problem.spec, layout, problem.operands)
     loss, terms, statistics = outputs
     loss = loss if problem.spec.reduce else loss.reshape(problem.shape)
     return loss, _metrics(problem, terms, statistics)
 
 
-def _prepare_global(name, student, teacher, options, statistics=False):
+def _prepare_global(name, student, teacher, layout, options, statistics=False):
     if options.get("axis_name") is not None:
         raise ValueError(
             "`axis_name` must be None with a mesh, whose axis is `vocab_axis`; got "
@@ -252,7 +252,8 @@ def _prepare_global(name, student, teacher, options, statistics=False):
         )
     own = "mesh", "token_axes", "vocab_axis"
     check_keywords(name, options, [*own, *Options.__annotations__])
-    return prepare(student, teacher, statistics=statistics, **options)
+    more = dict(statistics=statistics, is_spread=layout.vocab_axis is not None)
+    return prepare(student, teacher, **more, **options)
 
 
 def _metrics(problem, terms, statistics) -> DistillationMetrics:

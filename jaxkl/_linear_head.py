@@ -30,8 +30,9 @@ class LinearHead(Source):
     nothing.
 
     Products accumulate in float32 and take bf16 operands as they are; `d kernel` and
-    `d bias` are summed over tokens in float32 and rounded once to their array's dtype.
-    So is `d hidden`, over the devices that a vocabulary is spread over.
+    `d bias` are summed over a device's tokens in float32 and rounded once to their
+    array's dtype, in which JAX sums them over devices that share the tokens. `d hidden`
+    is summed in float32 over devices that share the vocabulary, and then rounded.
 
     Args:
       hidden: Input of the head, `[..., hidden]`.

@@ -65,6 +65,7 @@ def prepare(
     axis_name: str | None = None,
     tile: int | None = None,
     statistics: bool = False,
+    is_spread: bool = False,  # the vocabulary, over a mesh, when all this is done
 ) -> Problem:
     check.one_of("reduction", reduction, REDUCTIONS)
     t_squared = check.boolean("t_squared", t_squared)
@@ -78,7 +79,7 @@ def prepare(
         )
     vocab = vocabulary_of(vocab_size, student, teacher, axis_name)
     columns = vocab.size
-    check_divergence(divergence, vocab, teacher)
+    check_divergence(divergence, vocab, teacher, is_spread)
     mask = None if where is None else as_mask(where, shape)
     if not check.boolean("differentiate_teacher", differentiate_teacher):
         teacher = as_constant(student, teacher)

@@ -260,6 +260,8 @@ def _terms(x, share, plain_q, vocab):
     others = jnp.sum(zero_unless(~hit, plain_q.prob), axis=-1)
     uniform = -jnp.sum(vocab.mask(log_q), axis=-1) / vocab.size
     divergence, label, others, uniform = vocab.sum(share, label, others, uniform)
+    # A row with a logit of +inf is NaN, though that is not among the others.
+    others = jnp.where(jnp.isnan(label), label, others)
     # Of a nearly certain label, log q has its digits in the others' probabilities.
     certain = others < 0.5
     label = jnp.where(certain, -jnp.log1p(-zero_unless(certain, others)), label)

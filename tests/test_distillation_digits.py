@@ -129,6 +129,15 @@ def test_cross_entropy_of_a_nearly_certain_label():
         assert_close(grads["student"][i], expected.student[i], 1e-6)
 
 
+def test_cross_entropy_of_an_infinite_logit_is_nan():
+    s, labels = jnp.array([[np.inf, 0, 1]]), jnp.array([0])
+    for loss in (jaxkl.distillation_loss, jaxkl.reference.distillation_loss):
+        value, grads = evaluate(
+            s, jnp.zeros_like(s), loss=loss, labels=labels, alpha=0.0
+        )
+        assert np.isnan(value) and np.isnan(grads["student"][0, 0])
+
+
 @pytest.mark.parametrize("divergence", [FORWARD, REVERSE], ids=["forward", "reverse"])
 def test_a_list_that_has_all_columns(divergence):
     # As dense, where either tail has nothing left to say.

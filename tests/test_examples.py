@@ -31,7 +31,8 @@ def test_first_line_says_how_to_run_it(program):
     make, *arguments = shlex.split(command[1])
     assert shutil.which(make)
     # Not as part of the `make` that may run these tests, whose ARGS it would take.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
+    outer = "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS", "ARGS", "PYTHON"
+    environment = {k: v for k, v in os.environ.items() if k not in outer}
     dry = [make, "--dry-run", *arguments]
     options = dict(cwd=EXAMPLES.parent, env=environment)
     shown = subprocess.run(dry, **options, capture_output=True, text=True)

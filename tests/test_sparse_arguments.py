@@ -107,6 +107,20 @@ def test_a_divergence_that_holds_an_entry_a_column_and_a_slice(rng):
         jax.shard_map(loss, mesh=mesh, in_specs=P(None, "model"), out_specs=P())(s, t)
 
 
+def test_a_divergence_that_holds_an_entry_a_column_and_a_mesh(rng):
+    s, t = rounded(rng, (4, 8)), rounded(rng, (4, 8))
+    holds = lambda log_p, log_q: jnp.ones(8) * (log_p - log_q)
+    where = dict(mesh=jax.make_mesh((2,), ("model",)), token_axes=())
+    with jax.numpy_rank_promotion("allow"):
+        with pytest.raises(ValueError, match=NOT_ELEMENTWISE):
+            jaxkl.sharded_distillation_loss(
+                s, t, divergence=holds, vocab_axis="model", **where
+            )
+        # Where each device has all columns, all is seen.
+        loss = jaxkl.sharded_distillation_loss(s, t, divergence=holds, **where)
+    assert np.isfinite(loss)
+
+
 def head(kernel, t):
     student = jaxkl.LinearHead(jnp.ones((4, 2)), kernel)
     return jaxkl.distillation_loss(student, t)
