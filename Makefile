@@ -50,7 +50,7 @@ test-newest: .venv-newest/.done  ## the tests without PyTorch on the newest JAX,
 	  -m "not torch and (newest or not slow)" $(ARGS)
 
 parity: .venv-test/.test  ## every case beside the installed PyTorch
-	$(TEST)/jaxkl parity $(ARGS)
+	JAX_PLATFORMS="$${JAX_PLATFORMS:-cpu}" $(TEST)/jaxkl parity $(ARGS)
 
 package: .venv-build/.done  ## wheel and sdist, tested from an empty environment
 	rm -rf dist build/package

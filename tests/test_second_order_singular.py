@@ -7,6 +7,8 @@ import pytest
 
 import jaxkl
 
+from .helpers import assert_close
+
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.slow
@@ -28,3 +30,18 @@ def test_masked_columns_are_as_if_absent(rng, reduction):
                     actual = np.take(actual, kept, axis)
             scale = np.abs(expected).max()
             np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("temperature", [0.02, 1.0, 50.0])
+def test_a_masked_column_at_any_temperature(rng, temperature):
+    # In place of -inf there is a number that stays finite when it is divided by T³.
+    s, t = (rng.normal(size=(2, 3)).astype(np.float32) for _ in range(2))
+    masked = [np.insert(x, 1, -np.inf, axis=1) for x in (s, t)]
+    loss = lambda s, t, T: jaxkl.distillation_loss(s, t, temperature=T, t_squared=False)
+    second = jax.jit(jax.hessian(loss, argnums=(0, 2)))
+    T = jnp.float32(temperature)
+    (_, by_logits), (_, by_temperature) = second(*masked, T)
+    (_, *expected), (_, curvature) = second(s, t, T)
+    assert not by_logits[:, 1].any()
+    assert_close(np.delete(by_logits, 1, axis=1), *expected, 1e-5)
+    assert_close(by_temperature, curvature, 1e-5)
