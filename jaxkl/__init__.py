@@ -5,8 +5,6 @@ from ._check_distributions import check_distributions as check_distributions
 from ._distillation import (
     distillation_loss as distillation_loss,
     distillation_loss_with_metrics as distillation_loss_with_metrics,
-    sharded_distillation_loss as sharded_distillation_loss,
-    sharded_distillation_loss_with_metrics as sharded_distillation_loss_with_metrics,
 )
 from ._divergences import (
     AlphaDivergence as AlphaDivergence,

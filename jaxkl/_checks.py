@@ -1,6 +1,7 @@
 """Argument checks. A message names the argument, what was expected and what came."""
 
 import math
+from typing import Any
 
 import jax
 import jax.core
@@ -53,6 +54,13 @@ def float_array(name: str, x) -> jax.Array:
     return x
 
 
+def bool_array(name: str, x) -> jax.Array:
+    x = array(name, x, "bools")
+    if x.dtype != jnp.bool_:
+        raise TypeError(f"`{name}` must be bool, got {x.dtype.name}.")
+    return x
+
+
 def int_array(name: str, x) -> jax.Array:
     """In int32. What is beyond it is not wrapped, but as large or small as can be."""
     # Without x64, `jnp.asarray` wraps the int64 of NumPy and of PyTorch.
@@ -102,7 +110,7 @@ def scalar(name: str, value, low: float, high: float = math.inf, *, positive=Fal
     return in_range(name, value, low, high, positive=positive)
 
 
-def temperature(name, value, shape):
+def temperature(name: str, value: Any, shape: tuple[int, ...]) -> Any:
     """A Python number, an array that is a scalar or of `shape`, or None for exactly 1;
     in range, as `in_range` has it."""
     if isinstance(value, bool):

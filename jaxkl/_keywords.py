@@ -1,10 +1,16 @@
-"""Keyword arguments that a function does not have."""
+"""What is meant by a keyword argument that a function does not have."""
 
 import difflib
-from collections.abc import Collection, Iterable
+import functools
+import inspect
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 
-# By the names that other libraries have for them.
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# The names that other libraries have for ours.
 _MEANT = {
     "mask": "where",
     "attention_mask": "where",
@@ -19,14 +25,20 @@ _MEANT = {
 }
 
 
-def check_keywords(function: str, given: Iterable[str], known: Collection[str]) -> None:
-    """Else the error is Python's, of that function, with a guess at what is meant."""
-    for name in given:
-        if name in known:
-            continue
-        near = difflib.get_close_matches(name, known, n=1)
-        meant = _MEANT.get(name) or "".join(near)
-        hint = f"; did you mean `{meant}`?" if meant else ""
-        raise TypeError(
-            f"{function}() got an unexpected keyword argument `{name}`{hint}"
-        )
+def suggest_keywords(f: Callable[P, R]) -> Callable[P, R]:
+    """`f`, whose `TypeError` for an unknown keyword argument says what may be meant."""
+    known = inspect.signature(f).parameters
+
+    @functools.wraps(f)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name in kwargs:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                meant = _MEANT.get(name) or "".join(near)
+                hint = f"; did you mean `{meant}`?" if meant else ""
+                raise TypeError(
+                    f"{f.__name__}() got an unexpected keyword argument `{name}`{hint}"
+                )
+        return f(*args, **kwargs)
+
+    return checked

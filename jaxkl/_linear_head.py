@@ -2,15 +2,16 @@
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import ClassVar, TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 
 from . import _checks as check
 from ._numerics import zero_unless
-from ._sources import Source, widen
+from ._sources import Kind, pad_to_width, Source
 
 
 @jax.tree_util.register_dataclass
@@ -48,9 +49,9 @@ class LinearHead(Source):
       0.1109
     """
 
-    hidden: Any
-    kernel: Any
-    bias: Any = None
+    hidden: jax.Array
+    kernel: jax.Array
+    bias: jax.Array | None = None
     softcap: float | None = dataclasses.field(
         default=None, kw_only=True, metadata={"static": True}
     )
@@ -58,7 +59,20 @@ class LinearHead(Source):
         default=1.0, kw_only=True, metadata={"static": True}
     )
 
+    kind: ClassVar[Kind] = "head"
     shared: ClassVar[frozenset[str]] = frozenset({"kernel", "bias"})
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            hidden: ArrayLike,
+            kernel: ArrayLike,
+            bias: ArrayLike | None = None,
+            *,
+            softcap: float | None = None,
+            scale: float = 1.0,
+        ) -> None: ...
 
     def __post_init__(self):
         for name, number in (("softcap", self.softcap), ("scale", self.scale)):
@@ -68,25 +82,44 @@ class LinearHead(Source):
             check.in_range("softcap", self.softcap, 0, positive=True)
         check.in_range("scale", self.scale, -math.inf)
 
+    def checked(self, name):
+        hidden = check.float_array(f"{name}.hidden", self.hidden)
+        kernel = check.float_array(f"{name}.kernel", self.kernel)
+        if hidden.ndim == 0 or kernel.ndim != 2 or kernel.shape[0] != hidden.shape[-1]:
+            raise ValueError(
+                f"`{name}.hidden` must be [..., hidden] and `{name}.kernel` [hidden, "
+                f"vocab], got {hidden.shape} and {kernel.shape}."
+            )
+        bias = self.bias
+        if bias is not None:
+            bias = check.float_array(f"{name}.bias", bias)
+            check.of_shape(f"{name}.bias", bias, kernel.shape[1:], "the shape [vocab]")
+        return dataclasses.replace(self, hidden=hidden, kernel=kernel, bias=bias)
+
+    @property
+    def batch_shape(self):
+        return self.hidden.shape[:-1]
+
     @property
     def columns(self):
         return self.kernel
 
     def pad_columns(self, width):
-        wide = lambda name, x: widen(x, width) if name in self.shared else x
-        return self.map_fields(wide)
+        return self._map_shared(lambda x: pad_to_width(x, width))
 
-    def specs(self, token_axes, vocab_axis):
+    def drop_padding(self, vocab):
+        return self._map_shared(vocab.mask)
+
+    def _map_shared(self, f):
+        return self.map_fields(lambda name, x: f(x) if name in self.shared else x)
+
+    def partition_specs(self, token_axes, vocab_axis):
         specs = {
             "hidden": P(token_axes or None, None),
             "kernel": P(None, vocab_axis),
             "bias": P(vocab_axis),
         }
         return self.map_fields(lambda name, _: specs[name])
-
-    def drop_padding(self, vocab):
-        clean = lambda name, x: vocab.mask(x) if name in self.shared else x
-        return self.map_fields(clean)
 
     def logits(self, dtype, vocab):
         x = _dot(self.hidden, self.kernel, (1, 0), dtype) * self.scale
@@ -96,29 +129,31 @@ class LinearHead(Source):
             x = self.softcap * jnp.tanh(x / self.softcap)
         return vocab.fit(x)
 
-    def pull(self, logits, d_logits, live):
+    def vjp(self, logits, d_logits, counted):
         if self.softcap is not None:
-            share = logits / self.softcap
-            slope = 1 - share * share
-            d_logits = zero_unless(d_logits != 0, d_logits * slope)
-        # Padding columns of the kernel may hold NaN too.
-        used = self.kernel[:, : d_logits.shape[-1]]
-        d_x = widen(d_logits, self.kernel.shape[-1])
+            # d/dx c·tanh(x/c) = 1 - tanh²(x/c), and tanh(x/c) = logits/c.
+            tanh = logits / self.softcap
+            d_logits = zero_unless(d_logits != 0, d_logits * (1 - tanh * tanh))
+        # Padding columns of the kernel may hold NaN: leave them out of the product.
+        kernel = self.kernel[:, : d_logits.shape[-1]]
+        d_x = pad_to_width(d_logits, self.kernel.shape[-1])
         d_bias = None
         if self.bias is not None:
-            d_bias = jnp.sum(zero_unless(live[:, None], d_x), axis=0)
+            d_bias = jnp.sum(zero_unless(counted[:, None], d_x), axis=0)
         d_product = _as_operand(d_x * self.scale, self.hidden, self.kernel)
         dtype = d_logits.dtype
-        d_hidden = _dot(d_product[:, : used.shape[-1]], used, (1, 1), dtype)
-        # A token without weight may hold NaN, and 0 · NaN is NaN; its `d_logits` are 0.
-        hidden = zero_unless(live[:, None], self.hidden)
+        d_hidden = _dot(d_product[:, : kernel.shape[-1]], kernel, (1, 1), dtype)
+        # A token that is not counted may hold NaN, and 0 · NaN is NaN in a product.
+        hidden = zero_unless(counted[:, None], self.hidden)
         d_kernel = _dot(hidden, d_product, (0, 0), dtype)
         return dataclasses.replace(self, hidden=d_hidden, kernel=d_kernel, bias=d_bias)
 
 
-def _dot(x, y, axes, dtype):
+def _dot(
+    x: jax.Array, y: jax.Array, axes: tuple[int, int], dtype: jnp.dtype
+) -> jax.Array:
     """The product over one axis of each, accumulated and returned in `dtype`."""
-    common = _common(x, y)
+    common = _common_dtype(x, y)
     return jax.lax.dot_general(
         x.astype(common),
         y.astype(common),
@@ -127,16 +162,21 @@ def _dot(x, y, axes, dtype):
     )
 
 
-def _common(x, y):
-    """The narrowest of the dtypes that hold both."""
+def _common_dtype(x: jax.Array, y: jax.Array) -> jnp.dtype:
+    """The narrowest dtype that holds both."""
     if x.dtype == y.dtype:
         return x.dtype
     double = jnp.float64 in (x.dtype, y.dtype)
     return jnp.dtype(jnp.float64 if double else jnp.float32)
 
 
-def _as_operand(d_product, hidden, kernel):
-    """The gradient as an operand beside `hidden` and `kernel`: bf16 if they are, for
-    speed; never float16, in which the gradient of a mean would underflow."""
-    common = _common(hidden, kernel)
+def _as_operand(
+    d_product: jax.Array, hidden: jax.Array, kernel: jax.Array
+) -> jax.Array:
+    """The gradient as an operand beside `hidden` and `kernel`.
+
+    It is bfloat16 if they are, for speed. It is never float16, in which the gradient of
+    a mean would underflow.
+    """
+    common = _common_dtype(hidden, kernel)
     return d_product if common == jnp.float16 else d_product.astype(common)

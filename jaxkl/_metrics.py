@@ -3,6 +3,12 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+
+from ._arguments import IGNORED_LABEL
+from ._numerics import weigh, zero_unless
+from ._operands import LossTerms, Statistics
+from ._prepare import Prepared
 
 
 class DistillationMetrics(NamedTuple):
@@ -32,3 +38,35 @@ class DistillationMetrics(NamedTuple):
 
     weight: jax.Array
     """The counted weight: the sum of `weights` over the tokens that `where` keeps."""
+
+
+def metrics_of(
+    prepared: Prepared, terms: LossTerms, statistics: Statistics
+) -> DistillationMetrics:
+    """The means of what the engine returns, `[B]` each."""
+    weight = jax.lax.stop_gradient(prepared.weight)
+
+    def mean(x, weight=weight):
+        total = jnp.sum(weight)
+        is_empty = total == 0
+        mean = jnp.sum(weigh(weight, x)) / jnp.where(is_empty, 1, total)
+        return zero_unless(~is_empty, mean)
+
+    cross_entropy = None
+    if terms.label is not None:
+        cross_entropy = terms.label
+        if terms.uniform is not None:
+            smoothing = jnp.asarray(prepared.label_smoothing, weight.dtype)
+            uniform = weigh(smoothing, terms.uniform)
+            cross_entropy = (1 - smoothing) * terms.label + uniform
+        is_labelled = prepared.operands.labels != IGNORED_LABEL
+        cross_entropy = mean(cross_entropy, zero_unless(is_labelled, weight))
+    return DistillationMetrics(
+        divergence=mean(terms.divergence),
+        kl=mean(statistics.kl),
+        cross_entropy=cross_entropy,
+        student_entropy=mean(statistics.student_entropy),
+        teacher_entropy=mean(statistics.teacher_entropy),
+        top1_agreement=mean(statistics.top1_agreement),
+        weight=jnp.sum(weight),
+    )

@@ -1,41 +1,92 @@
-"""Where a token's logits come from, and how a gradient is pulled back to there.
+"""Where a token's logits come from, and how a gradient gets back to there.
 
-A source is a pytree of per-token arrays, `[B, ...]`, and arrays that all tokens share.
-The engine takes it one tile of tokens at a time.
+A new source is a frozen dataclass that derives from `Source`, is registered as a pytree
+(`jax.tree_util.register_dataclass`), and implements the abstract methods. The other
+methods have defaults that are right for a source with dense rows of logits.
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 
-from ._divergences import evaluate
-from ._numerics import entropy, Outcomes, Rows, zero_unless
+from . import _checks as check
+from ._comparison import compare_columns, Comparison, Pair
+from ._divergences import Divergence, evaluate
+from ._numerics import zero_unless
+from ._softmax import entropy, Outcomes
 from ._vocabulary import Vocabulary
 
 
-class Source:
-    """Base of the sources, which are dataclasses of arrays and static settings."""
+# Logits are an argument, and so are in memory already; a head makes them of arrays that
+# all tokens share; a list is a teacher's few columns.
+Kind = Literal["logits", "head", "list"]
 
-    shared: ClassVar[frozenset[str]] = frozenset()  # fields that all tokens share
-    # Whether the logits are an argument, and so in memory already.
-    is_dense: ClassVar[bool] = False
+
+class Source(abc.ABC):
+    """A pytree of arrays with a row for each token, and of arrays that all share.
+
+    The engine takes it one tile of tokens at a time: then `B` below is the size of the
+    tile, and each per-token array is `[B, ...]`.
+    """
+
+    shared: ClassVar[frozenset[str]] = frozenset()  # the fields that all tokens share
+    kind: ClassVar[Kind]
+    # Whether the logits of a teacher are log-probabilities, at its own temperature.
+    is_normalized: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def checked(self, name: str) -> Self:
+        """The source with its fields checked and made arrays.
+
+        `name` is the argument, `"student"` or `"teacher"`, for the messages. Raises
+        `TypeError` for a wrong type or dtype, `ValueError` for a wrong shape.
+        """
 
     @property
-    def columns(self) -> Any:
+    @abc.abstractmethod
+    def batch_shape(self) -> tuple[int, ...]:
+        """The shape of the tokens, before they are flattened to one axis."""
+
+    @property
+    @abc.abstractmethod
+    def columns(self) -> jax.Array | None:
         """The array whose last axis is the vocabulary; None: there is none."""
-        return None
+
+    @abc.abstractmethod
+    def pad_columns(self, width: int) -> Self:
+        """The source with padding columns, `width` columns in all."""
+
+    @abc.abstractmethod
+    def partition_specs(
+        self, token_axes: tuple[str, ...], vocab_axis: str | None
+    ) -> Self:
+        """How each array is spread over a mesh: a `PartitionSpec` in its place."""
+
+    @abc.abstractmethod
+    def logits(self, dtype: jnp.dtype, vocab: Vocabulary) -> jax.Array:
+        """The logits, `[B, vocab.width]` in `dtype`, with `-inf` in padding columns."""
+
+    @abc.abstractmethod
+    def vjp(self, logits: jax.Array, d_logits: jax.Array, counted: jax.Array) -> Self:
+        """The gradient of each array, from that of the logits, in the array's place.
+
+        Gradients of shared arrays are sums over the tokens that are `counted`, bool
+        `[B]`, in at least float32. The others have their array's dtype or a wider one.
+        """
 
     @property
     def width(self) -> int | None:
-        """Columns, padding included; None: any number."""
+        """The number of columns, padding included; None: it has no width."""
         return None if self.columns is None else self.columns.shape[-1]
 
     def map_fields(self, f: Callable[[str, Any], Any]) -> Self:
-        """`f(name, array)` of every array; absent ones stay None."""
+        """`f(name, array)` in the place of every array; absent ones stay None."""
         children = {
             x.name: f(x.name, getattr(self, x.name))
             for x in dataclasses.fields(self)  # pyright: ignore[reportArgumentType]
@@ -44,74 +95,71 @@ class Source:
         return dataclasses.replace(self, **children)  # pyright: ignore[reportArgumentType]
 
     def map_tokens(self, f: Callable[[jax.Array], jax.Array]) -> Self:
+        """`f(array)` in the place of every array with a row for each token."""
         return self.map_fields(lambda name, x: x if name in self.shared else f(x))
 
     def mask_tokens(self, mask: jax.Array) -> Self:
-        """Zeroes all that is held of tokens outside `mask`, `[B]`, NaN too."""
+        """The source with zeros in the rows of tokens outside `mask`, `[B]`."""
         over = lambda x: mask.reshape(mask.shape + (1,) * (x.ndim - 1))
         return self.map_tokens(lambda x: zero_unless(over(x), x))
 
     def drop_padding(self, vocab: Vocabulary) -> Self:
-        """Without the NaN that padding columns of shared arrays may hold."""
+        """The source without NaN in the padding columns of shared arrays."""
         del vocab
         return self
 
-    def pad_columns(self, width: int) -> Self:
-        """With padding columns, `width` in all."""
-        raise NotImplementedError
-
-    def specs(self, token_axes: tuple[str, ...], vocab_axis: str | None) -> Self:
-        """How each array is spread over a mesh, a `PartitionSpec` in its place."""
-        raise NotImplementedError
-
-    def logits(self, dtype, vocab: Vocabulary) -> jax.Array:
-        """`[B, width]`, with `-inf` in padding columns."""
-        raise NotImplementedError
-
-    def pull(self, logits: jax.Array, d_logits: jax.Array, live: jax.Array) -> Self:
-        """The gradient to every array, from that to the logits.
-
-        Those of shared arrays are summed over the `live` tokens, `[B]`, and are in at
-        least float32; the others are in their array's dtype, or a wider one.
-        """
-        raise NotImplementedError
-
-    def with_peak(self, vocab: Vocabulary) -> Self:
-        """With what is cheaper found for all tokens at once than in each tile."""
+    def with_max(self, vocab: Vocabulary) -> Self:
+        """The source with its rows' maxima, if it is cheaper to find them for all
+        tokens at once than for each tile."""
         del vocab
         return self
 
-    def peak(self, logits: jax.Array) -> jax.Array:
-        """The largest logit of the columns at hand, `[B]`."""
+    def max(self, logits: jax.Array) -> jax.Array:
+        """The largest logit of this device's columns, `[B]`."""
         return jnp.max(logits, axis=-1)
 
-    @property
-    def is_normalized(self) -> bool:
-        """As a teacher: whether the logits are log-probabilities already."""
-        return False
+    # What follows is asked of a teacher only.
 
-    # The two below are this device's shares: `vocab.sum` of them is the whole.
+    def as_teacher(
+        self,
+        divergence: Divergence,
+        vocab_size: int,
+        mask: jax.Array | None,
+        *,
+        teacher_temperature: ArrayLike | None,
+        differentiate: bool,
+    ) -> Self:
+        """The source, once its values and the other arguments are known to fit.
 
-    def compare(
-        self, divergence, p: Outcomes, q: Outcomes, vocab: Vocabulary, log_ratio=None
-    ):
-        """As a teacher: the divergence from it of each token, `[B]`."""
+        Raises `ValueError` where they do not, or makes a row NaN if its values are
+        traced. Tokens outside `mask`, `[B]`, may hold anything.
+        """
+        del divergence, vocab_size, mask, teacher_temperature, differentiate
+        return self
+
+    def sum_terms(
+        self,
+        divergence: Divergence,
+        p: Outcomes,
+        q: Outcomes,
+        vocab: Vocabulary,
+        log_ratio: jax.Array | None = None,
+    ) -> jax.Array:
+        """The divergence of each token, `[B]`, from teacher `p` and student `q`,
+        `[B, V]`: the sum over this device's columns, of which `vocab.psum` is all."""
         p, q, log_ratio = jax.tree.map(vocab.mask, (p, q, log_ratio))
         return jnp.sum(vocab.mask(evaluate(divergence, p, q, log_ratio)), axis=-1)
 
-    def against(
-        self, divergence, rows: Rows, logits: jax.Array, vocab: Vocabulary
-    ) -> tuple[jax.Array, jax.Array] | None:
-        """As a teacher: the divergence from it of each token, `[B]`, this device's
-        share, and the gradient to the student's `logits / temperature`, `[B, width]`.
-
-        None: all columns are to be compared, one by one.
-        """
-        del divergence, rows, logits, vocab
-        return None
+    def compare(
+        self, divergence: Divergence, pair: Pair, vocab: Vocabulary, *, recompute: bool
+    ) -> Comparison:
+        """The divergence of each token and its gradients; see `compare_columns`."""
+        return compare_columns(
+            self.sum_terms, divergence, pair, vocab, recompute=recompute
+        )
 
     def entropy(self, p: Outcomes, vocab: Vocabulary) -> jax.Array:
-        """As a teacher: its entropy, `[B]`, in nats."""
+        """The teacher's entropy in nats, `[B]`: the sum over this device's columns."""
         del vocab
         return entropy(p)
 
@@ -122,39 +170,69 @@ class Logits(Source):
     """Logits that exist already, `[B, V]`."""
 
     values: Any
-    peaks: Any = None  # [B]; None: not known yet
+    maxima: Any = None  # [B]; None: not known yet
 
-    is_dense: ClassVar[bool] = True
+    kind: ClassVar[Kind] = "logits"
+
+    def checked(self, name):
+        values = check.float_array(name, self.values)
+        if values.ndim == 0:
+            raise ValueError(f"`{name}` must be logits [..., vocab], got a scalar.")
+        return Logits(values)
+
+    @property
+    def batch_shape(self):
+        return self.values.shape[:-1]
 
     @property
     def columns(self):
         return self.values
 
     def pad_columns(self, width):
-        return Logits(widen(self.values, width))
+        return Logits(pad_to_width(self.values, width))
 
-    def specs(self, token_axes, vocab_axis):
+    def partition_specs(self, token_axes, vocab_axis):
         return Logits(P(token_axes or None, vocab_axis))
 
     def logits(self, dtype, vocab):
         return vocab.fit(self.values).astype(dtype)
 
-    def with_peak(self, vocab):
+    def vjp(self, logits, d_logits, counted):
+        del logits, counted
+        d_values = pad_to_width(d_logits, self.values.shape[-1])
+        return Logits(d_values.astype(self.values.dtype))
+
+    def with_max(self, vocab):
         if vocab.valid is not None or self.values.shape[-1] != vocab.width:
-            return self  # without its padding it would be a copy
-        peaks = jnp.max(jax.lax.stop_gradient(self.values), axis=-1)
-        return Logits(self.values, peaks)
+            return self  # the columns without padding would be a copy
+        maxima = jnp.max(jax.lax.stop_gradient(self.values), axis=-1)
+        return Logits(self.values, maxima)
 
-    def peak(self, logits):
-        known = self.peaks is not None
-        return self.peaks.astype(logits.dtype) if known else super().peak(logits)
-
-    def pull(self, logits, d_logits, live):
-        del logits, live
-        return Logits(widen(d_logits, self.values.shape[-1]).astype(self.values.dtype))
+    def max(self, logits):
+        if self.maxima is None:
+            return super().max(logits)
+        return self.maxima.astype(logits.dtype)
 
 
-def widen(x: jax.Array, width: int) -> jax.Array:
-    """With columns of 0: the gradient of padding columns, which no term has seen."""
+def as_source(name: str, x: Source | ArrayLike) -> Source:
+    """`x` as a source, once its arrays are checked."""
+    source = (x if isinstance(x, Source) else Logits(x)).checked(name)
+    if not isinstance(source.width, int | None):
+        raise ValueError(
+            f"`{name}` must have a vocabulary of known size, got {source.width}: only "
+            "the number of tokens may be symbolic."
+        )
+    if source.width == 0:
+        raise ValueError(f"`{name}` must have a vocabulary of at least 1, got 0.")
+    return source
+
+
+def flattened(source: Source) -> Source:
+    """The source with its tokens on one axis."""
+    return source.map_tokens(lambda x: x.reshape(-1, x.shape[-1]))
+
+
+def pad_to_width(x: jax.Array, width: int) -> jax.Array:
+    """`x` with columns of 0, which is the gradient of padding columns."""
     more = width - x.shape[-1]
     return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, more),)) if more else x

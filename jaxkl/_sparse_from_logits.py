@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from . import _checks as check
 from ._arguments import per_token
-from ._numerics import loss_dtype, Rows, zero_unless
+from ._numerics import loss_dtype, zero_unless
+from ._softmax import SoftmaxStats
 from ._sparse import SparseTeacher, Tail
 
 
@@ -125,7 +126,8 @@ def _checked(logits, temperature):
         raise ValueError(f"`logits` must be [..., vocab], got shape {logits.shape}.")
     shape = logits.shape[:-1]
     temperature = check.temperature("temperature", temperature, shape)
-    dtype = loss_dtype(logits, None if check.is_number(temperature) else temperature)
+    arrays = [x for x in (logits, temperature) if not check.is_number(x)]
+    dtype = loss_dtype(*arrays)
     return logits, per_token(temperature, shape, dtype)
 
 
@@ -133,7 +135,7 @@ def _log_probs(logits, temperature):
     """Of `logits / temperature`, in at least float32."""
     dtype = loss_dtype(logits, temperature)
     flat = logits.reshape(-1, logits.shape[-1]).astype(dtype)
-    x = Rows(jnp.max(flat, axis=-1), temperature).shifted(flat)
+    x = SoftmaxStats(jnp.max(flat, axis=-1), temperature).shifted(flat)
     # Of a nearly certain column log p = -log(1 + rest), where 1 + rest is 1 if rounded.
     at_top = jax.nn.one_hot(jnp.argmax(flat, -1), flat.shape[-1], dtype=bool)
     rest = jnp.sum(jnp.where(at_top, jnp.expm1(x), jnp.exp(x)), axis=-1, keepdims=True)

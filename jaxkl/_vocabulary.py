@@ -1,10 +1,11 @@
-"""The columns that a tile holds: the vocabulary, or this device's slice of it.
+"""The columns that a tile holds: the whole vocabulary, or this device's slice of it.
 
-Whatever is summed over the vocabulary is summed over the columns at hand, and then by
-`Vocabulary.sum` over the devices. Where there is one slice, that does nothing.
+A sum over the vocabulary is a sum over the columns of this device, and then
+`Vocabulary.psum` over the devices, which does nothing if one device holds them all.
 """
 
 import dataclasses
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +17,17 @@ from ._numerics import zero_unless
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
     size: int  # columns that count, on all devices
-    width: int  # columns of a tile; beyond `size` they are padding
+    width: int  # columns of a tile; those beyond `size` are padding
     axis_name: str | None = None  # the mesh axis that holds the slices
     shards: int = 1
 
     @classmethod
-    def whole(cls, size: int):
+    def whole(cls, size: int) -> Self:
         return cls(size, size)
 
     @classmethod
-    def slice_of(cls, axis_name: str, width: int, size: int | None):
-        """This device's, of `width` columns, inside `shard_map`."""
+    def slice_of(cls, axis_name: str, width: int, size: int | None) -> Self:
+        """This device's slice, of `width` columns, inside `shard_map`."""
         if not isinstance(axis_name, str):
             raise TypeError(f"`axis_name` must be a mesh axis, got {axis_name!r}.")
         try:
@@ -43,53 +44,57 @@ class Vocabulary:
             )
         return cls(width * shards if size is None else size, width, axis_name, shards)
 
-    def fit(self, x):
-        """Of logits, `[B, any]`, the columns of a tile: `-inf` in padding."""
+    def fit(self, logits: jax.Array) -> jax.Array:
+        """The columns of a tile from `[B, any]`, with `-inf` in padding."""
         if self.axis_name is None:
-            return x[:, : self.size]
+            return logits[:, : self.size]
         valid = self.valid
-        return x if valid is None else jnp.where(valid[None, :], x, -jnp.inf)
+        return logits if valid is None else jnp.where(valid[None, :], logits, -jnp.inf)
 
     @property
-    def start(self):
+    def start(self) -> jax.Array | int:
         """The number of the first column."""
         if self.axis_name is None:
             return 0
         return jax.lax.axis_index(self.axis_name) * self.width
 
     @property
-    def columns(self):
-        """Their numbers, `[width]`."""
+    def columns(self) -> jax.Array:
+        """The numbers of the columns, `[width]`."""
         return jnp.arange(self.width, dtype=jnp.int32) + self.start
 
     @property
-    def valid(self):
-        """Columns that are no padding, `[width]`; None: all."""
+    def valid(self) -> jax.Array | None:
+        """Which columns are no padding, `[width]`; None: all of them."""
         if self.width * self.shards == self.size:
             return None
         return self.columns < self.size
 
-    def mask(self, x):
-        """0 in padding, whatever `x`, `[..., width]`, holds there."""
+    def mask(self, x: jax.Array) -> jax.Array:
+        """`x`, `[..., width]`, with 0 in padding, whatever `x` holds there."""
         valid = self.valid
         return x if valid is None else zero_unless(valid, x)
 
-    def sum(self, *arrays):
-        """Of each array over the devices, in one exchange; all are of one shape."""
+    def psum(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        """The sum of each array over the devices, in one exchange.
+
+        All arrays have one shape. Likewise `pmax`, which is a constant to
+        differentiation, and `pmin`.
+        """
         if self.axis_name is None:
             return arrays
         return tuple(jax.lax.psum(jnp.stack(arrays), self.axis_name))
 
-    def max(self, *arrays):
-        """Likewise; a constant to differentiation."""
+    def pmax(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         arrays = jax.lax.stop_gradient(arrays)
         if self.axis_name is None:
             return arrays
         return tuple(jax.lax.pmax(jnp.stack(arrays), self.axis_name))
 
-    def min(self, x):
+    def pmin(self, x: jax.Array) -> jax.Array:
         return x if self.axis_name is None else jax.lax.pmin(x, self.axis_name)
 
-    def once(self, x):
-        """`x` on one device, 0 on the others: for what is the same on all."""
+    def on_first_shard(self, x: jax.Array) -> jax.Array:
+        """`x` on the first device and 0 on the others, so that a value that is the
+        same on all of them enters a `psum` once."""
         return x if self.axis_name is None else zero_unless(self.start == 0, x)

@@ -4,16 +4,22 @@ The specification that one can read, and the versions for forward mode (`jax.jvp
 `jax.linearize`), which a `custom_vjp` refuses.
 """
 
-from typing import Unpack
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.scipy.special import xlogy
+from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
-from ._distillation import Options, prepare_call, public_signature
-from ._numerics import Outcomes, zero_unless
+from ._divergences import Divergence, ForwardKL
+from ._keywords import suggest_keywords
+from ._linear_head import LinearHead
+from ._numerics import zero_unless
+from ._prepare import prepare, Reduction
+from ._softmax import Outcomes
+from ._sparse import SparseTeacher
 from ._torch import (
     check_arrays,
     check_reduction,
@@ -74,18 +80,38 @@ def kl_div(
     return loss.astype(result_dtype(input, target))
 
 
-@public_signature
-def distillation_loss(student, teacher, **options: Unpack[Options]) -> Array:
+@suggest_keywords
+def distillation_loss(
+    student: ArrayLike | LinearHead,
+    teacher: ArrayLike | LinearHead | SparseTeacher,
+    *,
+    divergence: Divergence = ForwardKL(),
+    temperature: ArrayLike = 1.0,
+    teacher_temperature: ArrayLike | None = None,
+    t_squared: bool = True,
+    labels: ArrayLike | None = None,
+    alpha: ArrayLike | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    vocab_size: int | None = None,
+    differentiate_teacher: bool = False,
+    reduction: Reduction = "mean",
+    normalizer: ArrayLike | None = None,
+    axis_name: str | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
+    token_axes: str | Sequence[str] | None = None,
+    vocab_axis: str | None = None,
+    tile: int | None = None,
+) -> Array:
     r"""`jaxkl.distillation_loss` in plain JAX: the same arguments and values.
 
-    All logits are held at once, with `axis_name` on each device; `tile` is ignored.
-    Forward mode works, and plain autodiff gives the same gradients, but makes NaN of a
-    token of weight 0 that holds NaN (`where` does drop it).
+    All logits are held at once. `tile` is ignored, as is `mesh`: XLA spreads the
+    program as it likes. With `axis_name`, each device gathers the logits of all.
 
-    Args:
-      student: See `jaxkl.distillation_loss`, as for every argument.
-      teacher: Likewise.
-      **options: Likewise.
+    Forward mode works, and plain autodiff gives the same gradients. But a token of
+    weight 0 that holds NaN makes them NaN (`where` does drop it).
 
     Returns:
       The loss: a scalar, or `[...]` for `reduction="none"`.
@@ -98,47 +124,70 @@ def distillation_loss(student, teacher, **options: Unpack[Options]) -> Array:
       >>> print(f"{value:.4f} {slope:.4f}")
       0.1308 -0.2500
     """
-    name = "distillation_loss"
-    spec, x, *_, shape = prepare_call(name, student, teacher, options)
-    student, teacher = x.student, x.teacher
+    prepared = prepare(
+        student,
+        teacher,
+        divergence=divergence,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        t_squared=t_squared,
+        labels=labels,
+        alpha=alpha,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        where=where,
+        weights=weights,
+        vocab_size=vocab_size,
+        differentiate_teacher=differentiate_teacher,
+        reduction=reduction,
+        normalizer=normalizer,
+        axis_name=axis_name,
+        mesh=mesh,
+        token_axes=token_axes,
+        vocab_axis=vocab_axis,
+        tile=tile,
+    )
+    spec, x = prepared.spec, prepared.operands
     if x.mask is not None:
-        student, teacher = student.mask_tokens(x.mask), teacher.mask_tokens(x.mask)
+        mask = x.mask
+        x = x.map_sources(lambda source: source.mask_tokens(mask))
     vocab = Vocabulary.whole(spec.vocab.size)
-    s = _gathered(student.logits(spec.dtype, spec.vocab), spec.vocab)
-    t = _gathered(teacher.logits(spec.dtype, spec.vocab), spec.vocab)
+    s = _gathered(x.student.logits(spec.dtype, spec.vocab), spec.vocab)
+    t = _gathered(x.teacher.logits(spec.dtype, spec.vocab), spec.vocab)
     log_q = jax.nn.log_softmax(_over(s, x.student_temperature), axis=-1)
     log_p = _over(t, spec.teacher_temperature(x))
-    if not teacher.is_normalized:
+    if not x.teacher.is_normalized:
         log_p = jax.nn.log_softmax(log_p, axis=-1)
-    plain_log_q = jax.nn.log_softmax(s, axis=-1)
+    log_q_at_1 = jax.nn.log_softmax(s, axis=-1)
 
     p, q = Outcomes.of_log(log_p), Outcomes.of_log(log_q)
-    loss = x.weights.divergence * teacher.compare(spec.divergence, p, q, vocab)
+    divergence = x.teacher.sum_terms(spec.divergence, p, q, vocab)
+    loss = x.weights.divergence * divergence
     if x.weights.label is not None:
         is_label = jnp.arange(vocab.size)[None, :] == x.labels[:, None]
-        label = -jnp.sum(zero_unless(is_label, plain_log_q), axis=-1)
+        label = -jnp.sum(zero_unless(is_label, log_q_at_1), axis=-1)
         loss += x.weights.label * label
     if x.weights.uniform is not None:
-        loss += x.weights.uniform * -jnp.mean(plain_log_q, axis=-1)
+        loss += x.weights.uniform * -jnp.mean(log_q_at_1, axis=-1)
     if x.weights.lse_squared is not None:
         loss += x.weights.lse_squared * jax.nn.logsumexp(s, axis=-1) ** 2
-    return jnp.sum(loss) if spec.reduce else loss.reshape(shape)
+    return jnp.sum(loss) if spec.reduce else loss.reshape(prepared.batch_shape)
 
 
 def _gathered(logits, vocab):
-    """The slices of all devices, side by side."""
+    """The slices of all devices side by side."""
     if vocab.axis_name is None:
         return logits
     everywhere = jnp.zeros((logits.shape[0], vocab.width * vocab.shards), logits.dtype)
     index = (0, vocab.start)
     placed = jax.lax.dynamic_update_slice(everywhere, logits, index)
-    (full,) = vocab.sum(placed)
+    (full,) = vocab.psum(placed)
     return full[:, : vocab.size]
 
 
 def _over(logits, temperature):
     if temperature is None:
         return logits
-    # The operand is masked: that the quotient is -inf would not help its derivative.
+    # Mask the operand: the derivative of a quotient of -inf is NaN.
     finite = logits > -jnp.inf
     return jnp.where(finite, zero_unless(finite, logits) / temperature[:, None], logits)

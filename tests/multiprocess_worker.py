@@ -84,7 +84,7 @@ def evaluate_on(mesh, student, teacher, divergence, arguments):
         for k, x in arguments.items()
     }
     axes = dict(mesh=mesh, token_axes="data", vocab_axis="model")
-    loss = partial(jaxkl.sharded_distillation_loss, **axes)
+    loss = partial(jaxkl.distillation_loss, **axes)
     value, grads = evaluate(
         student, teacher, loss=loss, divergence=divergence[0], **arguments
     )

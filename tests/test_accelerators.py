@@ -1,33 +1,36 @@
-"""What GPUs and TPUs run, where it is not what CPUs run: here on a CPU."""
+"""What GPUs and TPUs run where it differs from what CPUs run: here on a CPU."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 import jaxkl
-from jaxkl import _engine
 
 from .cases import over, rarely, rounded
 from .heads import assert_matches, make_head
 from .helpers import assert_close
 
 
-TOKENS, VOCAB = 521, 53  # more tokens than one tile takes; in no other test
+TOKENS, VOCAB = 521, 53  # sizes that are in no other test, and that no tile divides
 
 
 @pytest.fixture
 def taken(monkeypatch):
-    """The functions that were taken where it depends on the platform."""
-    found = []
+    """Takes the accelerators' way wherever the program depends on the platform.
 
-    def other(*args, default, cpu):
-        found.append((default, cpu))
+    It is a list of the plans that were taken.
+    """
+    plans = []
+
+    def on_accelerator(*args, default, cpu):
+        _, _, plan = default.args
+        assert cpu.args[2] != plan
+        plans.append(plan)
         return default(*args)
 
-    monkeypatch.setattr(jax.lax, "platform_dependent", other)
-    monkeypatch.setattr(_engine, "_MIB", 64)  # bytes: so that there are tiles
+    monkeypatch.setattr(jax.lax, "platform_dependent", on_accelerator)
     jax.clear_caches()
-    yield found
+    yield plans
     jax.clear_caches()
 
 
@@ -35,19 +38,28 @@ def taken(monkeypatch):
 def test_heads(rng, taken, divergence, reference):
     student = make_head(rng, (TOKENS,), 5, VOCAB, bias=True, softcap=3.0)
     teacher = make_head(rng, (TOKENS,), 3, VOCAB)
-    temperature = jnp.asarray(rng.uniform(0.5, 3, size=TOKENS), jnp.float32)
-    where = jnp.asarray(rng.random(TOKENS) < 0.7)
     assert_matches(
-        student, teacher, (divergence, reference), temperature=temperature, where=where
+        student,
+        teacher,
+        (divergence, reference),
+        temperature=jnp.asarray(rng.uniform(0.5, 3, size=TOKENS), jnp.float32),
+        where=jnp.asarray(rng.random(TOKENS) < 0.7),
+        tile=64,
     )
-    (default, cpu), *_ = taken
-    assert default.func is _engine._run_tiles and default.keywords["again"]
-    assert not cpu.keywords["again"]
-    for divergence, again in ((jaxkl.ReverseKL(), True), (jaxkl.ForwardKL(), False)):
-        # The slopes of a forward KL are the gradient: their sum is not waited for.
-        options = dict(divergence=divergence)
-        slope = jax.grad(lambda s, x=options: jaxkl.distillation_loss(s, teacher, **x))
-        assert again == ("optimization_barrier" in str(jax.make_jaxpr(slope)(student)))
+    assert taken and all(plan.tile == 64 and plan.recompute for plan in taken)
+
+
+@pytest.mark.parametrize("divergence", [jaxkl.ReverseKL(), jaxkl.ForwardKL()])
+@pytest.mark.parametrize("tile", [None, 64])
+def test_slopes_are_computed_twice(rng, taken, divergence, tile):
+    student, teacher = (make_head(rng, (TOKENS,), 5, VOCAB) for _ in range(2))
+    options = dict(divergence=divergence, tile=tile)
+    loss = lambda student: jaxkl.distillation_loss(student, teacher, **options)
+    program = str(jax.make_jaxpr(jax.grad(loss))(student))
+    assert taken
+    # The slopes of a forward KL are its gradient, and wait for no sum.
+    has_barrier = "optimization_barrier" in program
+    assert has_barrier == (divergence != jaxkl.ForwardKL())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", *rarely("float32")])
@@ -57,13 +69,11 @@ def test_a_list_beside_logits(rng, taken, dtype, tail):
     teacher = jaxkl.top_k_teacher(t, 5, tail=tail)
 
     def run(loss):
-        f = lambda s, teacher: loss(s, teacher, temperature=1.7)
+        f = lambda s, teacher: loss(s, teacher, temperature=1.7, tile=64)
         return jax.jit(jax.value_and_grad(f))(s, teacher)
 
     value, grad = run(jaxkl.distillation_loss)
-    (default, cpu), *_ = taken
-    assert default.func is _engine._run_tiles
-    assert (cpu.func is _engine._run_whole) == (dtype == "bfloat16")
+    assert taken and all(plan.tile == 64 and plan.recompute for plan in taken)
     want, wants = run(jaxkl.reference.distillation_loss)
     assert_close(value, want, 2e-6)
     assert_close(grad, wants, 1e-5 if dtype == "float32" else 1e-2)

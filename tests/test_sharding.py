@@ -15,12 +15,9 @@ from jaxkl import (
     distillation_loss,
     distillation_loss_with_metrics,
     LinearHead,
-    sharded_distillation_loss,
-    sharded_distillation_loss_with_metrics,
     SparseTeacher,
     top_k_teacher,
 )
-from jaxkl._engine import _tile_size
 
 from .cases import ALL, FORWARD, JENSEN_SHANNON, over, rarely, REVERSE, rounded
 from .heads import (
@@ -53,7 +50,7 @@ def mesh_of(layout, kind=AxisType.Auto):
 
 
 @ft.cache
-def sharded(layout, loss=sharded_distillation_loss):
+def sharded(layout, loss=distillation_loss):
     _, token_axes, vocab_axis = LAYOUTS[layout]
     mesh = mesh_of(layout)
     return ft.partial(loss, mesh=mesh, token_axes=token_axes, vocab_axis=vocab_axis)
@@ -213,7 +210,7 @@ def test_masked_tokens_may_hold_nan(rng):
 @pytest.mark.parametrize("form", ["dense", *rarely("heads")])
 def test_no_token_at_all(rng, form, reduction, shape):
     student, teacher = sources(rng, form, shape, 24)
-    loss = sharded("2x4", sharded_distillation_loss_with_metrics)
+    loss = sharded("2x4", distillation_loss_with_metrics)
     f = ft.partial(loss, reduction=reduction, temperature=2.0)
     summed = lambda s: jax.tree.map(jnp.sum, f(s, teacher))
     _, grad = jax.jit(jax.value_and_grad(summed, has_aux=True))(student)
@@ -280,7 +277,7 @@ def test_metrics(rng, layout, teacher_form):
     if teacher_form != "dense":
         del more["teacher_temperature"]
     want, wants = jax.jit(distillation_loss_with_metrics)(student, teacher, **more)
-    loss = sharded(layout, sharded_distillation_loss_with_metrics)
+    loss = sharded(layout, distillation_loss_with_metrics)
     value, metrics = jax.jit(loss)(student, teacher, **more)
     assert_close(value, want, 1e-6)
     for name in wants._fields:
@@ -308,7 +305,7 @@ def test_gradients_are_spread_as_their_arguments_are(rng, form, kind):
     step = jax.jit(
         jax.value_and_grad(
             ft.partial(
-                sharded_distillation_loss,
+                distillation_loss,
                 mesh=mesh,
                 token_axes="data",
                 vocab_axis="model",
@@ -523,14 +520,50 @@ def test_a_vocabulary_beyond_all_columns(rng):
         (dict(token_axes=3), TypeError, "`token_axes` must be a mesh axis"),
         (dict(mesh="mesh"), TypeError, "`mesh` must be a jax.sharding.Mesh"),
         (dict(axis_name="model"), ValueError, "`axis_name` must be None"),
+        (dict(mesh=None), ValueError, "`token_axes` must be None without `mesh`"),
+        (
+            dict(mesh=None, token_axes=None),
+            ValueError,
+            "`vocab_axis` must be None without `mesh`, got 'model'",
+        ),
+        (
+            dict(token_axes=None, vocab_axis=None),
+            ValueError,
+            "`mesh` needs `token_axes`, `vocab_axis` or both",
+        ),
         (dict(labels=jnp.full(4, 8), alpha=0.5), ValueError, "`labels` must be in"),
     ],
 )
 def test_bad_arguments(rng, more, error, message):
     s, t = (rounded(rng, (4, 8)) for _ in range(2))
     good = dict(mesh=mesh_of("2x4"), token_axes="data", vocab_axis="model")
-    with pytest.raises(error, match=message):
-        sharded_distillation_loss(s, t, **good | more)
+    for loss in (
+        distillation_loss,
+        distillation_loss_with_metrics,
+        jaxkl.reference.distillation_loss,
+    ):
+        with pytest.raises(error, match=message):
+            loss(s, t, **good | more)
+
+
+def test_no_token_axis_is_that_of_none(rng):
+    s, t = sources(rng, "heads")
+    axes = dict(mesh=mesh_of("2x4"), vocab_axis="model")
+    value, grad = jax.value_and_grad(ft.partial(distillation_loss, **axes))(s, t)
+    axes["token_axes"] = ()
+    same, same_grad = jax.value_and_grad(ft.partial(distillation_loss, **axes))(s, t)
+    np.testing.assert_array_equal(value, same)
+    jax.tree.map(np.testing.assert_array_equal, grad, same_grad)
+    assert_close(value, distillation_loss(s, t), 1e-6)
+
+
+def test_the_reference_takes_a_mesh(rng):
+    student, teacher = sources(rng, "heads", (6,), 24)
+    mesh = mesh_of("2x4")
+    axes = dict(mesh=mesh, token_axes="data", vocab_axis="model", temperature=2.0)
+    placed = spread(mesh, student), spread(mesh, teacher)
+    value = jax.jit(ft.partial(jaxkl.reference.distillation_loss, **axes))(*placed)
+    assert_close(value, distillation_loss(student, teacher, temperature=2.0), 1e-6)
 
 
 # Plain `jit` on arrays that are spread, with no word about it.
@@ -540,28 +573,6 @@ def collectives(compiled):
     """Each one's name and shape in the compiled program."""
     form = r"= (\S+) (all-gather|all-reduce|all-to-all|collective-permute)(?:-start)?\("
     return [(name, shape) for shape, name in re.findall(form, compiled.as_text())]
-
-
-@pytest.mark.parametrize("tokens", [1024, 4096, 6144, 8192, 15 * 512, 32768])
-@pytest.mark.parametrize("near", [1, 5, 48, 65, 384, 392, 770, 1024])
-def test_tiles_that_devices_share_evenly(tokens, near):
-    tile = _tile_size(tokens, near)
-    assert 2 / 3 * near < tile <= min(4 / 3 * near, 1024)
-    assert tokens % tile == 0
-    assert tile % 16 == 0 or tile < 16
-
-
-@pytest.mark.parametrize(
-    "tokens, tile",
-    [
-        (16 * 2047, 368),
-        (8000, 400),  # a multiple of 16, where 500 is none
-        (8184, 372),  # 264, a multiple of 8, would cost time
-        (8191, 392),  # a prime number
-    ],
-)
-def test_tiles_of_heads_on_accelerators(tokens, tile):
-    assert _tile_size(tokens, 392, 384) == tile
 
 
 @over_forms
@@ -624,7 +635,7 @@ def test_explicit_axes_that_do_not_divide_the_tokens(rng, reduction):
     mesh = mesh_of("2x4", AxisType.Explicit)
     s, t = (rounded(rng, (3, 13)) for _ in range(2))
     axes = dict(mesh=mesh, token_axes="data", vocab_axis="model")
-    ours = ft.partial(jaxkl.sharded_distillation_loss, **axes)
+    ours = ft.partial(distillation_loss, **axes)
     more = dict(reduction=reduction, temperature=2.0)
     of = lambda loss: jax.jit(
         jax.value_and_grad(lambda s: (3 * loss(s, t, **more)).sum())
@@ -648,5 +659,5 @@ def test_a_users_function_is_asked_of_a_slices_own_columns(rng):
 def test_explicit_axes_need_a_mesh_for_heads(rng):
     mesh = mesh_of("2x4", AxisType.Explicit)
     student, teacher = (spread(mesh, x) for x in sources(rng, "heads", (8,), 24))
-    with pytest.raises(ValueError, match="jaxkl.sharded_distillation_loss"):
+    with pytest.raises(ValueError, match="must be logits .* pass `mesh`"):
         jax.jit(distillation_loss)(student, teacher)

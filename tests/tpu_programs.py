@@ -61,7 +61,7 @@ def compiled(name):
         if form != SHARDED:
             return jaxkl.distillation_loss(student, teacher, **more)
         axes = dict(mesh=mesh, token_axes="data", vocab_axis="model")
-        return jaxkl.sharded_distillation_loss(student, teacher, **axes, **more)
+        return jaxkl.distillation_loss(student, teacher, **axes, **more)
 
     step = jax.jit(jax.value_and_grad(loss))
     return step.lower(model, teacher, labels).compile()

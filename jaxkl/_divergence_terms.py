@@ -18,7 +18,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from ._numerics import is_near, NEAR, Outcomes, second_order, series, zero_unless
+from ._numerics import is_near, NEAR, second_order, series, zero_unless
+from ._softmax import Outcomes
 
 
 def log_ratio_of(p: Outcomes, q: Outcomes, known=None):

@@ -1,0 +1,110 @@
+"""What the engine is given, and what it makes of a tile."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+
+from ._compat import to_varying, varying_axes
+from ._divergences import Divergence
+from ._sources import Source
+from ._vocabulary import Vocabulary
+
+
+class LossTerms(NamedTuple):
+    """The terms of a token's loss, `[B]` each, or the weights of these terms.
+
+    All but the first are of the student at temperature 1. A term is None if it is not
+    part of the loss.
+    """
+
+    divergence: Any
+    label: Any = None  # -log q[label]
+    uniform: Any = None  # -mean_v log q_v, for label smoothing
+    lse_squared: Any = None
+
+
+class Statistics(NamedTuple):
+    """What the metrics report beside the terms, at temperature 1, `[B]` each."""
+
+    kl: jax.Array
+    student_entropy: jax.Array
+    teacher_entropy: jax.Array
+    top1_agreement: jax.Array
+
+
+class Operands(NamedTuple):
+    """All arrays of a loss. Those that are not in a source are `[B]`.
+
+    A tree of flags, dtypes or gradients, one for each array, is an `Operands` too.
+    """
+
+    student: Any  # Source
+    teacher: Any  # Source
+    weights: LossTerms
+    student_temperature: Any = None  # None: 1
+    teacher_temperature: Any = None  # None: 1, or the student's if they are the same
+    labels: Any = None  # -100: none
+    mask: Any = None  # tokens whose arrays may be looked at
+
+    @property
+    def tokens(self) -> int:
+        return self.weights.divergence.shape[0]
+
+    def map_sources(self, f: Callable[[Source], Source]) -> Self:
+        return self._replace(student=f(self.student), teacher=f(self.teacher))
+
+    def map_tokens(self, f: Callable[[jax.Array], jax.Array]) -> Self:
+        """`f` of each array that has a row for each token."""
+        sources = (x.map_tokens(f) for x in self[:2])
+        return type(self)(*sources, *jax.tree.map(f, self[2:]))
+
+    def is_shared(self) -> Self:
+        """A flag for each array: whether all tokens share it."""
+        flags = jax.tree.map(lambda _: False, self)
+        of = lambda x: x.map_fields(lambda name, _: name in x.shared)
+        return flags._replace(student=of(self.student), teacher=of(self.teacher))
+
+    def match_varying(self, vocab_axis: str | None = None) -> Self:
+        """Inside `shard_map`, casts all arrays to vary over the same mesh axes.
+
+        The cast of a replicated array is where its gradient is summed over devices.
+        Each slice of the vocabulary contributes a part of most gradients, so their
+        arrays are cast to vary over `vocab_axis`. The gradient of a weight is whole on
+        each device, and weights are not cast.
+        """
+        axes = frozenset[str]().union(*map(varying_axes, jax.tree.leaves(self)))
+        axes -= {vocab_axis}
+        per_token = (self.weights, self.labels, self.mask)
+        weights, labels, mask = jax.tree.map(lambda x: to_varying(x, axes), per_token)
+        if vocab_axis is not None:
+            axes |= {vocab_axis}
+        rest = self._replace(weights=None, labels=None, mask=None)
+        rest = jax.tree.map(lambda x: to_varying(x, axes), rest)
+        return rest._replace(weights=weights, labels=labels, mask=mask)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """All of a loss that is not an array."""
+
+    divergence: Divergence
+    vocab: Vocabulary
+    dtype: jnp.dtype
+    reduce: bool = True  # whether the loss is summed over tokens
+    statistics: bool = False
+    same_temperature: bool = False  # whether the teacher has the student's
+    tile: int | None = None  # the user's choice
+
+    def teacher_temperature(self, x: Operands) -> jax.Array | None:
+        return x.student_temperature if self.same_temperature else x.teacher_temperature
+
+
+class Tile(NamedTuple):
+    """What the engine makes of a tile of tokens."""
+
+    terms: LossTerms
+    statistics: Statistics | None
+    gradients: Operands  # of Σ weight · term; of shared arrays, summed over the tile

@@ -1,0 +1,136 @@
+"""How a loss is walked: the size of tiles, their order, and what is computed twice.
+
+A plan depends on the platform and on the `Workload`, and on nothing else.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax
+
+from ._compat import is_explicitly_sharded, many_devices, varying_axes
+from ._operands import Operands, Spec
+from ._sources import Kind
+
+
+Platform = Literal["cpu", "accelerator"]
+
+_MIB = 2**20
+_MAX_TILE = 1024  # tokens: enough for a matrix product to run at full speed
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    tile: int | None  # tokens at a time; None: all of them at once
+    order: Literal["blocks", "strided"]  # which tokens are in a tile, see `_walk`
+    # Whether slopes are evaluated twice, rather than kept until their sum is known.
+    recompute: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """All that a plan depends on, but for the platform."""
+
+    tokens: Any  # on this device; an int, or a symbolic size of `jax.export`
+    columns: int  # of a tile
+    student: Kind = "logits"
+    teacher: Kind = "logits"
+    itemsize: int = 4  # bytes of a logit in a tile
+    half_logits: bool = False  # whether logits that are arguments have 16 bits
+    many_devices: bool = False  # whether the program may run on several devices
+    # How tokens are spread over devices: by XLA's partitioner, by a `shard_map` around
+    # the loss, so that all tokens are local, or as their types say.
+    sharding: Literal["auto", "manual", "explicit"] = "auto"
+    tile: int | None = None  # the user's choice
+
+    @property
+    def kinds(self) -> tuple[Kind, Kind]:
+        return self.student, self.teacher
+
+
+def workload(spec: Spec, operands: Operands) -> Workload:
+    sources = operands.student, operands.teacher
+    student, teacher = (x.kind for x in sources)
+    logits = [x.columns for x in sources if x.kind == "logits"]
+    sharding = "auto"
+    if any(map(is_explicitly_sharded, jax.tree.leaves(operands))):
+        sharding = "explicit"
+    elif varying_axes(operands.weights.divergence):
+        sharding = "manual"
+    return Workload(
+        operands.tokens,
+        spec.vocab.width,
+        student,
+        teacher,
+        itemsize=spec.dtype.itemsize,
+        half_logits=any(x.dtype.itemsize == 2 for x in logits),
+        many_devices=many_devices(),
+        sharding=sharding,
+        tile=spec.tile,
+    )
+
+
+def plan(platform: Platform, work: Workload) -> Plan:
+    """The plan of a loss: a tile that the user chose changes its size only."""
+    tile = _tile(platform, work)
+    if tile is not None and tile >= work.tokens:
+        tile = None
+    # A tile that stays in a CPU's cache may hold its slopes. Elsewhere they would be
+    # written to memory: of dense logits, which are in memory already, a second array.
+    is_dense = work.kinds == ("logits", "logits")
+    recompute = platform == "accelerator" or (is_dense and tile is None)
+    return Plan(tile, _order(work), recompute)
+
+
+def _tile(platform, work):
+    if work.sharding == "explicit" or not isinstance(work.tokens, int):
+        # Types that hold a sharding do not allow for slices. A symbolic number of
+        # tokens, in `jax.export`, has no number of tiles.
+        return None
+    if work.tile is not None:
+        return work.tile
+    if platform == "accelerator":
+        if work.kinds == ("logits", "logits"):
+            return None  # XLA fuses the loss into passes over the logits
+        # Each tile of a head reads and writes the sum of `d kernel`, which takes as
+        # long as the products of some 400 tokens.
+        return _tile_of_bytes(192 * _MIB, work, least=384)
+    if "head" in work.kinds:
+        return _tile_of_bytes(32 * _MIB, work)
+    if work.half_logits:
+        # XLA's CPU compiler widens bfloat16 arrays before it slices them, the whole
+        # array at every step of a loop.
+        return None
+    return _tile_of_bytes(2 * _MIB, work)  # it stays in cache
+
+
+def _order(work):
+    """Strided, so that a token axis that the partitioner has sharded stays sharded
+    inside each tile. It copies logits, and is of use on several devices only."""
+    if work.sharding == "manual":
+        return "blocks"
+    has_logits = "logits" in work.kinds
+    return "blocks" if has_logits and not work.many_devices else "strided"
+
+
+def _tile_of_bytes(tile_bytes, work, least=1):
+    rows = max(tile_bytes // (work.columns * work.itemsize), least)
+    near = min(rows // 8 * 8 or rows, _MAX_TILE)
+    return tile_size(work.tokens, near, least)
+
+
+def tile_size(tokens: int, near: int, least: int = 1) -> int:
+    """A size near `near` that divides `tokens` if there is one, since padding copies;
+    else one that needs little padding.
+
+    Of the divisors we prefer multiples of a power of two: most often that is the number
+    of devices that the tokens are spread over, and a tile that it does not divide would
+    move tokens between them.
+    """
+    lowest = max(near * 2 // 3 + 1, least * 7 // 8)
+    octave = range(lowest, min(near * 4 // 3, _MAX_TILE) + 1)
+    if divisors := [tile for tile in octave if tokens % tile == 0]:
+        return max(divisors, key=lambda tile: (math.gcd(tile, 16), tile))
+    tile = -(-tokens // -(-tokens // near))
+    return min(-(-tile // 8) * 8, near)

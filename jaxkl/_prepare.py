@@ -1,0 +1,246 @@
+"""From the arguments of a distillation loss to the operands of the engine.
+
+All that reduces, masks or mixes is folded into one weight per token and term. Autodiff
+does the rest: the gradients of weights, T² and the normaliser are those of the few
+lines in `_term_weights`.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+from jax.typing import ArrayLike
+
+from . import _checks as check
+from ._arguments import (
+    as_labels,
+    as_mask,
+    as_vocabulary,
+    check_divergence,
+    check_slices,
+    IGNORED_LABEL,
+    per_token,
+)
+from ._divergences import Divergence
+from ._layout import as_layout, Layout
+from ._numerics import loss_dtype, zero_unless
+from ._operands import LossTerms, Operands, Spec
+from ._order import as_constant
+from ._sources import as_source, flattened, Source
+
+
+REDUCTIONS = ("none", "sum", "mean")
+
+Reduction = Literal["none", "sum", "mean"]
+
+
+class Prepared(NamedTuple):
+    """A loss whose arguments are checked, with its tokens flattened to one axis."""
+
+    spec: Spec
+    operands: Operands
+    layout: Layout | None  # None: not on a mesh
+    weight: jax.Array  # [B], before the normaliser
+    label_smoothing: Any
+    batch_shape: tuple[int, ...]
+
+
+def prepare(
+    student: ArrayLike | Source,
+    teacher: ArrayLike | Source,
+    *,
+    divergence: Divergence,
+    temperature: ArrayLike,
+    teacher_temperature: ArrayLike | None,
+    t_squared: bool,
+    labels: ArrayLike | None,
+    alpha: ArrayLike | None,
+    label_smoothing: ArrayLike,
+    z_loss: ArrayLike,
+    where: ArrayLike | None,
+    weights: ArrayLike | None,
+    vocab_size: int | None,
+    differentiate_teacher: bool,
+    reduction: Reduction,
+    normalizer: ArrayLike | None,
+    axis_name: str | None,
+    mesh: Mesh | AbstractMesh | None,
+    token_axes: str | Sequence[str] | None,
+    vocab_axis: str | None,
+    tile: int | None,
+    statistics: bool = False,
+) -> Prepared:
+    """The arguments of `distillation_loss`, and whether its metrics are wanted."""
+    check.one_of("reduction", reduction, REDUCTIONS)
+    t_squared = check.boolean("t_squared", t_squared)
+    tile = None if tile is None else check.positive_int("tile", tile)
+    layout = as_layout(mesh, token_axes, vocab_axis, axis_name)
+    student, teacher = as_source("student", student), as_source("teacher", teacher)
+    shape = student.batch_shape
+    if shape != teacher.batch_shape:
+        raise ValueError(
+            "`student` and `teacher` must have the same batch shape, got "
+            f"{shape} and {teacher.batch_shape}."
+        )
+    student, teacher = flattened(student), flattened(teacher)
+    vocab = as_vocabulary(vocab_size, student, teacher, axis_name)
+    is_spread = not (axis_name is None and vocab_axis is None)
+    check_divergence(divergence, vocab, teacher, is_spread)
+    mask = None if where is None else as_mask(where, shape)
+    if not check.boolean("differentiate_teacher", differentiate_teacher):
+        teacher = as_constant(student, teacher)
+    teacher = teacher.as_teacher(
+        divergence,
+        vocab.size,
+        mask,
+        teacher_temperature=teacher_temperature,
+        differentiate=differentiate_teacher,
+    )
+
+    if teacher.is_normalized:
+        teacher_temperature = 1.0
+    same_temperature = teacher_temperature is None
+    temperatures = [check.temperature("temperature", temperature, shape), None]
+    if not same_temperature:
+        name = "teacher_temperature"
+        temperatures[1] = check.temperature(name, teacher_temperature, shape)
+    weights = None if weights is None else check.float_array("weights", weights)
+    floats = jax.tree.leaves((temperatures, weights, student, teacher))
+    dtype = loss_dtype(*(x for x in floats if not check.is_number(x)))
+    temperatures = [per_token(x, shape, dtype) for x in temperatures]
+    if mask is not None:
+        # The temperature of a token that does not count may be NaN.
+        temperatures = jax.tree.map(lambda x: jnp.where(mask, x, 1), temperatures)
+
+    weight = _weight(weights, mask, shape, dtype)
+    labels = None if labels is None else as_labels(labels, mask, shape, vocab.size)
+    term_weights = _term_weights(
+        _normalized(weight, reduction, normalizer),
+        temperatures[0] if t_squared else None,
+        labels,
+        vocab_size=vocab.size,
+        alpha=_alpha(alpha, labels, statistics),
+        label_smoothing=check.scalar("label_smoothing", label_smoothing, 0, 1),
+        z_loss=check.scalar("z_loss", z_loss, 0),
+        statistics=statistics,
+    )
+    if mask is not None:
+        term_weights = jax.tree.map(lambda w: zero_unless(mask, w), term_weights)
+    operands = Operands(
+        student, teacher, term_weights, temperatures[0], temperatures[1], labels, mask
+    )
+    reduce = reduction != "none"
+    spec = Spec(divergence, vocab, dtype, reduce, statistics, same_temperature, tile)
+    if axis_name is not None:
+        check_slices(axis_name, operands)
+    return Prepared(spec, operands, layout, weight, label_smoothing, shape)
+
+
+def _weight(
+    weights: jax.Array | None,
+    mask: jax.Array | None,
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+) -> jax.Array:
+    if weights is None:
+        weights = jnp.ones(shape, dtype)
+    check.of_shape("weights", weights, shape, "the batch shape")
+    weight = weights.astype(dtype).reshape(-1)
+    return weight if mask is None else zero_unless(mask, weight)
+
+
+def _normalized(
+    weight: jax.Array, reduction: Reduction, normalizer: ArrayLike | None
+) -> jax.Array:
+    if reduction != "mean":
+        if normalizer is not None:
+            raise ValueError(
+                '`normalizer` must be None unless `reduction` is "mean", got '
+                f"{normalizer!r} with {reduction!r}."
+            )
+        return weight
+    if normalizer is None:
+        total = jnp.sum(weight)
+    else:
+        if check.is_integer(normalizer):
+            normalizer = jnp.asarray(normalizer, weight.dtype)  # the sum of a mask
+        total = check.scalar("normalizer", normalizer, 0, positive=True)
+        total = jax.lax.stop_gradient(jnp.asarray(total, weight.dtype))
+    # If there is no weight at all, the loss is 0 and has no gradient.
+    return zero_unless(total != 0, weight / jnp.where(total != 0, total, 1))
+
+
+def _alpha(
+    alpha: ArrayLike | None, labels: jax.Array | None, for_metrics: bool
+) -> ArrayLike:
+    """`alpha`, checked beside the labels; it is 1 where it may be left out."""
+    if alpha is None:
+        if labels is not None and not for_metrics:
+            raise ValueError(
+                "`alpha` must be given with `labels`: the loss is alpha times the "
+                "divergence and 1 - alpha times the cross-entropy. alpha=1.0 leaves "
+                "the labels out."
+            )
+        return 1.0
+    alpha = check.scalar("alpha", alpha, 0, 1)
+    if labels is not None:
+        return alpha
+    if not check.is_known(alpha):
+        return jnp.where(alpha == 1, alpha, jnp.nan)
+    if alpha != 1:
+        raise ValueError(f"`alpha` must be 1 without `labels`, got {alpha}.")
+    return alpha
+
+
+def _term_weights(
+    weight: jax.Array,
+    temperature: jax.Array | None,
+    labels: jax.Array | None,
+    *,
+    vocab_size: int,
+    alpha: ArrayLike,
+    label_smoothing: ArrayLike,
+    z_loss: ArrayLike,
+    statistics: bool,
+) -> LossTerms:
+    """`weight · (α T² D + (1-α) CE + z_loss lse²)`, as a weight for each term.
+
+    `temperature` is None if there is no factor T².
+    """
+    may_differ = lambda x, other: not check.is_known(x) or x != other
+    has_cross_entropy = statistics or may_differ(alpha, 1)
+    has_uniform, has_lse = may_differ(label_smoothing, 0), may_differ(z_loss, 0)
+    are_known = all(map(check.is_known, (alpha, label_smoothing, z_loss)))
+    alpha, smoothing, z_weight = (
+        jax.lax.stop_gradient(jnp.asarray(x, weight.dtype))
+        for x in (alpha, label_smoothing, z_loss)
+    )
+    if not are_known:
+        # A number that is out of range is NaN. It makes the loss NaN, also where its
+        # own term has no part in it.
+        weight = jnp.where(jnp.isnan(alpha + smoothing + z_weight), jnp.nan, weight)
+    divergence = _times(weight, alpha)
+    if temperature is not None:
+        # A token without weight may hold NaN, and its divergence must not enter the
+        # gradient of its temperature.
+        squared = temperature * temperature
+        constant = jax.lax.stop_gradient(zero_unless(jnp.isfinite(squared), squared))
+        divergence *= jnp.where(weight != 0, squared, constant)
+    label = uniform = lse_squared = None
+    if labels is not None and has_cross_entropy:
+        valid = (labels >= 0) & (labels < vocab_size)
+        label = zero_unless(labels != IGNORED_LABEL, _times(weight, 1 - alpha))
+        # Under `jit` a label that is out of range cannot raise: it makes the loss NaN.
+        label = jnp.where(valid | (labels == IGNORED_LABEL), label, jnp.nan)
+        if has_uniform:
+            label, uniform = _times(label, 1 - smoothing), _times(label, smoothing)
+    if has_lse:
+        lse_squared = _times(weight, z_weight)
+    return LossTerms(divergence, label, uniform, lse_squared)
+
+
+def _times(weight: jax.Array, factor: jax.Array) -> jax.Array:
+    """The product; a factor of 0 leaves out a term even where it is infinite."""
+    return zero_unless(factor != 0, weight * factor)

@@ -1,0 +1,96 @@
+"""The plan of a loss: tiles, their order, and what is computed twice."""
+
+import dataclasses
+import itertools
+
+import pytest
+
+from jaxkl._plan import Plan, plan, tile_size, Workload
+
+
+HEADS = dict(student="head", teacher="head")
+LISTED = dict(teacher="list")
+VOCAB = 128256
+
+
+@pytest.mark.parametrize(
+    "platform, work, expected",
+    [
+        # XLA fuses dense logits into passes over them; a CPU has tiles in its cache.
+        ("accelerator", {}, Plan(None, "blocks", True)),
+        ("cpu", {}, Plan(4, "blocks", False)),
+        ("cpu", dict(half_logits=True), Plan(None, "blocks", True)),
+        ("cpu", dict(many_devices=True), Plan(4, "strided", False)),
+        # 32 and 192 MiB of logits, and at least some 384 tokens.
+        ("cpu", HEADS, Plan(64, "strided", False)),
+        ("cpu", dict(HEADS, columns=32768), Plan(256, "strided", False)),
+        ("accelerator", HEADS, Plan(512, "strided", True)),
+        ("accelerator", dict(HEADS, columns=32768), Plan(1024, "strided", True)),
+        ("accelerator", dict(HEADS, itemsize=8), Plan(512, "strided", True)),
+        # Inside `shard_map` tokens are local.
+        ("accelerator", dict(HEADS, sharding="manual"), Plan(512, "blocks", True)),
+        ("cpu", dict(sharding="manual", many_devices=True), Plan(4, "blocks", False)),
+        # One head is enough; of logits, strides would be a copy.
+        ("accelerator", dict(student="head"), Plan(512, "blocks", True)),
+        ("cpu", dict(student="head", many_devices=True), Plan(64, "strided", False)),
+        # A list beside logits.
+        ("accelerator", LISTED, Plan(512, "blocks", True)),
+        ("cpu", LISTED, Plan(4, "blocks", False)),
+        ("cpu", dict(LISTED, half_logits=True), Plan(None, "blocks", False)),
+        # A few tokens are one tile.
+        ("cpu", dict(tokens=3), Plan(None, "blocks", True)),
+        ("accelerator", dict(HEADS, tokens=300), Plan(None, "strided", True)),
+        # Neither a symbolic number of tokens nor a sharding in the types can be sliced.
+        ("cpu", dict(tokens="symbolic"), Plan(None, "blocks", True)),
+        ("accelerator", dict(HEADS, tokens="b", tile=8), Plan(None, "strided", True)),
+        ("cpu", dict(sharding="explicit", tile=8), Plan(None, "blocks", True)),
+    ],
+)
+def test_each_kind(platform, work, expected):
+    work = Workload(**dict(tokens=8192, columns=VOCAB) | work)
+    assert plan(platform, work) == expected
+
+
+@pytest.mark.parametrize("platform", ["cpu", "accelerator"])
+def test_a_tile_of_the_user_changes_the_size_and_nothing_else(platform):
+    tiled = 0
+    for student, teacher, sharding, half, many in itertools.product(
+        ("logits", "head"),
+        ("logits", "head", "list"),
+        ("auto", "manual"),
+        (False, True),
+        (False, True),
+    ):
+        work = Workload(8192, VOCAB, student, teacher, 4, half, many, sharding)
+        automatic = plan(platform, work)
+        if automatic.tile is None:
+            continue
+        for tile in (1, 7, automatic.tile, 4096, 8191):
+            chosen = plan(platform, dataclasses.replace(work, tile=tile))
+            assert chosen == dataclasses.replace(automatic, tile=tile)
+            tiled += 1
+        whole = plan(platform, dataclasses.replace(work, tile=8192))
+        assert whole.tile is None and whole.order == automatic.order
+    assert tiled >= 100
+
+
+@pytest.mark.parametrize("tokens", [1024, 4096, 6144, 8192, 15 * 512, 32768])
+@pytest.mark.parametrize("near", [1, 5, 48, 65, 384, 392, 770, 1024])
+def test_tiles_that_devices_share_evenly(tokens, near):
+    tile = tile_size(tokens, near)
+    assert 2 / 3 * near < tile <= min(4 / 3 * near, 1024)
+    assert tokens % tile == 0
+    assert tile % 16 == 0 or tile < 16
+
+
+@pytest.mark.parametrize(
+    "tokens, tile",
+    [
+        (16 * 2047, 368),
+        (8000, 400),  # a multiple of 16; 500 is none
+        (8184, 372),  # 264, a multiple of 8, would cost time
+        (8191, 392),  # a prime number
+    ],
+)
+def test_tiles_of_heads_on_accelerators(tokens, tile):
+    assert tile_size(tokens, 392, 384) == tile
