@@ -1,23 +1,24 @@
-"""An eager check of what `kl_div` takes on trust."""
+"""A check of the inputs that `kl_div` takes on trust."""
 
 import functools
 import math
 
+import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from . import _checks as check
 
 
-# By how much a row may miss 1. Rounding each logarithm of a vocabulary of 2^18 to
-# bfloat16 moves the sum by up to 3 %.
+# How far the sum of a row may be from 1. If the logarithms of a vocabulary of 2^18 are
+# rounded to bfloat16, the sum moves by up to 3 %.
 TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 
 
 def check_distributions(
     input: ArrayLike, target: ArrayLike, log_target: bool = False
 ) -> None:
-    r"""Raises at the first row that is no distribution, of arguments for `kl_div`.
+    r"""Raises at the first row of `kl_div`'s arguments that is no distribution.
 
     `kl_div` computes its formula for whatever it is given, as PyTorch does. Here, along
     the last axis, $\sum_v e^{x_v} = 1$ must hold for `input`, and $\sum_v t_v = 1$ for
@@ -70,22 +71,15 @@ def check_distributions(
     References:
       [jax.experimental.checkify](https://docs.jax.dev/en/latest/debugging/checkify_guide.html)
     """
-    input, target = (
-        check.float_array("input", input),
-        check.float_array("target", target),
-    )
-    try:
-        jnp.broadcast_shapes(input.shape, target.shape)
-    except ValueError:
-        raise ValueError(
-            "`input` and `target` must have shapes that broadcast, got "
-            f"{input.shape} and {target.shape}."
-        ) from None
+    input = check.float_array("input", input)
+    target = check.float_array("target", target)
+    check.broadcast_shape(input=input, target=target)
     check_rows("input", input, True)
     check_rows("target", target, check.boolean("log_target", log_target))
 
 
-def check_rows(name, x, is_log):
+def check_rows(name: str, x: jax.Array, is_log: bool) -> None:
+    """Raises at the first row that is no distribution."""
     if x.ndim == 0:
         raise ValueError(f"`{name}` must have an axis of outcomes, got shape ().")
     rows = x.shape[:-1]
@@ -109,7 +103,7 @@ def check_rows(name, x, is_log):
 
 
 def _problems(x, is_log):
-    """Of each kind: which rows have it, the number to show, and how to say it."""
+    """For each kind of problem: the rows that have it, a number to show, and words."""
     tol = TOLERANCE[x.dtype.name]
     if jnp.finfo(x.dtype).bits < 32:
         x = x.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Argument checks. A message names the argument, what was expected and what came."""
+"""Checks of arguments. A message says which, what was expected, and what came."""
 
 import math
 from typing import Any
@@ -12,29 +12,29 @@ import numpy as np
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
-def is_traced(x) -> bool:
-    """Whether the value of `x` is unknown, as inside `jax.jit`."""
+def is_traced(x: Any) -> bool:
+    """Whether the values of `x` are unknown, as inside `jax.jit`."""
     return isinstance(x, jax.core.Tracer)
 
 
-def is_known(x) -> bool:
-    """Whether the values of `x` can be looked at: by this process, and now."""
+def is_known(x: Any) -> bool:
+    """Whether this process can look at the values of `x` now."""
     if not isinstance(x, jax.Array):
         return True
     return not is_traced(x) and (x.is_fully_addressable or x.is_fully_replicated)
 
 
-def is_number(x) -> bool:
-    """A Python number: part of the program, not of its arguments."""
+def is_number(x: Any) -> bool:
+    """Whether `x` is a Python number, and so is part of the program."""
     return isinstance(x, int | float) and not isinstance(x, bool)
 
 
-def is_integer(x) -> bool:
-    """An array or NumPy scalar of integers."""
+def is_integer(x: Any) -> bool:
+    """Whether `x` is an array or a NumPy scalar of integers."""
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.integer)
 
 
-def array(name: str, x, kind: str) -> jax.Array:
+def array(name: str, x: Any, kind: str) -> jax.Array:
     try:
         return jnp.asarray(x)
     except (TypeError, ValueError) as error:
@@ -44,7 +44,7 @@ def array(name: str, x, kind: str) -> jax.Array:
         raise ValueError(f"`{name}` must be an array of {kind}: {error}.") from error
 
 
-def float_array(name: str, x) -> jax.Array:
+def float_array(name: str, x: Any) -> jax.Array:
     x = array(name, x, "floats")
     if x.dtype.name not in FLOAT_DTYPES:
         raise TypeError(
@@ -54,15 +54,15 @@ def float_array(name: str, x) -> jax.Array:
     return x
 
 
-def bool_array(name: str, x) -> jax.Array:
+def bool_array(name: str, x: Any) -> jax.Array:
     x = array(name, x, "bools")
     if x.dtype != jnp.bool_:
         raise TypeError(f"`{name}` must be bool, got {x.dtype.name}.")
     return x
 
 
-def int_array(name: str, x) -> jax.Array:
-    """In int32. What is beyond it is not wrapped, but as large or small as can be."""
+def int_array(name: str, x: Any) -> jax.Array:
+    """`x` in int32; a value out of its range becomes the nearest end of the range."""
     # Without x64, `jnp.asarray` wraps the int64 of NumPy and of PyTorch.
     foreign = hasattr(x, "__array__") and not isinstance(x, jax.Array)
     x = np.asarray(x) if foreign else array(name, x, "integers")
@@ -74,24 +74,36 @@ def int_array(name: str, x) -> jax.Array:
     return jnp.asarray(x, jnp.int32)
 
 
+def broadcast_shape(**arrays: jax.Array) -> tuple[int, ...]:
+    """The shape that the arguments of these names broadcast to."""
+    try:
+        return jnp.broadcast_shapes(*(x.shape for x in arrays.values()))
+    except ValueError:
+        names = " and ".join(f"`{name}`" for name in arrays)
+        shapes = " and ".join(str(x.shape) for x in arrays.values())
+        raise ValueError(
+            f"{names} must have shapes that broadcast, got {shapes}."
+        ) from None
+
+
 def of_shape(name: str, x: jax.Array, shape: tuple[int, ...], why: str) -> jax.Array:
     if x.shape != shape:
         raise ValueError(f"`{name}` must have {why} {shape}, got {x.shape}.")
     return x
 
 
-def one_of(name: str, value, options: tuple[str, ...]) -> None:
+def one_of(name: str, value: Any, options: tuple[str, ...]) -> None:
     if value not in options:
         raise ValueError(f"`{name}` must be one of {options}, got {value!r}.")
 
 
-def boolean(name: str, value) -> bool:
+def boolean(name: str, value: Any, expected: str = "True or False") -> bool:
     if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"`{name}` must be True or False, got {value!r}.")
+        raise TypeError(f"`{name}` must be {expected}, got {value!r}.")
     return bool(value)
 
 
-def positive_int(name: str, value) -> int:
+def positive_int(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"`{name}` must be an int, got {value!r}.")
     if value < 1:
@@ -99,8 +111,15 @@ def positive_int(name: str, value) -> int:
     return int(value)
 
 
-def scalar(name: str, value, low: float, high: float = math.inf, *, positive=False):
-    """A Python number, or a scalar array; in range, as `in_range` has it."""
+def scalar(
+    name: str,
+    value: Any,
+    low: float,
+    high: float = math.inf,
+    *,
+    positive: bool = False,
+) -> Any:
+    """A Python number or a scalar array, in the range that `in_range` checks."""
     if isinstance(value, bool):
         raise TypeError(f"`{name}` must be a number, got {value}.")
     if not isinstance(value, int | float):
@@ -111,8 +130,10 @@ def scalar(name: str, value, low: float, high: float = math.inf, *, positive=Fal
 
 
 def temperature(name: str, value: Any, shape: tuple[int, ...]) -> Any:
-    """A Python number, an array that is a scalar or of `shape`, or None for exactly 1;
-    in range, as `in_range` has it."""
+    """A Python number, an array that is a scalar or of `shape`, or None for exactly 1.
+
+    It is positive and finite, as `in_range` checks.
+    """
     if isinstance(value, bool):
         raise TypeError(f"`{name}` must be a number, got {value}.")
     if not isinstance(value, int | float):
@@ -123,9 +144,18 @@ def temperature(name: str, value: Any, shape: tuple[int, ...]) -> Any:
     return None if is_number(value) and value == 1 else value
 
 
-def in_range(name: str, value, low: float, high: float = math.inf, *, positive=False):
-    """`value`, if all of it is finite and in [low, high], or positive. Else it is an
-    error, or NaN where the value is traced."""
+def in_range(
+    name: str,
+    value: Any,
+    low: float,
+    high: float = math.inf,
+    *,
+    positive: bool = False,
+) -> Any:
+    """`value`, if all of it is finite and in [low, high], or (0, high] if `positive`.
+
+    If it is not, that is an error; a traced value becomes NaN where it is not.
+    """
     x = np.asarray(value, np.float64) if is_known(value) else value
     good = (abs(x) < math.inf) & ((x > 0) if positive else (x >= low)) & (x <= high)
     if not is_known(value):

@@ -1,14 +1,16 @@
-"""What JAX says of meshes and devices; the few places where its versions differ."""
+"""Questions to JAX about meshes and devices, and the places where versions differ."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 
 
-def varying_axes(x) -> frozenset[str]:
-    """Mesh axes, inside `jax.shard_map`, over which `x` differs between devices."""
+def varying_axes(x: Any) -> frozenset[str]:
+    """The mesh axes over which `x` differs between devices, inside `jax.shard_map`."""
     aval = x if isinstance(x, jax.core.ShapedArray) else jax.typeof(x)
     manual = getattr(aval, "mat", None)  # JAX >= 0.10
     if manual is not None:
@@ -17,25 +19,25 @@ def varying_axes(x) -> frozenset[str]:
 
 
 def to_varying(x: jax.Array, axes: Iterable[str]) -> jax.Array:
-    """`x`, typed as differing over `axes` too. Its transpose is a `psum` over them."""
+    """`x` cast to vary over `axes` too. The transpose of the cast is a `psum`."""
     axes = tuple(sorted(set(axes) - varying_axes(x)))
     if not axes:
         return x
     return jax.lax.pcast(x, axes, to="varying")
 
 
-def abstract_eval(f, *args):
-    """`jax.eval_shape`, with types that know over which mesh axes they vary."""
+def abstract_eval(f: Callable, *args: Any) -> Any:
+    """`jax.eval_shape`, whose types know over which mesh axes they vary."""
     jaxpr, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
     return jax.tree.unflatten(jax.tree.structure(shapes), jaxpr.out_avals)
 
 
-def zeros(like, shape: tuple[int, ...]) -> jax.Array:
-    """Of that shape, varying over mesh axes as the type `like` does."""
+def zeros(like: Any, shape: tuple[int, ...]) -> jax.Array:
+    """Zeros of that shape that vary over mesh axes as the type `like` does."""
     return to_varying(jnp.zeros(shape, like.dtype), varying_axes(like))
 
 
-def has_explicit_axes(mesh) -> bool:
+def has_explicit_axes(mesh: Mesh | AbstractMesh) -> bool:
     """Whether arrays on the mesh carry their sharding in their type."""
     return any(t == jax.sharding.AxisType.Explicit for t in mesh.axis_types)
 
@@ -48,6 +50,6 @@ def many_devices() -> bool:
         return jax.device_count() > 1
 
 
-def is_explicitly_sharded(x) -> bool:
+def is_explicitly_sharded(x: jax.Array) -> bool:
     """Whether the type of `x` says that it is spread over a mesh."""
     return any(axes is not None for axes in jax.typeof(x).sharding.spec)

@@ -1,4 +1,4 @@
-r"""Elementwise terms of which divergences are made, without cancellation.
+r"""Elementwise terms of which the divergences are made, without cancellation.
 
 With $r = \log q - \log p$, the textbook integrand of $\mathrm{KL}(p \,\|\, q)$ is
 $-p\,r$: terms of both signs and of first order in $r$, whose sum is of second order.
@@ -6,10 +6,10 @@ Near student = teacher a float32 sum of them is noise. As $\sum_v (q_v - p_v) = 
 
 $$ \mathrm{KL}(p \,\|\, q) = \sum_v p_v\,(e^{r_v} - 1 - r_v), $$
 
-where every term is non-negative and of second order. All terms here are of that form:
-never negative, relatively accurate near student = teacher, and exactly 0 with a zero
-gradient where the two are equal. Derivatives are written out, as those of the branches
-would cancel again; `0 log 0 = 0` holds in both.
+where every term is non-negative and of second order. All terms here have that form.
+They are never negative, relatively accurate near student = teacher, and exactly 0 with
+a zero gradient where the two are equal. We write out the derivatives, because autodiff
+of the branches would cancel again. Values and derivatives obey `0 log 0 = 0`.
 """
 
 import functools as ft
@@ -22,10 +22,10 @@ from ._numerics import is_near, NEAR, second_order, series, zero_unless
 from ._softmax import Outcomes
 
 
-def log_ratio_of(p: Outcomes, q: Outcomes, known=None):
-    """`log q - log p`; 0 where both are `-inf`: an outcome that neither model has.
+def log_ratio_of(p: Outcomes, q: Outcomes, known: jax.Array | None = None) -> jax.Array:
+    """`log q - log p`; it is 0 for an outcome that neither model has.
 
-    `known` is its value, where that is known better than as a difference of two rounded
+    `known` is its value, if that is known better than as a difference of two rounded
     logarithms.
     """
     if known is not None:
@@ -36,7 +36,7 @@ def log_ratio_of(p: Outcomes, q: Outcomes, known=None):
 
 @jax.custom_jvp
 def _known_ratio(log_p, log_q, ratio):
-    """`ratio`, as a function of the two logarithms."""
+    """`ratio`, which to differentiation is `log_q - log_p`."""
     del log_p, log_q
     return ratio
 
@@ -47,10 +47,10 @@ def _known_ratio_jvp(primals, tangents):
     return _known_ratio(*primals), d_log_q - d_log_p
 
 
-# All below are functions of two models and of their `log_ratio`, `log q - log p`.
+# The functions below take two models and their `log_ratio`, `log q - log p`.
 
 
-def difference(p, q, log_ratio):
+def difference(p: Outcomes, q: Outcomes, log_ratio: jax.Array) -> jax.Array:
     """`q - p`, to the last digits where they are near, and 0 where they are equal."""
     near, r = is_near(log_ratio)
     p_expm1 = p.prob * (r + second_order(r))
@@ -58,8 +58,8 @@ def difference(p, q, log_ratio):
 
 
 @jax.custom_jvp
-def kl_term(p, q, log_ratio):
-    """`p (e^r - 1 - r)` with `r = log_ratio`: summed, KL(p ‖ q)."""
+def kl_term(p: Outcomes, q: Outcomes, log_ratio: jax.Array) -> jax.Array:
+    """`p (e^r - 1 - r)` with `r = log_ratio`. Its sum is KL(p ‖ q)."""
     near, r = is_near(log_ratio)
     p_log_ratio = _times(p.prob, log_ratio)
     return jnp.where(near, p.prob * second_order(r), q.prob - p.prob - p_log_ratio)
@@ -67,7 +67,8 @@ def kl_term(p, q, log_ratio):
 
 @kl_term.defjvp
 def _kl_term_jvp(primals, tangents):
-    # ∂/∂log q = p (e^r - 1), ∂/∂log p = -p r: these two are the whole derivative.
+    # ∂/∂log q = p (e^r - 1) and ∂/∂log p = -p r are the whole derivative: that of the
+    # sum by r = log q - log p is in them.
     (p, q, log_ratio), (d_p, d_q, _) = primals, tangents
     slope = difference(p, q, log_ratio) * d_q.log - _times(p.prob, log_ratio) * d_p.log
     return kl_term(*primals), slope
@@ -79,9 +80,17 @@ def _times(prob, log_ratio):
 
 
 @ft.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
-def jensen_shannon_term(p, q, log_ratio, beta, weights):
-    """Summed, `a KL(p ‖ m) + b KL(q ‖ m)` with `m = β p + (1-β) q`, β in (0, 1), and
-    `weights` a : b as β : 1-β."""
+def jensen_shannon_term(
+    p: Outcomes,
+    q: Outcomes,
+    log_ratio: jax.Array,
+    beta: float,
+    weights: tuple[float, float],
+) -> jax.Array:
+    """The sum of this term is `a KL(p ‖ m) + b KL(q ‖ m)`, with `m = β p + (1-β) q`.
+
+    β is in (0, 1), and `weights` are a and b, which are to each other as β to 1-β.
+    """
     m_over_p, m_over_q = _log_mixture_ratios(log_ratio, beta)
     m = _mixture(p, q, beta)
     return weights[0] * kl_term(p, m, m_over_p) + weights[1] * kl_term(q, m, m_over_q)
@@ -89,7 +98,8 @@ def jensen_shannon_term(p, q, log_ratio, beta, weights):
 
 @jensen_shannon_term.defjvp
 def _jensen_shannon_term_jvp(beta, weights, primals, tangents):
-    # What m contributes adds up to 0: ∂/∂log p = -β p log(m / p), and likewise for q.
+    # The contributions of m add up to 0. So ∂/∂log p = -a p log(m / p), with a = β but
+    # for a common factor, and ∂/∂log q = -b q log(m / q).
     (p, q, log_ratio), (d_p, d_q, _) = primals, tangents
     m_over_p, m_over_q = _log_mixture_ratios(log_ratio, beta)
     f_p = weights[0] * _times(p.prob, -m_over_p)
@@ -99,16 +109,18 @@ def _jensen_shannon_term_jvp(beta, weights, primals, tangents):
 
 
 @ft.partial(jax.custom_jvp, nondiff_argnums=(3,))
-def skew_kl_term(p, q, log_ratio, alpha):
-    """Summed, `KL(p ‖ m)` with `m = α p + (1-α) q`, α in (0, 1)."""
+def skew_kl_term(
+    p: Outcomes, q: Outcomes, log_ratio: jax.Array, alpha: float
+) -> jax.Array:
+    """The sum of this term is `KL(p ‖ m)`, `m = α p + (1-α) q`, with α in (0, 1)."""
     m_over_p, _ = _log_mixture_ratios(log_ratio, alpha)
     return kl_term(p, _mixture(p, q, alpha), m_over_p)
 
 
 @skew_kl_term.defjvp
 def _skew_kl_term_jvp(alpha, primals, tangents):
-    # ∂/∂log m = m - p = (1-α) (q - p), of which p has the share α p / m, q the rest;
-    # and ∂/∂log p = -p log(m / p) besides.
+    # ∂/∂log m = m - p = (1-α) (q - p). Of it, ∂log m/∂log p = α p / m goes to p, and
+    # ∂log m/∂log q = (1-α) q / m to q. To p is added -p log(m / p).
     (p, q, log_ratio), (d_p, d_q, _) = primals, tangents
     m_over_p, _ = _log_mixture_ratios(log_ratio, alpha)
     m = _mixture(p, q, alpha).prob
@@ -120,7 +132,7 @@ def _skew_kl_term_jvp(alpha, primals, tangents):
 
 
 def _mixture(p, q, beta):
-    """`β p + (1-β) q`; of its logarithm, only the ratios to p and q are needed."""
+    """`β p + (1-β) q`. Its logarithm is not needed, only the log-ratios to p and q."""
     prob = beta * p.prob + (1 - beta) * q.prob
     return Outcomes(jnp.zeros_like(prob), prob)
 
@@ -130,13 +142,13 @@ def _log_mixture_ratios(r, beta):
     """`log(m / p)` and `log(m / q)` of `m = β p + (1-β) q`, from `r = log(q / p)`."""
     if not _MODERATE <= beta <= 1 - _MODERATE:
         return _log_blend(r, beta, 1 - beta), _log_blend(-r, 1 - beta, beta)
-    # The larger of p and q is factored out; log1p and expm1 keep small differences.
+    # We factor out the larger of p and q; log1p and expm1 keep small differences.
     up = r > 0
     gain = jnp.log1p(jnp.where(up, beta, 1 - beta) * jnp.expm1(-jnp.abs(r)))
     return gain + zero_unless(up, r), gain - zero_unless(~up, r)
 
 
-_MODERATE = 1 / 16  # the least β and 1-β of which the quick form keeps the digits
+_MODERATE = 1 / 16  # the least β and 1-β for which the quick form keeps its digits
 
 
 @_log_mixture_ratios.defjvp
@@ -151,7 +163,7 @@ def _log_mixture_ratios_jvp(beta, primals, tangents):
 def _log_blend(r, a, b):
     """`log(a + b e^r)`, `a + b = 1`, to the last digits for any weights and any `r`."""
     change = b * jnp.expm1(r)
-    # A sum of positive numbers, relative to the larger of 1 and e^r.
+    # This is a sum of positive numbers, relative to the larger of 1 and e^r.
     low, high = jnp.where(r < 0, a, b), jnp.where(r < 0, b, a)
     far = jnp.maximum(r, 0) + jnp.log(low + high * jnp.exp(-jnp.abs(r)))
     return jnp.where(jnp.abs(change) < 0.5, jnp.log1p(change), far)
@@ -166,19 +178,21 @@ def _excess(x, y, r, c):
         return _times(x.prob, r)
     near, cr = is_near(c * r, 1.0)
     absent = (x.log == -jnp.inf) & (y.log == -jnp.inf)
-    # One factor alone drops out at exponent 0: 0^0 = 1, as the limit has it.
+    # At exponent 0 a factor drops out, as 0^0 = 1 in the limit.
     log_power = (1 - c) * x.log + c * y.log if c != 1 else y.log
     power = jnp.exp(jnp.where(absent, -jnp.inf, log_power))
     return jnp.where(near, x.prob * jnp.expm1(cr), power - x.prob) / c
 
 
 @ft.partial(jax.custom_jvp, nondiff_argnums=(3,))
-def alpha_term(p, q, log_ratio, alpha):
+def alpha_term(
+    p: Outcomes, q: Outcomes, log_ratio: jax.Array, alpha: float
+) -> jax.Array:
     """`(α p + (1-α) q - p^α q^(1-α)) / (α (1-α))`: KL(p ‖ q) at 1, KL(q ‖ p) at 0."""
     beta = 1 - alpha
     limit = NEAR / max(1.0, abs(alpha), abs(beta))
     near, r = is_near(log_ratio, limit)
-    # Σ_k (1 + β + … + β^k) r^k / (k + 2)!, in which no small α or β is divided by.
+    # Σ_k (1 + β + … + β^k) r^k / (k + 2)! does not divide by a small α or β.
     total = series(r, lambda k: sum(beta**j for j in range(k + 1)))
     if abs(alpha) >= abs(beta):
         far = (q.prob - p.prob - _excess(p, q, log_ratio, beta)) / alpha

@@ -1,8 +1,8 @@
 r"""The catalogue of divergences: elementwise functions of two log-probabilities.
 
 A divergence is a callable `(log_p, log_q) -> f`, with `p` the teacher and `q` the
-student; a token's divergence is the sum of `f` over the vocabulary. That is all it is:
-a user's own function of this form works wherever these do.
+student; a token's divergence is the sum of `f` over the vocabulary. That is all a
+divergence is: a user's own function of this form works wherever these do.
 """
 
 import dataclasses
@@ -27,40 +27,51 @@ Divergence = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class _Divergence:
-    """Base of the catalogue: `of` is the divergence where probabilities are known."""
+    """Base of the catalogue: a subclass has `of`, and gets `__call__` from it."""
 
-    def of(self, p: Outcomes, q: Outcomes, log_ratio) -> jax.Array:
-        """Of two models and `log q - log p`."""
+    def of(self, p: Outcomes, q: Outcomes, log_ratio: jax.Array) -> jax.Array:
+        """The integrand `f`, from the two models and `log q - log p`."""
         raise NotImplementedError
 
-    def __call__(self, log_p, log_q):
+    def __call__(self, log_p: jax.Array, log_q: jax.Array) -> jax.Array:
         p, q = Outcomes.of_log(log_p), Outcomes.of_log(log_q)
         return self.of(p, q, log_ratio_of(p, q))
 
 
 def is_catalogued(divergence: Any) -> bool:
-    """False for a user's function, and a subclass, which may have its own formula."""
+    """Whether it is one of ours. A user's subclass is not: its formula may differ."""
     own = isinstance(divergence, _Divergence)
     return own and type(divergence).__module__ == __name__
 
 
 def is_centred(divergence: Divergence) -> bool:
-    """Whether Σ_v ∂f/∂log q_v is 0, so that the slopes are the gradient of logits."""
+    """Whether `Σ_v ∂f/∂log q_v` is 0, so that the slopes are the gradient by logits."""
     return is_catalogued(divergence) and isinstance(divergence, ForwardKL)
 
 
 def evaluate(
-    divergence: Divergence, p: Outcomes, q: Outcomes, log_ratio=None
+    divergence: Divergence,
+    p: Outcomes,
+    q: Outcomes,
+    log_ratio: jax.Array | None = None,
 ) -> jax.Array:
-    """`divergence(log p, log q)`, from probabilities and log-ratio if it can be."""
+    """`divergence(log p, log q)`; ours use the probabilities and the log-ratio too."""
     if is_catalogued(divergence):
         log_ratio = log_ratio_of(p, q, log_ratio)
         return divergence.of(p, q, log_ratio)  # pyright: ignore[reportFunctionMemberAccess]
     return divergence(p.log, q.log)
 
 
-def _check_number(name, value, low, high, *, open_low=False, open_high=False):
-    """Parameters are Python numbers: they are part of the compiled program."""
+def _check_number(
+    name: str,
+    value: Any,
+    low: float,
+    high: float,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> None:
+    """Checks a parameter, a Python number: it is part of the compiled program."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         kind = type(value).__name__
         raise TypeError(f"`{name}` must be a Python number, got {value!r} ({kind}).")

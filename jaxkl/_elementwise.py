@@ -9,33 +9,38 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jax.typing import ArrayLike
 
 from . import _checks as check
 from ._numerics import is_near, loss_dtype, second_order, zero_unless
 
 
-def elementwise(loss, args, axis, where):
-    """Validates, and sums `loss.term` over `axis` where `where` holds."""
+# Of a loss over axes: an axis, several of them, or None for all.
+Axis = int | tuple[int, ...] | None
+
+
+def elementwise(
+    loss: "ElementwiseLoss",
+    args: dict[str, ArrayLike],
+    axis: Axis,
+    where: ArrayLike | None,
+) -> jax.Array:
+    """The sum of `loss.term` over `axis`, of the arguments that `where` keeps."""
     (x, y), shape, axes, where = broadcast(args, axis, where)
     return _sum(x, y, where, loss=loss, shape=shape, axes=axes)
 
 
-def broadcast(args, axis, where):
-    """The arguments as arrays, the shape they broadcast to, the axes counted from 0."""
-    args = {name: check.float_array(name, x) for name, x in args.items()}
-    try:
-        shape = jnp.broadcast_shapes(*(x.shape for x in args.values()))
-    except ValueError:
-        names = " and ".join(f"`{name}`" for name in args)
-        shapes = " and ".join(str(x.shape) for x in args.values())
-        msg = f"{names} must have shapes that broadcast, got {shapes}."
-        raise ValueError(msg) from None
+def broadcast(
+    args: dict[str, ArrayLike], axis: Axis, where: ArrayLike | None
+) -> tuple[tuple[jax.Array, ...], tuple[int, ...], tuple[int, ...], jax.Array | None]:
+    """The arguments as arrays, the shape they broadcast to, the axes counted from 0,
+    and the mask as an array."""
+    arrays = {name: check.float_array(name, x) for name, x in args.items()}
+    shape = check.broadcast_shape(**arrays)
     if where is not None:
-        where = check.array("where", where, "bools")
-        if where.dtype != bool:
-            raise TypeError(f"`where` must be bool, got {where.dtype}.")
+        where = check.bool_array("where", where)
         try:
-            # An axis of size 1 may grow, as in optax; a new one would shift `axis`.
+            # An axis of size 1 may grow, as in optax; a new axis would shift `axis`.
             grown = jnp.broadcast_shapes(shape, where.shape)
             if len(grown) != len(shape):
                 raise ValueError
@@ -43,10 +48,10 @@ def broadcast(args, axis, where):
             msg = f"`where` must broadcast to shape {shape}, got {where.shape}."
             raise ValueError(msg) from None
         shape = grown
-    return tuple(args.values()), shape, _check_axis(axis, len(shape)), where
+    return tuple(arrays.values()), shape, _check_axis(axis, len(shape)), where
 
 
-def _check_axis(axis, ndim):
+def _check_axis(axis: Axis, ndim: int) -> tuple[int, ...]:
     if axis is None:
         return tuple(range(ndim))
     try:
@@ -65,45 +70,52 @@ def _check_axis(axis, ndim):
 
 @ft.partial(jax.jit, static_argnames=("loss", "shape", "axes"))
 def _sum(log_predictions, targets, where, *, loss, shape, axes):
-    # Convert before broadcasting: a broadcast operand's gradient is summed in float32.
+    # Convert before broadcasting, so that the gradient of an operand that is broadcast
+    # is summed in float32.
     dtype = loss_dtype(log_predictions, targets)
     log_predictions = jnp.broadcast_to(log_predictions.astype(dtype), shape)
     targets = jnp.broadcast_to(targets.astype(dtype), shape)
     if where is not None:
-        # The operands, not the term: 0 * NaN is NaN in the backward pass.
+        # Mask the operands, not the term: 0 · NaN is NaN in the backward pass.
         where = jnp.broadcast_to(where, shape)
         log_predictions = jnp.where(where, log_predictions, -jnp.inf)
         targets = jnp.where(where, targets, loss.zero_target)
     return _total(loss, axes, log_predictions, targets)
 
 
-class _Loss(NamedTuple):
+class ElementwiseLoss(NamedTuple):
     """Elementwise functions of log-predictions and targets."""
 
     term: Callable
     slopes: Callable  # the derivative of `term` by each
-    zero_target: float  # beside a log-prediction of `-inf`: a term of 0
-    # `term` without a select, if no prediction is `-inf`: XLA on CPU fuses it with the
-    # sum, and holds no array of terms.
+    zero_target: float  # the target that makes a term of 0 of a log-prediction of -inf
+    # `term` without a select, for predictions that are not -inf: XLA on CPU fuses it
+    # with the sum, and holds no array of terms.
     quick: Callable | None = None
 
 
-# It has a `custom_jvp`, not a `custom_vjp`: optax's losses have a forward mode and a
-# drop-in may not lose it. The slopes are plain JAX, so all orders exist.
+# This is a `custom_jvp`, not a `custom_vjp`: optax's losses have a forward mode, which
+# a drop-in replacement must not lose. The slopes are plain JAX, so all orders exist.
 @ft.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _total(loss, axes, x, y):
-    total = lambda f: lambda x, y: jnp.sum(f(x, y), axis=axes)
-    exact = total(loss.term)
+    def exact(x, y):
+        return jnp.sum(loss.term(x, y), axis=axes)
+
     if loss.quick is None or x.size == 0:
         return exact(x, y)
-    quick = total(loss.quick)
-    choose = lambda x, y: jax.lax.cond(jnp.min(x) > -jnp.inf, quick, exact, x, y)
+
+    def quick(x, y):
+        return jnp.sum(loss.quick(x, y), axis=axes)
+
+    def choose(x, y):
+        return jax.lax.cond(jnp.min(x) > -jnp.inf, quick, exact, x, y)
+
     return jax.lax.platform_dependent(x, y, cpu=choose, default=exact)
 
 
 def _total_jvp(loss, axes, primals, tangents):
-    # An input that is not differentiated comes as a symbolic zero, and costs nothing.
-    # Nor does it make a NaN, as 0 would if its slope is infinite.
+    # The tangent of an input that is not differentiated is a symbolic zero, and costs
+    # nothing. An array of zeros would make NaN of an infinite slope.
     pairs = zip(loss.slopes(*primals), tangents, strict=True)
     terms = [slope * d for slope, d in pairs if not isinstance(d, SymbolicZero)]
     tangent = jnp.sum(ft.reduce(operator.add, terms), axis=axes)
@@ -114,9 +126,9 @@ _total.defjvp(_total_jvp, symbolic_zeros=True)
 
 
 def _log_ratio(log_predictions, targets):
-    """log t - log q; finite where t = 0, if log q is finite or -inf."""
+    """`log t - log q`; finite where t = 0, if log q is finite or -inf."""
     zero = targets == 0
-    # Only -inf is replaced, so that NaN in the predictions still reaches the loss.
+    # Replace nothing but -inf, so that a NaN in the predictions reaches the loss.
     drop = zero & (log_predictions == -jnp.inf)
     return jnp.log(jnp.where(zero, 1, targets)) - jnp.where(drop, 0, log_predictions)
 
@@ -135,16 +147,19 @@ def _kl_quick(log_predictions, targets):
 
 
 def _finite(log):
-    """At least -1000, of which the exponential is 0: times 0 it is 0, and so is it less
-    any finite number, which the lowest of all numbers would overflow."""
+    """A logarithm of at least -1000, the exponential of which is 0.
+
+    The product of 0 and this is 0, also once a finite number is subtracted from it; the
+    lowest of all numbers would overflow there.
+    """
     return jnp.maximum(log, -1e3)
 
 
-KL = _Loss(_kl_term, _kl_slopes, 0.0, _kl_quick)
+KL = ElementwiseLoss(_kl_term, _kl_slopes, 0.0, _kl_quick)
 
 
 def _log_target_ratio(log_predictions, log_targets):
-    """t, and log t - log q as `_log_ratio`."""
+    """`t`, and `log t - log q` as in `_log_ratio`."""
     targets = jnp.exp(log_targets)
     zero = targets == 0
     drop = zero & (log_predictions == -jnp.inf)
@@ -166,7 +181,7 @@ def _kl_log_targets_quick(log_predictions, log_targets):
     return jnp.exp(log_targets) * (_finite(log_targets) - log_predictions)
 
 
-KL_LOG_TARGETS = _Loss(
+KL_LOG_TARGETS = ElementwiseLoss(
     _kl_log_targets_term,
     _kl_log_targets_slopes,
     -math.inf,
@@ -175,7 +190,7 @@ KL_LOG_TARGETS = _Loss(
 
 
 def _near_ratio(log_predictions, targets):
-    """r = log q - log t, where it is small, and r with the other places zeroed."""
+    """`r = log q - log t`, where it is small, and `r` there with 0 elsewhere."""
     r = -_log_ratio(log_predictions, targets)
     near, r_near = is_near(r)
     near &= targets != 0
@@ -195,4 +210,4 @@ def _generalized_kl_slopes(log_predictions, targets):
     return slope, jnp.where(targets == 0, 0, -r)
 
 
-GENERALIZED_KL = _Loss(_generalized_kl_term, _generalized_kl_slopes, 0.0)
+GENERALIZED_KL = ElementwiseLoss(_generalized_kl_term, _generalized_kl_slopes, 0.0)

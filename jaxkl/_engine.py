@@ -59,8 +59,7 @@ def _sum_in_float32(vocab_axis, x):
 @ft.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _weighted_loss(spec, dtypes, operands):
     operands = _with_dtypes(dtypes, operands)
-    nothing = jax.tree.map(lambda _: False, operands)
-    return _outputs(spec, operands, _run(spec, operands, nothing))
+    return _outputs(spec, operands, _run(spec, operands, _nothing(operands)))
 
 
 class _Residuals(NamedTuple):
@@ -84,8 +83,7 @@ def _weighted_loss_fwd(spec, dtypes, primals):
     absent = jax.tree.map(lambda _: _absent(), operands)
     flags = map_primals(lambda x: _flag(x.perturbed, x.value.dtype), primals)
     if _awaits_cotangent(spec, perturbed):
-        nothing = jax.tree.map(lambda _: False, operands)
-        result = _run(spec, operands, nothing)
+        result = _run(spec, operands, _nothing(operands))
         res = _Residuals(flags, operands, absent)
     else:
         result = _run(spec, operands, perturbed)
@@ -126,6 +124,11 @@ def _flag(value, dtype):
 def _flagged_dtype(flag):
     """The dtype of a gradient that is asked for, else False: see `walk`."""
     return flag.shape[0] == 1 and flag.dtype.name
+
+
+def _nothing(operands):
+    """That no gradient is asked for: see `walk`."""
+    return jax.tree.map(lambda _: False, operands)
 
 
 def _awaits_cotangent(spec, perturbed):

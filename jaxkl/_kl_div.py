@@ -13,9 +13,9 @@ from ._torch import (
     check_arrays,
     check_reduction,
     legacy_reduction,
+    promote,
     reduce_loss,
     result_dtype,
-    widen,
 )
 
 
@@ -167,11 +167,12 @@ def _pointwise(input, target, log_target):
 
 def _pointwise_fwd(input, target, log_target):
     res = input, target
-    input, target = widen(input, target)
+    input, target = promote(input, target)
     if log_target:
         return jnp.exp(target) * (target - input), res
-    # 0 log 0 = 0: a finite logarithm of 0 is enough. XLA on CPU runs this maximum three
-    # times as fast as the select in `xlogy`; it keeps the NaN of a negative target.
+    # For 0 log 0 = 0 a finite logarithm of 0 is enough. XLA on CPU runs this maximum
+    # three times as fast as the select in `xlogy`, and it keeps the NaN of a negative
+    # target.
     log = jnp.maximum(jnp.log(target), jnp.finfo(target.dtype).min)
     return target * log - target * input, res
 
@@ -182,9 +183,9 @@ def _pointwise_bwd(log_target, res, g):
     (all_input, all_target), collect = jax.vjp(spread, input, target)
     sum_input = lambda d: collect((d, jnp.zeros_like(d)))[0]
     sum_target = lambda d: collect((jnp.zeros_like(d), d))[1]
-    # Products are shared and expanded, and sums taken, as in PyTorch's own rules: with
-    # 0, inf and NaN among the factors that decides the result, in second derivatives
-    # and of sums of nothing too.
+    # We share and expand products, and take sums, as PyTorch's own rules do. With 0,
+    # inf and NaN among the factors this decides the result, also of second derivatives
+    # and of sums of nothing.
     if log_target:
         prob = jnp.exp(target)
         g_all = g * spread(input, prob)[1]
@@ -205,23 +206,23 @@ _pointwise.defvjp(_pointwise_fwd, _pointwise_bwd)
 
 @jax.custom_jvp
 def _times_one(g, target):
-    """`g`, or NaN where `target / target` is: the `t / t` in the slope of `t log t`."""
+    """`g · (t / t)`, a part of the slope of `t log t`: NaN where t is 0, inf or NaN."""
     return g * target / target
 
 
 @_times_one.defjvp
 def _times_one_jvp(primals, tangents):
-    # Plain rules would square `target`, and lose float32 probabilities below 1e-19.
+    # JAX's rule would square `target`, and lose float32 probabilities below 1e-19.
     (g, target), (d_g, d_target) = primals, tangents
     product = _times_one(g, target)
     return product, d_g * target / target + d_target * (g - product) / target
 
 
 def _match_varying(*arrays):
-    """Inside `jax.shard_map`: if one array varies over a mesh axis, so do all.
+    """Inside `jax.shard_map`, the arrays cast to vary over the same mesh axes.
 
-    A cotangent must vary as its argument does. The transpose of this cast is the psum
-    for an argument that was replicated.
+    A cotangent must vary as its argument does. The transpose of the cast is the psum
+    that the gradient of a replicated argument needs.
     """
     axes = frozenset().union(*map(varying_axes, arrays))
     return [to_varying(x, axes) for x in arrays]

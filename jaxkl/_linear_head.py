@@ -23,23 +23,25 @@ class LinearHead(Source):
        x = \mathrm{scale} \cdot (\mathrm{hidden} \cdot \mathrm{kernel})
            + \mathrm{bias}, $$
 
-    or $x$ itself if `softcap` $c$ is None. A pytree, whose three arrays get gradients.
+    or $x$ itself if `softcap` $c$ is None. It is a pytree, whose three arrays get
+    gradients.
 
-    A loss of two heads and its gradients cost four matrix products: the logits of
-    each, `d hidden` and `d kernel`; nothing is computed twice. An array that is not
+    A loss of two heads and its gradients cost four matrix products: the logits of each,
+    `d hidden` and `d kernel`. Nothing is computed twice. An array that is not
     differentiated (under `jax.lax.stop_gradient`, or no argument of `jax.grad`) costs
     nothing.
 
-    Products accumulate in float32 and take bf16 operands as they are; `d kernel` and
-    `d bias` are summed over a device's tokens in float32 and rounded once to their
+    Products take bfloat16 operands as they are and accumulate in float32. `d kernel`
+    and `d bias` are summed over a device's tokens in float32 and rounded once to their
     array's dtype, in which JAX sums them over devices that share the tokens. `d hidden`
     is summed in float32 over devices that share the vocabulary, and then rounded.
 
     Args:
       hidden: Input of the head, `[..., hidden]`.
-      kernel: `[hidden, vocab]`, as Flax has it; pass `embedding.T` if it is tied.
+      kernel: Matrix of the head, `[hidden, vocab]`, as Flax has it. Pass `embedding.T`
+        if it is tied to the embedding.
       bias: `[vocab]`, or None.
-      softcap: Bound of the logits, as in Gemma 2. A Python number > 0, or None.
+      softcap: Bound $c$ of the logits, as in Gemma 2. A Python number > 0, or None.
       scale: Factor of the product. A Python number.
 
     Example:

@@ -1,6 +1,7 @@
-"""Student and teacher in the wrong order, seen by which of the two is differentiated.
+"""A warning for student and teacher in the wrong order.
 
-A divergence has no way to tell them apart, and the gradient of a constant teacher is 0.
+A divergence cannot tell them apart, and the gradient of a constant teacher is 0. But a
+user who differentiates the teacher, and not the student, has most likely swapped them.
 """
 
 import collections
@@ -12,17 +13,21 @@ import jax
 from jax.custom_derivatives import SymbolicZero
 
 from . import _checks as check
+from ._sources import Source
 
 
-def as_constant(student, teacher):
-    """The teacher, as a constant. Warns if its derivative is asked for, and not the
-    student's: now, or when the program that is being traced is differentiated."""
+def as_constant(student: Source, teacher: Source) -> Source:
+    """The teacher as a constant.
+
+    It warns if the teacher is differentiated and the student is not: now, or when the
+    program that is being traced is differentiated later.
+    """
     if not any(map(check.is_traced, jax.tree.leaves(teacher))):
         return teacher
     return jax.lax.stop_gradient(_watched(_line_of_user(), student, teacher))
 
 
-# Forward mode, too, has to pass: in `reference`.
+# It is a `custom_jvp` because the losses of `reference` have a forward mode.
 @ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _watched(line, student, teacher):
     del line, student
@@ -46,7 +51,7 @@ def _is_differentiated(tangents):
     )
 
 
-_warned = collections.defaultdict(dict)  # by file, so that a line warns once
+_warned = collections.defaultdict(dict)  # a registry for each file: a line warns once
 
 
 def _warn(file, line):
@@ -63,7 +68,7 @@ def _warn(file, line):
 
 
 def _line_of_user():
-    """Where jaxkl was called: when this warns, a trace may be long over."""
+    """File and line that called jaxkl. A warning may come long after the trace."""
     frame = sys._getframe()
     while frame.f_globals.get("__package__") == __package__ and frame.f_back:
         frame = frame.f_back

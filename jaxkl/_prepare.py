@@ -184,14 +184,14 @@ def _alpha(
                 "the labels out."
             )
         return 1.0
-    alpha = check.scalar("alpha", alpha, 0, 1)
+    value = check.scalar("alpha", alpha, 0, 1)
     if labels is not None:
-        return alpha
-    if not check.is_known(alpha):
-        return jnp.where(alpha == 1, alpha, jnp.nan)
-    if alpha != 1:
-        raise ValueError(f"`alpha` must be 1 without `labels`, got {alpha}.")
-    return alpha
+        return value
+    if not check.is_known(value):
+        return jnp.where(value == 1, value, jnp.nan)
+    if value != 1:
+        raise ValueError(f"`alpha` must be 1 without `labels`, got {value}.")
+    return value
 
 
 def _term_weights(
@@ -209,9 +209,8 @@ def _term_weights(
 
     `temperature` is None if there is no factor T².
     """
-    may_differ = lambda x, other: not check.is_known(x) or x != other
-    has_cross_entropy = statistics or may_differ(alpha, 1)
-    has_uniform, has_lse = may_differ(label_smoothing, 0), may_differ(z_loss, 0)
+    has_cross_entropy = statistics or _may_differ(alpha, 1)
+    has_uniform, has_lse = _may_differ(label_smoothing, 0), _may_differ(z_loss, 0)
     are_known = all(map(check.is_known, (alpha, label_smoothing, z_loss)))
     alpha, smoothing, z_weight = (
         jax.lax.stop_gradient(jnp.asarray(x, weight.dtype))
@@ -239,6 +238,10 @@ def _term_weights(
     if has_lse:
         lse_squared = _times(weight, z_weight)
     return LossTerms(divergence, label, uniform, lse_squared)
+
+
+def _may_differ(x: Any, number: float) -> bool:
+    return not check.is_known(x) or x != number
 
 
 def _times(weight: jax.Array, factor: jax.Array) -> jax.Array:

@@ -31,24 +31,24 @@ class SparseTeacher(Source):
     Let $L$ be the listed columns, $p$ their probabilities and
     $\rho = 1 - \sum_L p$ the rest of the mass. The tail says what becomes of it:
 
-    - `"renormalize"`: the listed mass is scaled to 1 and $p = 0$ elsewhere, so any
-      unnormalised values will do. Biased, and refused by divergences that are infinite
-      where $p = 0 < q$, `ReverseKL` among them.
-    - `"drop"`: $\sum_L p \log (p / q)$, columns outside $L$ left out. `ForwardKL` only.
-      Its value may be negative.
+    - `"renormalize"`: the listed mass is scaled to 1 and $p = 0$ elsewhere, so the
+      values need not be normalised. It is biased. Divergences that are infinite where
+      $p = 0 < q$, such as `ReverseKL`, refuse it.
+    - `"drop"`: the loss is $\sum_L p \log (p / q)$, without the columns outside $L$.
+      For `ForwardKL` only; the value may be negative.
     - `"bucket"`: the rest is one more outcome, of probability $\rho$ in the teacher and
       $1 - \sum_L q$ in the student.
     - `"uniform"`: $\rho$ is spread evenly over the columns outside $L$.
 
-    The log-probabilities are at the teacher's temperature already: `temperature` of a
-    loss divides the student's logits only. They are constants to differentiation. With
-    all columns listed, each tail gives the loss of the dense teacher.
+    The log-probabilities are at the teacher's temperature already: the `temperature` of
+    a loss divides the student's logits only. They are constants to differentiation. If
+    all columns are listed, each tail gives the loss of the dense teacher.
 
     Args:
-      indices: Columns, integers `[..., k]`. -1 is an empty slot; columns that are
-        repeated add up. Where all slots of a token are empty, there is nothing to
-        renormalize, and its loss is NaN.
-      log_probs: Their log-probabilities, `[..., k]`.
+      indices: Columns, integers `[..., k]`. -1 is an empty slot, and repeated columns
+        add up. A token whose slots are all empty has nothing to renormalize: its loss
+        is NaN.
+      log_probs: The log-probabilities of these columns, `[..., k]`.
       tail: What becomes of the mass that is not listed.
 
     References:

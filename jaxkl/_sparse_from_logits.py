@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from . import _checks as check
 from ._arguments import per_token
@@ -14,11 +15,11 @@ from ._sparse import SparseTeacher, Tail
 
 
 def top_k_teacher(
-    logits, k: int, *, temperature=1.0, tail: Tail = "bucket"
+    logits: ArrayLike, k: int, *, temperature: ArrayLike = 1.0, tail: Tail = "bucket"
 ) -> SparseTeacher:
     r"""The `k` most likely columns of each row, $\mathrm{softmax}(t / T)$ there.
 
-    The probabilities are those of the whole softmax: they sum to less than 1, and
+    The probabilities are those of the whole softmax. They sum to less than 1, and
     `tail` says what becomes of the rest.
 
     Args:
@@ -37,14 +38,20 @@ def top_k_teacher(
       >>> print(teacher.indices, jnp.exp(teacher.log_probs))
       [1 2] [0.5 0.3]
     """
-    logits, temperature = _checked(logits, temperature)
+    t, per_row = _checked(logits, temperature)
     k = check.positive_int("k", k)
-    if k > logits.shape[-1]:
-        raise ValueError(f"`k` must be at most vocab, {logits.shape[-1]}, got {k}.")
-    return SparseTeacher(*_top_k(logits, temperature, k), tail=tail)
+    if k > t.shape[-1]:
+        raise ValueError(f"`k` must be at most vocab, {t.shape[-1]}, got {k}.")
+    return SparseTeacher(*_top_k(t, per_row, k), tail=tail)
 
 
-def sampled_teacher(key, logits, num_samples: int, *, temperature=1.0) -> SparseTeacher:
+def sampled_teacher(
+    key: jax.Array,
+    logits: ArrayLike,
+    num_samples: int,
+    *,
+    temperature: ArrayLike = 1.0,
+) -> SparseTeacher:
     r"""Columns drawn from each row's $p = \mathrm{softmax}(t / T)$, with replacement.
 
     A column drawn $n$ times has $\hat p = n / \mathrm{num\_samples}$, so that
@@ -72,8 +79,8 @@ def sampled_teacher(key, logits, num_samples: int, *, temperature=1.0) -> Sparse
       LLMs](https://arxiv.org/abs/2503.16870), 2025.
     """
     num_samples = check.positive_int("num_samples", num_samples)
-    logits, temperature = _checked(logits, temperature)
-    return SparseTeacher(*_sample(key, logits, temperature, num_samples))
+    t, per_row = _checked(logits, temperature)
+    return SparseTeacher(*_sample(key, t, per_row, num_samples))
 
 
 @ft.partial(jax.jit, static_argnums=2)
@@ -85,8 +92,8 @@ def _top_k(logits, temperature, k):
 @ft.partial(jax.jit, static_argnums=3)
 def _sample(key, logits, temperature, num_samples):
     p = jnp.exp(_log_probs(logits, temperature))
-    # Two draws, of a group of columns and of one in it: float32 uniforms have 24 bits,
-    # too few for the rare columns of a large vocabulary.
+    # We draw a group of columns, and then a column in it. One draw would not do: a
+    # float32 uniform has 24 bits, too few for the rare columns of a large vocabulary.
     *shape, vocab = p.shape
     group = math.isqrt(vocab - 1) + 1
     p = p.reshape(-1, vocab)
@@ -108,37 +115,40 @@ def _sample(key, logits, temperature, num_samples):
     return indices.reshape(shape), log_probs.reshape(shape)
 
 
-def _draw(weights, uniform):
-    """Columns of `weights`, `[N, V]`, by inverting their distribution: `[N, S]`."""
-    # A parallel sum may round two neighbours apart, and a column of weight 0 must not
+def _draw(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+    """Columns `[N, S]`, drawn by `weights`, `[N, V]`, with the inverse distribution."""
+    # A parallel sum may round neighbours differently, but a column of weight 0 must not
     # have a step of its own.
     total = zero_unless(weights > 0, jnp.cumsum(weights, axis=-1))
     total = jax.lax.cummax(total, axis=1)
-    # Below the last step even when rounded, so that no column of weight 0 is drawn.
+    # Rounding must not reach the last step, or a column of weight 0 could be drawn.
     level = jnp.minimum(uniform * total[:, -1:], jnp.nextafter(total[:, -1:], 0))
     search = jax.vmap(lambda total, level: jnp.searchsorted(total, level, side="right"))
     return search(total, level).astype(jnp.int32)
 
 
-def _checked(logits, temperature):
-    logits = check.float_array("logits", logits)
-    if logits.ndim == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"`logits` must be [..., vocab], got shape {logits.shape}.")
-    shape = logits.shape[:-1]
-    temperature = check.temperature("temperature", temperature, shape)
-    arrays = [x for x in (logits, temperature) if not check.is_number(x)]
-    dtype = loss_dtype(*arrays)
-    return logits, per_token(temperature, shape, dtype)
+def _checked(
+    logits: ArrayLike, temperature: ArrayLike
+) -> tuple[jax.Array, jax.Array | None]:
+    """The logits, and the temperature of each row, `[B]`; None: 1."""
+    t = check.float_array("logits", logits)
+    if t.ndim == 0 or t.shape[-1] == 0:
+        raise ValueError(f"`logits` must be [..., vocab], got shape {t.shape}.")
+    shape = t.shape[:-1]
+    T = check.temperature("temperature", temperature, shape)
+    dtype = loss_dtype(t, None if check.is_number(T) else T)
+    return t, per_token(T, shape, dtype)
 
 
-def _log_probs(logits, temperature):
-    """Of `logits / temperature`, in at least float32."""
+def _log_probs(logits: jax.Array, temperature: jax.Array | None) -> jax.Array:
+    """`log_softmax(logits / temperature)` in at least float32."""
     dtype = loss_dtype(logits, temperature)
     flat = logits.reshape(-1, logits.shape[-1]).astype(dtype)
     x = SoftmaxStats(jnp.max(flat, axis=-1), temperature).shifted(flat)
-    # Of a nearly certain column log p = -log(1 + rest), where 1 + rest is 1 if rounded.
+    # When one column has p ≈ 1, `log p = -log(1 + rest)`, and the sum `1 + rest` would
+    # round to 1: log1p keeps the rest.
     at_top = jax.nn.one_hot(jnp.argmax(flat, -1), flat.shape[-1], dtype=bool)
     rest = jnp.sum(jnp.where(at_top, jnp.expm1(x), jnp.exp(x)), axis=-1, keepdims=True)
-    rest = jnp.where(rest < jnp.inf, rest, jnp.nan)  # of +inf there is no softmax
+    rest = jnp.where(rest < jnp.inf, rest, jnp.nan)  # +inf has no softmax
     log_probs = jnp.where(flat == -jnp.inf, -jnp.inf, x) - jnp.log1p(rest)
     return log_probs.reshape(logits.shape)

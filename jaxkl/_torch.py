@@ -1,19 +1,21 @@
 """PyTorch's conventions: arguments, warnings, dtypes and reductions of its losses.
 
-The functions that warn are called by public functions, so that `stacklevel=3` is the
-user's line.
+The functions that warn are called by public functions: `stacklevel=3` is the line of
+the user.
 """
 
 import warnings
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
+
+from . import _checks as check
 
 
-def check_reduction(reduction):
-    """Warns as PyTorch does; `"none"`, `"sum"` or `"mean"` (`"batchmean"` is a sum)."""
+def check_reduction(reduction: str) -> str:
+    """`"none"`, `"sum"` (also for `"batchmean"`) or `"mean"`; warns as PyTorch does."""
     totals = {"none": "none", "sum": "sum", "mean": "mean", "batchmean": "sum"}
     if reduction == "mean":
         warnings.warn(
@@ -34,10 +36,10 @@ def check_reduction(reduction):
     return totals[reduction]
 
 
-def legacy_reduction(size_average, reduce):
+def legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
     for name, value in (("size_average", size_average), ("reduce", reduce)):
         if value is not None:
-            _check_bool(name, value, "a bool or None")
+            check.boolean(name, value, "True, False or None")
     if reduce is not None and not reduce:
         total = "none"
     else:
@@ -50,56 +52,34 @@ def legacy_reduction(size_average, reduce):
     return total
 
 
-def check_arrays(input, target, log_target) -> tuple[Array, Array]:
-    _check_bool("log_target", log_target, "a bool")
-    input, target = _as_float("input", input), _as_float("target", target)
-    try:
-        jnp.broadcast_shapes(input.shape, target.shape)
-    except ValueError:
-        raise ValueError(
-            "`input` and `target` must have shapes that broadcast, got "
-            f"{input.shape} and {target.shape}."
-        ) from None
+def check_arrays(
+    input: ArrayLike, target: ArrayLike, log_target: bool
+) -> tuple[Array, Array]:
+    check.boolean("log_target", log_target)
+    input = check.float_array("input", input)
+    target = check.float_array("target", target)
+    check.broadcast_shape(input=input, target=target)
     return input, target
 
 
-def _check_bool(name, value, expected):
-    if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"`{name}` must be {expected}, got {value!r}.")
-
-
-def _as_float(name, x):
-    try:
-        x = jnp.asarray(x)
-        got = x.dtype.name
-    except (TypeError, ValueError):
-        got = type(x).__name__
-    if got not in ("float16", "bfloat16", "float32", "float64"):
-        raise TypeError(
-            f"`{name}` must be a floating-point array, got {got}. "
-            "Supported: float16, bfloat16, float32, float64."
-        )
-    return x
-
-
-def result_dtype(input, target):
-    # As PyTorch: a 0-d array does not widen one that has dimensions.
+def result_dtype(input: Array, target: Array) -> jnp.dtype:
+    # As in PyTorch, a 0-d array does not widen one that has dimensions.
     if (input.ndim == 0) != (target.ndim == 0):
         return (input if input.ndim else target).dtype
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(input, target)
 
 
-def widen(input, target):
-    """Both arrays in at least float32, and in their broadcast shape."""
+def promote(input: Array, target: Array) -> list[Array]:
+    """Both arrays in at least float32, and in the shape that they broadcast to."""
     with jax.numpy_dtype_promotion("standard"):
         dtype = jnp.result_type(input, target, jnp.float32)
-    return jnp.broadcast_arrays(input.astype(dtype), target.astype(dtype))
+    return list(jnp.broadcast_arrays(input.astype(dtype), target.astype(dtype)))
 
 
-def reduce_loss(loss, input, total, per_batch):
+def reduce_loss(loss: Array, input: Array, total: str, per_batch: bool) -> Array:
     if total == "mean":
-        # Of nothing: a NaN, of which the derivative by the cotangent is 0.
+        # The mean of nothing is a NaN whose derivative is 0.
         loss = jnp.sum(loss) + jnp.nan if loss.size == 0 else jnp.mean(loss)
     elif total == "sum":
         loss = jnp.sum(loss)

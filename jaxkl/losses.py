@@ -19,11 +19,15 @@ from jax.typing import ArrayLike
 
 from ._distillation import distillation_loss
 from ._divergences import Divergence, ForwardKL, is_catalogued
-from ._elementwise import broadcast, elementwise, GENERALIZED_KL, KL, KL_LOG_TARGETS
+from ._elementwise import (
+    Axis,
+    broadcast,
+    elementwise,
+    GENERALIZED_KL,
+    KL,
+    KL_LOG_TARGETS,
+)
 from ._numerics import loss_dtype
-
-
-Axis = int | tuple[int, ...] | None
 
 
 def kl_divergence(
@@ -351,7 +355,10 @@ def softmax_divergence(
 
 
 def _of_possible_classes(divergence: Divergence) -> Divergence:
-    """Hides classes removed from both models. jaxkl's own have 0 there already."""
+    """The divergence without the classes that are removed from both models.
+
+    Divergences of the catalogue are 0 there already.
+    """
     is_function = callable(divergence) and not isinstance(divergence, type)
     if is_catalogued(divergence) or not is_function:
         return divergence  # `distillation_loss` says what is wrong with it
@@ -365,9 +372,9 @@ class _OfPossibleClasses:
 
     def __call__(self, log_p, log_q):
         removed = (log_p == -jnp.inf) & (log_q == -jnp.inf)
-        # Probabilities 1/2 and 1/4 instead, where no sensible function has a pole.
+        # No sensible function has a pole at probabilities of 1/2 and 1/4.
         log_p = jnp.where(removed, -math.log(2), log_p)
         log_q = jnp.where(removed, -math.log(4), log_q)
         terms = self.divergence(log_p, log_q)
-        # `jnp.where` would broadcast: leave a wrong shape for `distillation_loss`.
+        # `jnp.where` would broadcast a wrong shape, which `distillation_loss` reports.
         return jnp.where(removed, 0, terms) if terms.shape == log_p.shape else terms

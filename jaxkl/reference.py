@@ -24,9 +24,9 @@ from ._torch import (
     check_arrays,
     check_reduction,
     legacy_reduction,
+    promote,
     reduce_loss,
     result_dtype,
-    widen,
 )
 from ._vocabulary import Vocabulary
 
@@ -71,7 +71,7 @@ def kl_div(
     else:
         total = legacy_reduction(size_average, reduce)
     input, target = check_arrays(input, target, log_target)
-    log_q, t = widen(input, target)
+    log_q, t = promote(input, target)
     if log_target:
         loss = jnp.exp(t) * (t - log_q)
     else:

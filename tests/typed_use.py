@@ -4,6 +4,8 @@ from typing import assert_type
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
 import jaxkl
 
@@ -24,9 +26,31 @@ def use(x: jax.Array, t: jax.Array):
     )
     assert_type(loss, jax.Array)
     assert_type(metrics, jaxkl.DistillationMetrics)
+    assert_type(head.kernel, jax.Array)
+
+
+def arguments(x: np.ndarray, mesh: Mesh):
+    """Whatever can be an array is one."""
+    head = jaxkl.LinearHead(x, x.T, softcap=30.0)
+    teacher = jaxkl.SparseTeacher(x.astype(int), x, tail="bucket")
+    jaxkl.distillation_loss(head, teacher, temperature=x, weights=x, z_loss=1e-4)
+    jaxkl.distillation_loss(x, x, labels=x, alpha=0.5, where=x > 0, normalizer=7)
+    jaxkl.distillation_loss(x, x, mesh=mesh, token_axes=["data"], vocab_axis="model")
+    jaxkl.distillation_loss(x, x, divergence=lambda log_p, log_q: log_p - log_q)
+    jaxkl.reference.distillation_loss(head, x, mesh=mesh, token_axes="data")
 
 
 def misuse(x: jax.Array, t: jax.Array):
     print(jaxkl.kl_divergence)  # pyright: ignore[reportAttributeAccessIssue]
     jaxkl.kl_div(x, t, reduction=1)  # pyright: ignore[reportArgumentType]
     jaxkl.kl_div(x)  # pyright: ignore[reportCallIssue]
+    jaxkl.distillation_loss(x, t, statistics=True)  # pyright: ignore[reportCallIssue]
+    jaxkl.distillation_loss(x, t, mask=x)  # pyright: ignore[reportCallIssue]
+    jaxkl.distillation_loss(x, t, 2.0)  # pyright: ignore[reportCallIssue]
+    jaxkl.distillation_loss("x", t)  # pyright: ignore[reportArgumentType]
+    jaxkl.distillation_loss(x, t, labels="t")  # pyright: ignore[reportArgumentType]
+    jaxkl.distillation_loss(x, t, reduction="total")  # pyright: ignore[reportArgumentType]
+    jaxkl.distillation_loss(x, t, mesh="mesh")  # pyright: ignore[reportArgumentType]
+    jaxkl.LinearHead("x", t)  # pyright: ignore[reportArgumentType]
+    # A list is a teacher, not a student.
+    jaxkl.distillation_loss(jaxkl.top_k_teacher(x, 1), t)  # pyright: ignore[reportArgumentType]
