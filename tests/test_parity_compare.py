@@ -306,11 +306,24 @@ def test_nan_in_padding_is_none():
     assert found.recorded[0].agrees and not found.mistakes
 
 
-def test_says_if_it_does_not_know():
-    found = compare(Recording("file", ARRAYS | only_loss(0.777)))
+@pytest.mark.parametrize(
+    "arrays, says",
+    [
+        (ARRAYS | only_loss(0.777), "right / recorded = "),
+        (ARRAYS | only_loss(0), "recorded - right = "),
+        (ARRAYS | only_loss(np.inf), "recorded inf, right "),
+        (dict(input=x[0, 0], target=t[0, 0]) | only_loss(9), "right / recorded = "),
+        (dict(input=x[0, 0], target=t) | only_loss(0.777), "right / recorded = "),
+    ],
+)
+def test_says_if_it_does_not_know(arrays, says):
+    found = compare(Recording("file", arrays))
     (mistake,) = found.mistakes
     assert mistake.name == "none of the known mistakes"
-    assert "right / recorded = " in mistake.evidence
+    assert says in mistake.evidence
+
+
+def test_says_if_it_does_not_know_a_gradient():
     wrong = ARRAYS | kl | {"grad_input": 0 * kl["grad_input"]}
     found = compare(Recording("file", wrong))
     assert [r.agrees for r in found.recorded] == [True, False, True]

@@ -188,7 +188,7 @@ class Evaluated:
 def _explanations(truth: Evaluated, recorded: tuple[Recorded, ...]) -> list[Mistake]:
     """The mistakes that explain everything that was recorded: the simplest kind."""
     arrays, right = truth.arrays, truth.formula
-    dims = np.broadcast(arrays["input"], arrays["target"]).ndim
+    dims = arrays["input"].ndim, arrays["target"].ndim
 
     def matching(candidates: Candidates) -> list[Mistake]:
         found = []
@@ -203,7 +203,7 @@ def _explanations(truth: Evaluated, recorded: tuple[Recorded, ...]) -> list[Mist
         matching(single_mistakes(right, dims))
         or _padded(truth, recorded)
         or matching(double_mistakes(right, dims))
-        or matching(at_unknown_temperature(right))
+        or matching(at_unknown_temperature(right, dims))
     )
 
 
@@ -257,7 +257,7 @@ def _unknown(recorded: tuple[Recorded, ...]) -> Mistake:
     evidence = f"recorded {got:.7g}, right {right:.7g}{_relation(got, right)}"
     square = got / right if right else math.nan
     for ratio, verb in ((square, "times"), (1 / (square or math.nan), "over")):
-        root = math.sqrt(ratio) if ratio > 1 else 0
+        root = math.sqrt(ratio) if 1 < ratio < math.inf else 0
         # Temperatures are usually multiples of a quarter.
         if root and abs(4 * root - round(4 * root)) < 1e-4 * root:
             name = "T² (give the temperature to be sure)"

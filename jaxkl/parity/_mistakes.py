@@ -128,15 +128,16 @@ class Formula:
 
 Candidates = Iterator[tuple[str, Formula]]  # names of mistakes, and what they lead to
 Changes = Iterator[tuple[str, dict[str, Any]]]  # the same, as changed fields
+Dims = tuple[int, int]  # of input and target
 
 
-def single_mistakes(right: Formula, dims: int) -> Candidates:
+def single_mistakes(right: Formula, dims: Dims) -> Candidates:
     """The mistakes that can be made with arrays of so many dimensions."""
     for name, changes in _changes(right, dims):
         yield name, replace(right, **changes)
 
 
-def double_mistakes(right: Formula, dims: int) -> Candidates:
+def double_mistakes(right: Formula, dims: Dims) -> Candidates:
     """Pairs of mistakes that do not change the same part of the formula."""
     every = list(_changes(right, dims))
     for (name, changes), (other, more) in itertools.combinations(every, 2):
@@ -144,22 +145,22 @@ def double_mistakes(right: Formula, dims: int) -> Candidates:
             yield f"{name}, and {other}", replace(right, **changes, **more)
 
 
-def at_unknown_temperature(right: Formula) -> Candidates:
+def at_unknown_temperature(right: Formula, dims: Dims) -> Candidates:
     """Logits that were divided by one of the usual temperatures, if none is given."""
     if right.temperature != 1:
         return
     for temperature, t_squared in itertools.product(USUAL, (True, False)):
         formula = replace(right, temperature=temperature, t_squared=t_squared)
-        for name, changes in _logits(right):
+        for name, changes in _logits(right, dims):
             name += f", at T = {temperature:g} (give the temperature to be sure)"
             yield name, replace(formula, **changes)
 
 
-def _changes(right: Formula, dims: int) -> Changes:
+def _changes(right: Formula, dims: Dims) -> Changes:
     for other in ("mean", "batchmean", "sum"):
         if right.reduction not in ("none", other):
             yield f"{other} for {right.reduction}", dict(reduction=other)
-    if dims > 2 and right.reduction == "batchmean" and not right.masked:
+    if max(dims) > 2 and right.reduction == "batchmean" and not right.masked:
         name = "mean over all rows for batchmean, which divides by the first axis"
         yield name, dict(reduction="rows")
     if right.temperature != 1:
@@ -179,17 +180,19 @@ def _changes(right: Formula, dims: int) -> Changes:
         if right.reduction in ("mean", "batchmean"):
             yield "mean over padding", dict(padding="count")
         yield "padding not masked", dict(padding="all")
-    yield from _logits(right)
+    yield from _logits(right, dims)
     if right.temperature != 1:
-        for name, changes in _logits(right, ", not divided by T"):
+        for name, changes in _logits(right, dims, ", not divided by T"):
             yield name, changes | dict(divided=False)
 
 
-def _logits(right: Formula, how: str = "") -> Changes:
+def _logits(right: Formula, dims: Dims, how: str = "") -> Changes:
     softmax = "log_softmax" if right.log_target else "softmax"
     name = f"the file holds logits{how}: input"
-    yield name, dict(input="log_softmax")
-    yield f"{name} and target", dict(input="log_softmax", target=softmax)
+    if dims[0]:  # a single number has no softmax
+        yield name, dict(input="log_softmax")
+    if all(dims):
+        yield f"{name} and target", dict(input="log_softmax", target=softmax)
 
 
 def nans(arrays: Arrays) -> list[Mistake]:
