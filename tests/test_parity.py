@@ -152,7 +152,7 @@ MUTANTS = {
 }
 
 
-# Of each group, what is quick and has seen a mutant.
+# The cases of each group that are quick and have caught a mutant.
 SAMPLE = {
     "reductions": r"float64 \(1, 8\)|float32 \(16, 256\)",
     "log_target": r"float32 \(1, 8\)",

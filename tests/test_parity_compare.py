@@ -299,7 +299,7 @@ def test_says_where_nan_is(name, capsys, tmp_path):
         assert "none of the known" not in shown and "recorded - right" not in shown
 
 
-def test_nan_in_padding_is_none():
+def test_nan_in_padding_does_not_count():
     padded = np.where(mask[:, None], x, np.nan)
     arrays = {"input": padded, "target": t, "mask": mask}
     found = compare(Recording("file", arrays | only_loss(rows[:5].sum() / 5)))
@@ -358,7 +358,7 @@ def test_nothing_to_compare(shape, reduction, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("temperature", ["0", "nan", "inf", "-1", "1e200", "1e-200"])
-def test_temperatures_that_are_none(temperature, tmp_path, capsys):
+def test_invalid_temperatures(temperature, tmp_path, capsys):
     path = tmp_path / "right.npz"
     np.savez(path, **ARRAYS, **kl)
     command = ["parity", "compare", str(path), "--temperature", temperature]

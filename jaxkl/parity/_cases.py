@@ -14,7 +14,7 @@ from . import _data as data
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 SIZES = ((1, 8), (16, 256), (4, 32000))
-# (input, target)
+# of input and target
 SHAPES = (
     ((), ()),
     ((4,), (4,)),

@@ -171,7 +171,7 @@ class Evaluated:
         recorded, value = self.arrays[name].astype(np.float64), self.values[name]
         dtypes = {self.arrays[n].dtype for n in ("input", "target", name)}
         eps = max(float(jnp.finfo(d).eps) for d in dtypes)
-        # A sum is in float32 at least, and its rounding errors are a random walk.
+        # A sum is in float32 at least, and its rounding errors add up as a random walk.
         summed = name == "loss" and value.ndim == 0
         terms = self.arrays["input"].size if summed else 1
         tol = 4 * eps + math.sqrt(terms) * min(eps, float(np.finfo(np.float32).eps))

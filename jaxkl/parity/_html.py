@@ -31,8 +31,9 @@ def page(report: Report) -> str:
         _legend(),
         "<h2>Errors by dtype and size</h2>",
         "<p>The largest error of each array in the groups reductions and log_target, "
-        "values and gradients: jaxkl filled, PyTorch in the same dtype hollow; "
-        "both against PyTorch in float64. A line is what is allowed for sums.</p>",
+        "for values and gradients. Filled dots are jaxkl, hollow dots are PyTorch in "
+        "the same dtype; both are compared with PyTorch in float64. A line shows what "
+        "is allowed for sums.</p>",
         _picture(report),
         "<h2>Not compared</h2><ul>",
         *(f"<li>{_text(x)}</li>" for x in NOT_COMPARED),

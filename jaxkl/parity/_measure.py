@@ -17,7 +17,7 @@ import numpy as np
 from ._cases import Case, Numbers
 
 
-# A few elementary functions and products, each right to about one ulp.
+# The ulp allowed for a few functions and products, each of them right to about one.
 ELEMENTWISE = 4.0
 
 # How large the terms of each number are, and how many are added up.
@@ -126,7 +126,7 @@ def _scales_of_kl_div(
     x, t = np.broadcast_arrays(*numbers[:2])
     value = _value(x, t, log_target)
     if case.function == "call":
-        # A bound: the other reductions divide.
+        # This is a bound: the other reductions divide.
         sums = results["value"].ndim == 0
         return {"value": _total(value) if sums else (value, 1)}
 

@@ -89,7 +89,7 @@ def run_cases(cases: list[Case], progress: Callable[[str], object] = print) -> R
     """Like `run`, for these cases."""
     results = []
     with jax.enable_x64(True), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "legacy arguments" counts its own
+        warnings.simplefilter("ignore")  # the legacy arguments count theirs
         for group, members in itertools.groupby(cases, key=lambda c: c.group):
             members = list(members)
             progress(f"{group}: {len(members)} cases")
