@@ -152,7 +152,7 @@ MUTANTS = {
 }
 
 
-# Of each group, what is quick and has seen a mutant.
+# The cases of each group that are quick and have caught a mutant.
 SAMPLE = {
     "reductions": r"float64 \(1, 8\)|float32 \(16, 256\)",
     "log_target": r"float32 \(1, 8\)",
@@ -322,7 +322,8 @@ def test_without_pytorch():
     assert "Traceback" not in shown.stderr
 
 
-@pytest.mark.parametrize("module", ["jaxkl", "jaxkl.parity"])
-def test_help(module):
-    shown = run_python("-m", module, "--help")
-    assert shown.returncode == 0 and "parity" in shown.stdout
+@pytest.mark.parametrize("command", [[], ["parity"], ["parity", "compare"]])
+def test_help(command):
+    shown = run_python("-m", "jaxkl", *command, "--help")
+    assert shown.returncode == 0
+    assert shown.stdout.startswith(" ".join(["usage: jaxkl", *command]))

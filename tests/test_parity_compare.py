@@ -299,18 +299,31 @@ def test_says_where_nan_is(name, capsys, tmp_path):
         assert "none of the known" not in shown and "recorded - right" not in shown
 
 
-def test_nan_in_padding_is_none():
+def test_nan_in_padding_does_not_count():
     padded = np.where(mask[:, None], x, np.nan)
     arrays = {"input": padded, "target": t, "mask": mask}
     found = compare(Recording("file", arrays | only_loss(rows[:5].sum() / 5)))
     assert found.recorded[0].agrees and not found.mistakes
 
 
-def test_says_if_it_does_not_know():
-    found = compare(Recording("file", ARRAYS | only_loss(0.777)))
+@pytest.mark.parametrize(
+    "arrays, says",
+    [
+        (ARRAYS | only_loss(0.777), "right / recorded = "),
+        (ARRAYS | only_loss(0), "recorded - right = "),
+        (ARRAYS | only_loss(np.inf), "recorded inf, right "),
+        (dict(input=x[0, 0], target=t[0, 0]) | only_loss(9), "right / recorded = "),
+        (dict(input=x[0, 0], target=t) | only_loss(0.777), "right / recorded = "),
+    ],
+)
+def test_says_if_it_does_not_know(arrays, says):
+    found = compare(Recording("file", arrays))
     (mistake,) = found.mistakes
     assert mistake.name == "none of the known mistakes"
-    assert "right / recorded = " in mistake.evidence
+    assert says in mistake.evidence
+
+
+def test_says_if_it_does_not_know_a_gradient():
     wrong = ARRAYS | kl | {"grad_input": 0 * kl["grad_input"]}
     found = compare(Recording("file", wrong))
     assert [r.agrees for r in found.recorded] == [True, False, True]
@@ -345,7 +358,7 @@ def test_nothing_to_compare(shape, reduction, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("temperature", ["0", "nan", "inf", "-1", "1e200", "1e-200"])
-def test_temperatures_that_are_none(temperature, tmp_path, capsys):
+def test_invalid_temperatures(temperature, tmp_path, capsys):
     path = tmp_path / "right.npz"
     np.savez(path, **ARRAYS, **kl)
     command = ["parity", "compare", str(path), "--temperature", temperature]

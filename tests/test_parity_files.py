@@ -18,6 +18,12 @@ from jaxkl.parity import ParityError, read
 
 X = np.log(np.array([[0.5, 0.5], [0.25, 0.75]], np.float32))
 T = np.array([[1.0, 0.0], [0.2, 0.8]], np.float32)
+TENSORS = {"input": torch.tensor(X), "target": torch.tensor(T)}
+
+
+def safetensors(header, data=b""):
+    header = json.dumps(header).encode()
+    return struct.pack("<Q", len(header)) + header + data
 
 
 def write_safetensors(path, arrays):
@@ -29,8 +35,7 @@ def write_safetensors(path, arrays):
             dtype=names[x.dtype.name], shape=list(x.shape), data_offsets=span
         )
         data += x.tobytes()
-    header = json.dumps(header | {"__metadata__": {"by": "hand"}}).encode()
-    path.write_bytes(struct.pack("<Q", len(header)) + header + data)
+    path.write_bytes(safetensors(header | {"__metadata__": {"by": "hand"}}, data))
 
 
 @pytest.mark.parametrize("suffix", ["npz", "npy", "safetensors", "pt"])
@@ -58,8 +63,7 @@ def test_formats(tmp_path, suffix):
 def test_bfloat16(tmp_path):
     x = X.astype(ml_dtypes.bfloat16)
     write_safetensors(tmp_path / "a.safetensors", {"input": x, "target": T})
-    tensors = {"input": torch.tensor(X).bfloat16(), "target": torch.tensor(T)}
-    torch.save(tensors, tmp_path / "a.pt")
+    torch.save(TENSORS | {"input": torch.tensor(X).bfloat16()}, tmp_path / "a.pt")
     for r in read([tmp_path / "a.safetensors", tmp_path / "a.pt"]):
         assert r.arrays["input"].dtype == x.dtype
         np.testing.assert_array_equal(r.arrays["input"], x)
@@ -122,7 +126,7 @@ def good(suffix, folder):
     elif suffix == "safetensors":
         write_safetensors(path, {"input": X, "target": T})
     else:
-        torch.save({"input": torch.tensor(X), "target": torch.tensor(T)}, path)
+        torch.save(TENSORS, path)
     return path
 
 
@@ -169,27 +173,26 @@ def test_a_header_cannot_claim_more_than_the_file(tmp_path):
         archive.writestr("target.npy", header_of(HUGE))
     with pytest.raises(ParityError, match="truncated"):
         read([npz])
-    tensors = tmp_path / "a.safetensors"
     entry = dict(dtype="F32", shape=HUGE, data_offsets=[0, 1 << 42])
-    header = json.dumps({"input": entry, "target": entry}).encode()
-    tensors.write_bytes(struct.pack("<Q", len(header)) + header)
-    with pytest.raises(ParityError, match="truncated"):
-        read([tensors])
-    tensors.write_bytes(struct.pack("<Q", 1 << 60))
-    with pytest.raises(ParityError, match="truncated"):
-        read([tensors])
-    entry |= dict(data_offsets=[0, 4])
-    header = json.dumps({"input": entry, "target": entry}).encode()
-    tensors.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
-    with pytest.raises(ParityError, match="4 bytes for shape"):
-        read([tensors])
-    # A view that repeats one number.
-    torch.save({"input": torch.ones(1).expand(*HUGE), "target": X}, tmp_path / "b.pt")
-    with pytest.raises(ParityError):
-        read([tmp_path / "b.pt"])
+    short = entry | dict(data_offsets=[0, 4])
+    path = tmp_path / "a.safetensors"
+    for content, says in [
+        (safetensors({"input": entry, "target": entry}), "truncated"),
+        (struct.pack("<Q", 1 << 60), "truncated"),
+        (safetensors({"input": short, "target": short}, bytes(4)), "4 bytes for shape"),
+    ]:
+        path.write_bytes(content)
+        with pytest.raises(ParityError, match=says):
+            read([path])
+
+
+@pytest.mark.parametrize(
+    "target, says", [(X, "pickled objects"), (torch.tensor(T), "larger than the file")]
+)
+def test_a_view_that_repeats_one_number(tmp_path, target, says):
     view = torch.ones(1).expand(*HUGE)
-    torch.save({"input": view, "target": torch.tensor(T)}, tmp_path / "a.pt")
-    with pytest.raises(ParityError, match="larger than the file"):
+    torch.save({"input": view, "target": target}, tmp_path / "a.pt")
+    with pytest.raises(ParityError, match=says):
         read([tmp_path / "a.pt"])
 
 
@@ -215,9 +218,9 @@ def test_max_bytes(tmp_path, suffix):
         read([path, path], max_bytes=10)
 
 
-def test_contents(tmp_path):
-    path = tmp_path / "a.npz"
-    for arrays, says in [
+@pytest.mark.parametrize(
+    "arrays, says",
+    [
         (dict(input=X), "no array `target`"),
         (dict(input=X, target=T.astype(int)), "`target` must be floating-point"),
         (dict(input=X, target=T, mask=[2, 0]), "`mask` must be bool"),
@@ -229,27 +232,32 @@ def test_contents(tmp_path):
         (dict(input=X.astype(object), target=T), "`input` holds Python objects"),
         (dict(input=X.astype("V4"), target=T), r"`input` holds \|V4; bfloat16 needs"),
         (dict(input=X + 0j, target=T), "`input` holds complex64, not real numbers"),
-    ]:
-        np.savez(path, **arrays)
-        with pytest.raises(ParityError, match=says):
-            read([path])
+    ],
+)
+def test_contents(tmp_path, arrays, says):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(ParityError, match=says):
+        read([tmp_path / "a.npz"])
+
+
+def test_contents_of_npy(tmp_path):
     np.save(tmp_path / "a.npy", np.array(["0.5"]))
     with pytest.raises(ParityError, match="a.npy: it holds strings"):
         read([tmp_path / "a.npy"] * 2)
-    for more, says in [
-        (dict(input=["0.5"]), "`input` must be a dense tensor, not a list"),
-        (dict(temperature=torch.tensor(2j)), "`temperature` must be one real number"),
-    ]:
-        tensors = {"input": torch.tensor(X), "target": torch.tensor(T)} | more
-        torch.save(tensors, tmp_path / "a.pt")
-        with pytest.raises(ParityError, match=says):
-            read([tmp_path / "a.pt"])
-    torch.save([torch.tensor(X)], tmp_path / "a.pt")
-    with pytest.raises(ParityError, match="dict of tensors, not a list"):
-        read([tmp_path / "a.pt"])
-    tensors = {"input": torch.tensor(X).to_sparse(), "target": torch.tensor(T)}
-    torch.save(tensors, tmp_path / "a.pt")
-    with pytest.raises(ParityError, match="dense"):
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (TENSORS | {"input": ["0.5"]}, "`input` must be a dense tensor, not a list"),
+        (TENSORS | {"input": torch.tensor(X).to_sparse()}, "`input` must be a dense"),
+        (TENSORS | {"temperature": torch.tensor(2j)}, "must be one real number"),
+        ([torch.tensor(X)], "dict of tensors, not a list"),
+    ],
+)
+def test_contents_of_pt(tmp_path, content, says):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(ParityError, match=says):
         read([tmp_path / "a.pt"])
 
 

@@ -1,9 +1,12 @@
 """The battery: which arrays, dtypes and options are compared."""
 
 import dataclasses
+import importlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import numpy as np
 
 from . import _data as data
 
@@ -11,7 +14,7 @@ from . import _data as data
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 SIZES = ((1, 8), (16, 256), (4, 32000))
-# (input, target)
+# of input and target
 SHAPES = (
     ((), ()),
     ((4,), (4,)),
@@ -28,6 +31,8 @@ SHAPES = (
 )
 LEGACY = tuple(itertools.product((None, True, False), repeat=2))
 OPTAX = "kl_divergence", "kl_divergence_with_log_targets", "generalized_kl_divergence"
+PEERS = {"PyTorch": "torch", "optax": "optax"}
+Numbers = tuple[np.ndarray, ...]  # `input`, `target` and further arguments
 
 NOT_COMPARED = (
     "float16 numbers so large that PyTorch's intermediate results overflow: jaxkl "
@@ -44,21 +49,28 @@ class Case:
 
     group: str
     name: str
-    function: str  # `jax_…` in `_in_jax`, and its peer in `_in_torch` or `_in_optax`
-    make: Any  # of `_data`
+    function: str  # "gradients" is `jax_gradients` and `torch_gradients`
+    make: Callable[..., Any]  # a function of `_data`, which makes the numbers
     arguments: tuple
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     dtypes: tuple[str, ...] = ("float32", "float32")
-    quantities: tuple[str, ...] = ()  # all if empty
-    peer: str = "PyTorch"
+    quantities: tuple[str, ...] = ()  # those that are compared; all if empty
+    peer: str = "PyTorch"  # a key of `PEERS`
 
-    def numbers(self):
-        """`input`, `target` and the rest, as float64 that the dtypes can hold."""
+    def numbers(self) -> Numbers:
+        """The arguments of the call, as float64 numbers that the dtypes can hold."""
         x, t, *rest = self.make(*self.arguments)
         return (*map(data.rounded, (x, t), self.dtypes), *rest)
 
+    def function_in(self, framework: str) -> Callable[..., dict[str, Any]]:
+        """The function of `_in_jax`, `_in_torch` or `_in_optax` that makes the call."""
+        # Imported only now: PyTorch and optax are slow to import, and optional.
+        module = importlib.import_module(f"{__package__}._in_{framework}")
+        return getattr(module, f"{framework}_{self.function}")
+
 
 def battery(optax: bool = True) -> list[Case]:
+    """All cases, with those of optax or without."""
     cases = [
         *_by_size(),
         *_legacy(),

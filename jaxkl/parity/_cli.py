@@ -1,12 +1,17 @@
-"""`jaxkl parity` and `jaxkl parity compare`."""
+"""The commands `jaxkl parity` and `jaxkl parity compare`."""
 
 import argparse
 import os
 import pathlib
 import sys
+from collections.abc import Callable
 
+from ._compare import compare
 from ._errors import ParityError, require_torch
 from ._files import MAX_BYTES, NAMES, read
+from ._html import page
+from ._report import as_json, comparisons_as_json, comparisons_as_text, table
+from ._run import run
 
 
 HELP = "compare jaxkl with the installed PyTorch, on a battery of cases"
@@ -16,9 +21,11 @@ FILES = (
     f"recorded {', '.join(NAMES[2:])}; or two .npy files, an input and its target"
 )
 STDOUT = "-"
+Command = Callable[[argparse.Namespace], int]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Gives the parser all options; `arguments.run(arguments)` is the exit status."""
     _add_output(parser)
     parser.add_argument(
         "--html", metavar="FILE", help="write a self-contained page with the report"
@@ -34,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_compare(commands.add_parser("compare", help=COMPARE, description=COMPARE))
 
 
-def _add_compare(parser):
+def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE", help=FILES)
     parser.add_argument(
         "--reduction",
@@ -62,7 +69,7 @@ def _add_compare(parser):
     parser.set_defaults(run=_reporting(_compare))
 
 
-def _add_output(parser):
+def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json",
         nargs="?",
@@ -75,10 +82,10 @@ def _add_output(parser):
     )
 
 
-def _reporting(command):
-    """Runs a command: exit status 2, and no traceback, if it cannot be run."""
+def _reporting(command: Command) -> Command:
+    """A command that cannot be run says why and exits with 2, without a traceback."""
 
-    def run(arguments):
+    def run(arguments: argparse.Namespace) -> int:
         try:
             return command(arguments)
         except ParityError as error:
@@ -88,52 +95,40 @@ def _reporting(command):
     return run
 
 
-def _battery(arguments):
-    from . import _report, _run
-
-    _check_outputs(arguments, arguments.json, arguments.html)
+def _battery(arguments: argparse.Namespace) -> int:
+    _check_outputs(arguments.force, arguments.json, arguments.html)
     talk = lambda line: print(line, file=sys.stderr, flush=True)
-    report = _run.run(arguments.group, progress=talk)
+    report = run(arguments.group, progress=talk)
     if arguments.json != STDOUT:
-        print(_report.table(report))
+        print(table(report))
     if arguments.json:
-        _write(arguments, arguments.json, _report.as_json(report))
+        _write(arguments.json, as_json(report), arguments.force)
     if arguments.html:
-        from ._html import page
-
-        _write(arguments, arguments.html, page(report))
+        _write(arguments.html, page(report), arguments.force)
     return 0 if report.agrees else 1
 
 
-def _compare(arguments):
-    from . import _compare, _compare_report
-
+def _compare(arguments: argparse.Namespace) -> int:
     require_torch()
-    _check_outputs(arguments, arguments.json)
-    comparisons = [
-        _compare.compare(
-            recording,
-            arguments.reduction,
-            arguments.log_target,
-            arguments.temperature,
-        )
-        for recording in read(arguments.files, arguments.max_bytes)
-    ]
+    _check_outputs(arguments.force, arguments.json)
+    options = arguments.reduction, arguments.log_target, arguments.temperature
+    recordings = read(arguments.files, arguments.max_bytes)
+    comparisons = [compare(recording, *options) for recording in recordings]
     if arguments.json != STDOUT:
-        print(_compare_report.text(comparisons))
+        print(comparisons_as_text(comparisons))
     if arguments.json:
-        _write(arguments, arguments.json, _compare_report.as_json(comparisons))
+        _write(arguments.json, comparisons_as_json(comparisons), arguments.force)
     return 0 if all(c.agrees for c in comparisons) else 1
 
 
-def _check_outputs(arguments, *paths):
-    """Before the work: they can be written, and nothing is written over."""
+def _check_outputs(force: bool, *paths: str | None) -> None:
+    """Finds out before the work whether the files can be written."""
     for path in paths:
         if path and path != STDOUT:
-            _check_output(pathlib.Path(path), arguments.force)
+            _check_output(pathlib.Path(path), force)
 
 
-def _check_output(path, force):
+def _check_output(path: pathlib.Path, force: bool) -> None:
     if path.is_dir():
         raise ParityError(f"cannot write {path}: it is a directory")
     if path.exists() and not force:
@@ -144,12 +139,12 @@ def _check_output(path, force):
         raise ParityError(f"cannot write {path}: permission denied")
 
 
-def _write(arguments, path, text):
+def _write(path: str, text: str, force: bool) -> None:
     if path == STDOUT:
         print(text)
         return
     try:
-        with open(path, "w" if arguments.force else "x", encoding="utf-8") as file:
+        with open(path, "w" if force else "x", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
         raise ParityError(f"cannot write {path}: {error.strerror}") from None

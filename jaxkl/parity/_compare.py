@@ -1,21 +1,31 @@
-"""A user's own arrays in both frameworks, and beside what was recorded."""
+"""A user's own arrays: in both frameworks, and beside what was recorded."""
 
 import dataclasses
 import math
 import warnings
-from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ._cases import Case
-from ._contents import nans, wrong_contents
 from ._errors import ParityError, require_torch
-from ._evaluate import Evaluated
-from ._files import Recording
-from ._formula import check_temperature, Formula
-from ._mistakes import at_unknown_temperature, double_mistakes, single_mistakes
+from ._files import Arrays, check_temperature, Recording
+from ._measure import equal
+from ._mistakes import (
+    at_unknown_temperature,
+    Candidates,
+    double_mistakes,
+    Formula,
+    Mistake,
+    nans,
+    single_mistakes,
+    wrong_contents,
+)
 from ._run import compare_cases, Result
+
+
+GRADIENTS = "grad_input", "grad_target"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,20 +33,14 @@ class Recorded:
     """One recorded quantity beside its right value."""
 
     name: str  # "loss", "grad_input" or "grad_target"
-    recorded: Any
-    expected: Any
+    recorded: np.ndarray
+    expected: np.ndarray
     agrees: bool
 
 
 @dataclasses.dataclass(frozen=True)
-class Mistake:
-    name: str
-    evidence: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Comparison:
-    """All that is to be said of one file."""
+    """What was found about one file."""
 
     path: str
     formula: Formula
@@ -60,8 +64,8 @@ def compare(
     """Compares jaxkl, PyTorch and what was recorded.
 
     The right loss is `kl_div(input, target, reduction=…, log_target=…)`, times T² if
-    the file has a `temperature`; over the rows of the `mask` if it has one, in the
-    count too.
+    there is a `temperature`. If the file has a `mask`, only the rows that it marks are
+    summed and counted.
 
     Raises:
       ParityError: If PyTorch is not installed, if shapes do not fit or hold nothing,
@@ -77,17 +81,22 @@ def compare(
         warnings.simplefilter("ignore")
         _check_shapes(recording, reduction)
         both = _in_both(recording, reduction, log_target)
-        recorded, found = _recorded(recording, right)
-        bad = nans(arrays)
-        if not (found or bad or all(r.agrees for r in recorded)):
-            found = (_unknown(recorded),)
-        bad += wrong_contents(arrays, log_target)
-        found = (*(Mistake(*b) for b in bad), *found)
+        truth = Evaluated(right, arrays)
+        recorded = tuple(
+            Recorded(name, arrays[name], truth.values[name], truth.agrees(name))
+            for name in truth.names
+        )
+        bad, found = nans(arrays), []
+        if not all(r.agrees for r in recorded):
+            found = _explanations(truth, recorded)
+            if not (found or bad):
+                found = [_unknown(recorded)]
+        mistakes = (*bad, *wrong_contents(arrays, log_target), *found)
     shown = {k: f"{v.dtype}{list(v.shape)}" for k, v in arrays.items()}
-    return Comparison(recording.path, right, shown, both, recorded, found)
+    return Comparison(recording.path, right, shown, both, recorded, mistakes)
 
 
-def _check_shapes(recording, reduction):
+def _check_shapes(recording: Recording, reduction: str) -> None:
     path, arrays = recording.path, recording.arrays
     x, t = arrays["input"], arrays["target"]
     try:
@@ -118,7 +127,9 @@ def _check_shapes(recording, reduction):
             )
 
 
-def _in_both(recording, reduction, log_target):
+def _in_both(
+    recording: Recording, reduction: str, log_target: bool
+) -> tuple[Result, ...]:
     x, t = recording.arrays["input"], recording.arrays["target"]
     case = Case(
         "compare",
@@ -132,73 +143,103 @@ def _in_both(recording, reduction, log_target):
     return tuple(compare_cases([case]))
 
 
-def _recorded(recording, right):
-    """What was recorded, and the mistakes that explain all of it."""
-    arrays = recording.arrays
-    names = {n for n in ("loss", "grad_input", "grad_target") if n in arrays}
-    if not names:
-        return (), ()
-    truth = Evaluated(right, arrays, names)
-    recorded = tuple(
-        Recorded(n, arrays[n], truth.values[n], truth.agrees(n, arrays))
-        for n in ("loss", "grad_input", "grad_target")
-        if n in names
-    )
-    if all(r.agrees for r in recorded):
-        return recorded, ()
-    shape = np.broadcast_shapes(arrays["input"].shape, arrays["target"].shape)
-    about = right, len(shape)
-    tiers = [single_mistakes(*about), double_mistakes(*about)]
-    if right.temperature == 1:
-        tiers.append(at_unknown_temperature(right))
-    # Pairs only if no mistake explains the recording alone.
-    for candidates in tiers:
+class Evaluated:
+    """What a formula gives, in float64, for the quantities that were recorded."""
+
+    def __init__(self, formula: Formula, arrays: Arrays) -> None:
+        self.formula, self.arrays = formula, arrays
+        self.names = [name for name in ("loss", *GRADIENTS) if name in arrays]
+        self.values: Arrays = {}
+        self.sizes: Arrays = {}
+        x, t = (jnp.asarray(arrays[n], jnp.float64) for n in ("input", "target"))
+        mask = jnp.asarray(arrays["mask"], bool) if "mask" in arrays else None
+        with jax.numpy_rank_promotion("allow"):
+            if "loss" in arrays:
+                loss, size = formula(x, t, mask)
+                self.values["loss"] = np.asarray(loss)
+                self.sizes["loss"] = np.asarray(size)
+            if arrays.keys() & {*GRADIENTS}:
+                total = lambda x, t: jnp.sum(formula(x, t, mask)[0])
+                gradients = jax.grad(total, (0, 1))(x, t)
+                for name, gradient in zip(GRADIENTS, gradients, strict=True):
+                    size = np.where(np.isfinite(gradient), np.abs(gradient), 0)
+                    self.values[name] = np.asarray(gradient)
+                    self.sizes[name] = np.max(size)
+
+    def agrees(self, name: str) -> bool:
+        """Whether the recording has this value, up to rounding."""
+        recorded, value = self.arrays[name].astype(np.float64), self.values[name]
+        dtypes = {self.arrays[n].dtype for n in ("input", "target", name)}
+        eps = max(float(jnp.finfo(d).eps) for d in dtypes)
+        # A sum is in float32 at least, and its rounding errors add up as a random walk.
+        summed = name == "loss" and value.ndim == 0
+        terms = self.arrays["input"].size if summed else 1
+        tol = 4 * eps + math.sqrt(terms) * min(eps, float(np.finfo(np.float32).eps))
+        recorded = recorded.reshape(value.shape)
+        with np.errstate(invalid="ignore"):
+            near = np.abs(recorded - value) <= tol * self.sizes[name]
+        return bool(np.where(np.isfinite(value), near, equal(recorded, value)).all())
+
+    def explains(self) -> bool:
+        """Whether everything that was recorded comes from this formula."""
+        return all(map(self.agrees, self.names))
+
+
+def _explanations(truth: Evaluated, recorded: tuple[Recorded, ...]) -> list[Mistake]:
+    """The mistakes that explain everything that was recorded: the simplest kind."""
+    arrays, right = truth.arrays, truth.formula
+    dims = arrays["input"].ndim, arrays["target"].ndim
+
+    def matching(candidates: Candidates) -> list[Mistake]:
         found = []
         for name, formula in candidates:
-            wrong = Evaluated(formula, arrays, names)
-            if all(wrong.agrees(n, arrays) for n in names):
+            wrong = Evaluated(formula, arrays)
+            if wrong.explains():
                 found.append(Mistake(name, _evidence(truth, wrong, recorded)))
-        # The softmax of what is normalised changes nothing.
-        found = [m for m in found if "logits" not in m.name] or found[:1]
-        found = found or _padded(arrays, right, truth, recorded)
-        if found:
-            return recorded, tuple(found)
-    return recorded, ()
+        # The softmax of normalised rows changes nothing, so any other name is better.
+        return [m for m in found if "logits" not in m.name] or found[:1]
+
+    return (
+        matching(single_mistakes(right, dims))
+        or _padded(truth, recorded)
+        or matching(double_mistakes(right, dims))
+        or matching(at_unknown_temperature(right, dims))
+    )
 
 
-def _padded(arrays, right, truth, recorded):
-    """Without a mask: the recording may leave out rows whose target is 0."""
+def _padded(truth: Evaluated, recorded: tuple[Recorded, ...]) -> list[Mistake]:
+    """Without a mask, the recording may leave out the rows whose target is 0."""
+    arrays, right = truth.arrays, truth.formula
     t = arrays["target"]
     kept = np.any(t != 0, -1) if t.ndim == arrays["input"].ndim > 1 else np.ones(())
     if "mask" in arrays or kept.all() or right.reduction not in ("mean", "batchmean"):
         return []
-    masked = arrays | {"mask": kept}
-    found = Evaluated(right, masked, {r.name for r in recorded})
-    if not all(found.agrees(r.name, masked) for r in recorded):
+    if not Evaluated(right, arrays | {"mask": kept}).explains():
         return []
     rows = f"the {int(kept.sum())} of {kept.size} rows whose target is not 0"
-    evidence = f"the recording is a mean over {rows}; {truth.formula} is over all"
-    loss = next((r for r in recorded if r.name == "loss"), None)
-    if loss:
-        evidence += _relation(float(loss.recorded.item()), float(loss.expected), "; ")
+    evidence = f"the recording is a mean over {rows}; {right} is over all"
+    if recorded[0].name == "loss":
+        evidence += _relation(*_numbers(recorded[0]), "; ")
     return [Mistake("mean over padding", evidence)]
 
 
-def _evidence(truth, wrong, recorded):
+def _evidence(
+    truth: Evaluated, wrong: Evaluated, recorded: tuple[Recorded, ...]
+) -> str:
     lines = []
     for r in recorded:
         if r.agrees:
             continue
-        value, right = wrong.values[r.name], truth.values[r.name]
         if r.name != "loss":
             lines.append(f"`{r.name}` is the gradient of {wrong.formula}")
-        elif value.ndim:
+        elif r.expected.ndim:
             lines.append(f"`loss` is {wrong.formula}")
         else:
-            got, right = float(r.recorded.item()), float(right)
+            got, right = _numbers(r)
             lines.append(
-                f"recorded {got:.7g} = {float(value):.7g} = {wrong.formula}; right: "
-                f"{right:.7g} = {truth.formula}{_relation(got, right)}"
+                f"recorded {got:.7g} = {float(wrong.values['loss']):.7g} = "
+                f"{wrong.formula}; right: {right:.7g} = {truth.formula}"
+                f"{_relation(got, right)}"
             )
             if wrong.formula.cross_entropy:
                 lines.append(
@@ -207,24 +248,31 @@ def _evidence(truth, wrong, recorded):
     return "; ".join(lines)
 
 
-def _relation(got, right, separator=", "):
+def _unknown(recorded: tuple[Recorded, ...]) -> Mistake:
+    """No known mistake; but the ratio of the losses may be the square of a T."""
+    name, loss = "none of the known mistakes", recorded[0]
+    if loss.name != "loss" or loss.agrees or loss.expected.ndim:
+        return Mistake(name, "")
+    got, right = _numbers(loss)
+    evidence = f"recorded {got:.7g}, right {right:.7g}{_relation(got, right)}"
+    square = got / right if right else math.nan
+    for ratio, verb in ((square, "times"), (1 / (square or math.nan), "over")):
+        root = math.sqrt(ratio) if 1 < ratio < math.inf else 0
+        # Temperatures are usually multiples of a quarter.
+        if root and abs(4 * root - round(4 * root)) < 1e-4 * root:
+            name = "T² (give the temperature to be sure)"
+            return Mistake(name, f"{evidence}: right {verb} {root:.6g}²")
+    return Mistake(name, evidence)
+
+
+def _numbers(loss: Recorded) -> tuple[float, float]:
+    """The recorded scalar and the right one."""
+    return float(loss.recorded.item()), float(loss.expected)
+
+
+def _relation(got: float, right: float, separator: str = ", ") -> str:
     if not (math.isfinite(got) and math.isfinite(right)):
         return ""
     if got == 0:
         return f"{separator}recorded - right = {got - right:.7g}"
     return f"{separator}right / recorded = {right / got:.7g}"
-
-
-def _unknown(recorded):
-    for r in recorded:
-        if r.name == "loss" and r.expected.ndim == 0 and not r.agrees:
-            got, right = float(r.recorded.item()), float(r.expected)
-            text = f"recorded {got:.7g}, right {right:.7g}{_relation(got, right)}"
-            square = got / right if right else math.nan
-            for ratio, verb in ((square, "times"), (1 / (square or math.nan), "over")):
-                root = math.sqrt(ratio) if ratio > 1 else 0
-                if root and abs(4 * root - round(4 * root)) < 1e-4 * root:
-                    name = "T² (give the temperature to be sure)"
-                    return Mistake(name, f"{text}: right {verb} {root:.6g}²")
-            return Mistake("none of the known mistakes", text)
-    return Mistake("none of the known mistakes", "")

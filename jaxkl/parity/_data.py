@@ -1,4 +1,4 @@
-"""Arrays of the battery. A report quotes these functions, so they import only NumPy."""
+"""The arrays of the battery. Reports quote these functions as they are."""
 
 import itertools
 
@@ -32,14 +32,14 @@ def special(cotangents=(0.0, 1.0, -2.0, inf)):
 
 
 def special_in_half_precision():
-    """Without what overflows in PyTorch's intermediate results alone."""
+    """Like `special`, without what overflows only inside PyTorch."""
     inputs = -1.0, 0.0, inf, -inf, nan, 1.5
     targets = 0.0, 1.0, 0.5, -0.5, inf, -inf, nan, -0.0
     return np.array(list(itertools.product(inputs, targets, [0.0, 1.0, -2.0]))).T
 
 
 def second_order(shape, other, log_target, c_input, c_target):
-    """Of `rows`, with cotangents of the two gradients."""
+    """Like `rows`, with cotangents for the two gradients."""
     x, t, g = rows(shape, other, log_target)
     return x, t, g, np.full(shape, c_input), np.full(other, c_target)
 
@@ -58,7 +58,7 @@ def ones(shape, other):
 
 
 def masked(shape, where, log_target=False):
-    """Of `rows`, with a mask or without."""
+    """Like `rows`, with a mask or without."""
     x, t, g = rows(shape, shape, log_target)
     mask = np.random.default_rng(1).random(shape) < 0.7
     return (x, t, g, mask) if where else (x, t, g)

@@ -1,17 +1,18 @@
-"""What goes wrong outside jaxkl. The command line prints it without a traceback."""
+"""What the user must mend. The command line prints it without a traceback."""
+
+import warnings
+from types import ModuleType
 
 
 class ParityError(Exception):
     """The comparison cannot be made, for a reason that its user can mend."""
 
 
-def require_torch():
-    """PyTorch, or a `ParityError` with the command that installs it."""
-    import warnings
-
+def require_torch() -> ModuleType:
+    """Imports PyTorch; without it, the `ParityError` says how to install it."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it uses what others deprecate
+            warnings.simplefilter("ignore")  # PyTorch uses what others deprecate
             import torch
     except ImportError as error:
         raise ParityError(

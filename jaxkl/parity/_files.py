@@ -1,4 +1,4 @@
-"""Reads a user's arrays: nothing is unpickled, and sizes are checked before reading.
+"""Reads a user's arrays. Nothing is unpickled, and sizes are checked before reading.
 
 A `.npz`, `.safetensors` or `.pt` file holds `input`, `target` and what was recorded;
 two `.npy` files are an input and its target.
@@ -7,16 +7,17 @@ two `.npy` files are an input and its target.
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import struct
 import zipfile
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, IO
 
 import jax.numpy as jnp
 import numpy as np
 
 from ._errors import ParityError, require_torch
-from ._formula import check_temperature
 
 
 NAMES = (
@@ -25,6 +26,7 @@ NAMES = (
 )
 SUFFIXES = ".npz", ".safetensors", ".pt", ".pth", ".npy"
 MAX_BYTES = 2 * 2**30
+Arrays = dict[str, np.ndarray]
 _SAFETENSORS = {
     "F64": "float64",
     "F32": "float32",
@@ -40,14 +42,16 @@ _SAFETENSORS = {
 
 @dataclasses.dataclass(frozen=True)
 class Recording:
-    """Arrays of one file, or of a pair, by their names in `NAMES`."""
+    """The arrays of one file, or of a pair of files, by their names in `NAMES`."""
 
     path: str
-    arrays: dict[str, np.ndarray]
+    arrays: Arrays
 
 
-def read(paths, max_bytes: int = MAX_BYTES) -> list[Recording]:
-    """All files, with the `.npy` files taken as pairs of input and target.
+def read(
+    paths: Iterable[str | os.PathLike[str]], max_bytes: int = MAX_BYTES
+) -> list[Recording]:
+    """Reads all files; two `.npy` files are taken as an input and its target.
 
     Raises:
       ParityError: If a file is missing, damaged, pickled, too large, or not understood.
@@ -78,19 +82,21 @@ def read(paths, max_bytes: int = MAX_BYTES) -> list[Recording]:
     return recordings
 
 
-def _guarded(reader, path, max_bytes):
+def _guarded(
+    reader: Callable[[pathlib.Path, int], Any], path: pathlib.Path, max_bytes: int
+) -> Any:
     try:
         return reader(path, max_bytes)
     except ParityError:
         raise
     except MemoryError:
         raise ParityError(f"{path}: does not fit into memory") from None
-    except Exception as error:  # whatever a damaged file makes a parser do
+    except Exception as error:  # a parser may raise anything on a damaged file
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ParityError(f"{path}: damaged, or not what it says: {reason}") from error
 
 
-def _checked(path, arrays):
+def _checked(path: pathlib.Path, arrays: Arrays) -> Arrays:
     for name in ("input", "target"):
         if name not in arrays:
             raise ParityError(
@@ -112,17 +118,28 @@ def _checked(path, arrays):
     return arrays
 
 
-def _check_size(path, size, max_bytes):
+def check_temperature(temperature: float, where: str = "") -> None:
+    """T² must be a number too, because the loss is multiplied by it."""
+    if not (temperature > 0 and 0 < temperature * temperature < math.inf):
+        raise ParityError(
+            f"{where}`temperature` must be positive and finite, and its square too, "
+            f"got {temperature:g}"
+        )
+
+
+def _check_size(path: pathlib.Path, size: int, max_bytes: int) -> None:
     if size > max_bytes:
         raise ParityError(
             f"{path}: {size:,} bytes of arrays, more than --max-bytes {max_bytes:,}"
         )
 
 
-def _read_npz(path, max_bytes):
+def _read_npz(path: pathlib.Path, max_bytes: int) -> Arrays:
     with zipfile.ZipFile(path) as archive:
-        members = [archive.getinfo(f"{n}.npy") for n in NAMES if _has(archive, n)]
-        # Of the unpacked arrays: a zip file can be much smaller.
+        present = archive.namelist()
+        files = [f"{name}.npy" for name in NAMES if f"{name}.npy" in present]
+        members = [archive.getinfo(file) for file in files]
+        # The unpacked arrays are what counts: a zip file can be much smaller.
         _check_size(path, sum(m.file_size for m in members), max_bytes)
         arrays = {}
         for member in members:
@@ -132,19 +149,17 @@ def _read_npz(path, max_bytes):
         return arrays
 
 
-def _has(archive, name):
-    return f"{name}.npy" in archive.namelist()
-
-
-def _read_npy(path, max_bytes):
+def _read_npy(path: pathlib.Path, max_bytes: int) -> np.ndarray:
     size = path.stat().st_size
     _check_size(path, size, max_bytes)
     with open(path, "rb") as file:
         return _read_array(path, "it", file, size)
 
 
-def _read_array(path, name, file, size):
-    """One array in NumPy's format, whose header must not promise more than `size`."""
+def _read_array(
+    path: pathlib.Path, name: str, file: IO[bytes], size: int
+) -> np.ndarray:
+    """Reads NumPy's format, whose header must not promise more than `size` bytes."""
     version = np.lib.format.read_magic(file)
     read_header = {
         (1, 0): np.lib.format.read_array_header_1_0,
@@ -164,7 +179,7 @@ def _read_array(path, name, file, size):
     return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
 
 
-def _no_numbers(dtype):
+def _no_numbers(dtype: np.dtype) -> str:
     if dtype.hasobject:
         return f"Python objects ({dtype}), which are pickled and not loaded"
     if dtype.kind in "SU":
@@ -174,7 +189,7 @@ def _no_numbers(dtype):
     return f"{dtype}, not real numbers"
 
 
-def _read_safetensors(path, max_bytes):
+def _read_safetensors(path: pathlib.Path, max_bytes: int) -> Arrays:
     size = path.stat().st_size
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
@@ -184,22 +199,19 @@ def _read_safetensors(path, max_bytes):
         entries = json.loads(file.read(length))
         found = {name: entries[name] for name in NAMES if name in entries}
         start = 8 + length
-        spans = {
-            name: _span(path, name, entry, size - start)
-            for name, entry in found.items()
-        }
-        _check_size(
-            path, sum(end - begin for begin, end, _ in spans.values()), max_bytes
-        )
+        spans = [_span(path, n, entry, size - start) for n, entry in found.items()]
+        _check_size(path, sum(end - begin for begin, end, _ in spans), max_bytes)
         arrays = {}
-        for name, (begin, end, dtype) in spans.items():
+        for name, (begin, end, dtype) in zip(found, spans, strict=True):
             file.seek(start + begin)
             data = np.frombuffer(file.read(end - begin), dtype)
             arrays[name] = data.reshape(found[name]["shape"])
         return arrays
 
 
-def _span(path, name, entry, size):
+def _span(
+    path: pathlib.Path, name: str, entry: dict[str, Any], size: int
+) -> tuple[int, int, np.dtype]:
     (begin, end), shape = entry["data_offsets"], entry["shape"]
     if entry["dtype"] not in _SAFETENSORS:
         raise ParityError(f"{path}: `{name}` has the dtype {entry['dtype']}")
@@ -211,7 +223,7 @@ def _span(path, name, entry, size):
     return begin, end, dtype
 
 
-def _read_torch(path, max_bytes):
+def _read_torch(path: pathlib.Path, max_bytes: int) -> Arrays:
     torch = require_torch()
     if not zipfile.is_zipfile(path):
         raise ParityError(
@@ -236,7 +248,7 @@ def _read_torch(path, max_bytes):
     return {name: _from_tensor(path, name, x, size) for name, x in found.items()}
 
 
-def _from_tensor(path, name, x, size):
+def _from_tensor(path: pathlib.Path, name: str, x: Any, size: int) -> np.ndarray:
     torch = require_torch()
     if isinstance(x, int | float):
         return np.asarray(float(x))
@@ -246,7 +258,7 @@ def _from_tensor(path, name, x, size):
         )
     if x.layout != torch.strided or x.is_quantized:
         raise ParityError(f"{path}: `{name}` must be a dense tensor")
-    # A tensor can claim more than the file holds: repeated, or out of bounds.
+    # A tensor can claim more than the file holds, if it repeats or overruns its data.
     if max(x.untyped_storage().nbytes(), x.numel() * x.element_size()) > size:
         raise ParityError(f"{path}: `{name}` is larger than the file")
     dtype = str(x.dtype).removeprefix("torch.")

@@ -5,16 +5,16 @@ import importlib.metadata
 import itertools
 import platform
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._cases import battery, Case, DTYPES
+from ._cases import battery, Case, DTYPES, Numbers, PEERS
 from ._errors import has_optax, ParityError, require_torch
-from ._measure import Difference, difference
-from ._scale import scales
+from ._measure import Difference, difference, scales
 
 
 QUANTITIES = (
@@ -37,14 +37,14 @@ class Result:
 
     @property
     def group(self) -> str:
-        """Of the report: gradients are apart from values."""
+        """The group in the report, which shows gradients apart from values."""
         gradients = ", gradients" * self.quantity.startswith("d_")
         return self.case.group + gradients
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """All results, and the versions they were had with."""
+    """All results, and the versions of the frameworks that gave them."""
 
     results: tuple[Result, ...]
     versions: dict[str, str]
@@ -58,15 +58,18 @@ class Report:
         return bool(self.results) and not self.failures
 
 
-def run(groups: Iterable[str] | None = None, progress: Callable = print) -> Report:
+def run(
+    groups: Iterable[str] | None = None, progress: Callable[[str], object] = print
+) -> Report:
     """Compares jaxkl with the installed PyTorch, and with optax if it is installed.
 
     Args:
-      groups: Names of the groups to run, all if None.
-      progress: Called with the name of each group, and how many cases it has.
+      groups: Names of the groups to run; all of them if None.
+      progress: Called with a line for each group: its name and its number of cases.
 
     Returns:
-      A `Report`: `agrees` says whether all did, `failures` what did not.
+      A `Report`: `agrees` says whether all results do, `failures` holds those that
+      do not.
 
     Raises:
       ParityError: If PyTorch is not installed, or a group is unknown.
@@ -82,11 +85,11 @@ def run(groups: Iterable[str] | None = None, progress: Callable = print) -> Repo
     return run_cases(chosen, progress)
 
 
-def run_cases(cases: list[Case], progress: Callable = print) -> Report:
-    """`run`, of these cases."""
+def run_cases(cases: list[Case], progress: Callable[[str], object] = print) -> Report:
+    """Like `run`, for these cases."""
     results = []
     with jax.enable_x64(True), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the group of legacy arguments counts them
+        warnings.simplefilter("ignore")  # the legacy arguments count theirs
         for group, members in itertools.groupby(cases, key=lambda c: c.group):
             members = list(members)
             progress(f"{group}: {len(members)} cases")
@@ -95,25 +98,26 @@ def run_cases(cases: list[Case], progress: Callable = print) -> Report:
     return Report(tuple(results), _versions())
 
 
-def _versions():
+def _versions() -> dict[str, str]:
     names = ["jaxkl", "jax", "jaxlib", "torch", "numpy"] + ["optax"] * has_optax()
     found = {name: importlib.metadata.version(name) for name in names}
     device = f"{jax.default_backend()}, {jax.devices()[0].device_kind}"
     return found | {"Python": platform.python_version(), "JAX device": device}
 
 
-def _arrays(case):
+def _arrays(case: Case) -> tuple:
     return case.function, case.make, case.arguments, case.dtypes, case.peer
 
 
-def compare_cases(cases):
-    """Of cases that differ in their options only."""
+def compare_cases(cases: list[Case]) -> Iterator[Result]:
+    """Compares cases that differ only in their options."""
     numbers, dtypes = cases[0].numbers(), cases[0].dtypes
+    peer = PEERS[cases[0].peer]
     every = zip(
         cases,
-        _jax_results(cases, numbers),
-        _peer_results(cases, numbers, dtypes),
-        _peer_results(cases, numbers, _widest(dtypes)),
+        _results("jax", cases, numbers, dtypes),
+        _results(peer, cases, numbers, dtypes),
+        _results(peer, cases, numbers, _widest(dtypes)),
         strict=True,
     )
     for case, actual, expected, exact in every:
@@ -121,8 +125,8 @@ def compare_cases(cases):
         sizes = scales(case, numbers, exact) if exact else {}
         names = [q for q in QUANTITIES if q in expected]
         for name in case.quantities or names:
-            found = actual.get(name, actual.get("outcome"))
-            wanted = expected.get(name, expected.get("outcome"))
+            found: Any = actual.get(name, actual.get("outcome"))
+            wanted: Any = expected.get(name, expected.get("outcome"))
             if isinstance(found, str) or isinstance(wanted, str):
                 found, wanted = _describe(found), _describe(wanted)
                 problem = "" if found == wanted else f"{found}, expected {wanted}"
@@ -132,46 +136,47 @@ def compare_cases(cases):
                 yield Result(case, name, found)
 
 
-def _widest(dtypes):
+def _widest(dtypes: tuple[str, ...]) -> tuple[str, ...]:
     return ("float64", "float64") if set(dtypes) <= set(DTYPES) else dtypes
 
 
-def _describe(result):
+def _describe(result: Any) -> str:
     return result if isinstance(result, str) else f"{result.dtype}{result.shape}"
 
 
-def _jax_results(cases, numbers):
-    from . import _in_jax
-
-    f = getattr(_in_jax, f"jax_{cases[0].function}")
-    return _call_jax(f, cases, numbers, cases[0].dtypes)
-
-
-def _peer_results(cases, numbers, dtypes):
-    if cases[0].peer == "optax":
-        from ._in_optax import optax_losses
-
-        return _call_jax(optax_losses, cases, numbers, dtypes)
-    from . import _in_torch
-
-    f = getattr(_in_torch, f"torch_{cases[0].function}")
-    return [_to_numpy(f(*as_torch(numbers, dtypes), **c.options)) for c in cases]
-
-
-def _call_jax(f, cases, numbers, dtypes):
-    x, t, *rest = as_jax(numbers, dtypes)
-    calls = [lambda x, t, o=case.options: f(x, t, *rest, **o) for case in cases]
-    if cases[0].function == "call":  # it counts the warnings, of tracing too
-        results = [call(x, t) for call in calls]
+def _results(
+    framework: str, cases: list[Case], numbers: Numbers, dtypes: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    """What the framework gives for each case: NumPy arrays, or a string."""
+    f = cases[0].function_in(framework)
+    if framework == "torch":
+        torch = require_torch()
+        make = lambda n, d: torch.tensor(n, dtype=getattr(torch, d))
+        results = [f(*_with_dtypes(make, numbers, dtypes), **c.options) for c in cases]
     else:
-        try:  # all in one, as compiling is what takes time
-            results = jax.jit(lambda x, t: [call(x, t) for call in calls])(x, t)
-        except Exception:
-            results = [_attempt(jax.jit(call), x, t) for call in calls]
-    return [_to_numpy(r) for r in results]
+        x, t, *rest = _with_dtypes(jnp.asarray, numbers, dtypes)
+        calls = [lambda x, t, o=case.options: f(x, t, *rest, **o) for case in cases]
+        # Warnings are counted by "call", and tracing would add its own.
+        trace = cases[0].function != "call"
+        results = _traced(calls, x, t) if trace else [call(x, t) for call in calls]
+    return [{name: _to_numpy(x) for name, x in r.items()} for r in results]
 
 
-def _attempt(f, x, t):
+def _with_dtypes(
+    make: Callable, numbers: Numbers, dtypes: tuple[str, ...]
+) -> tuple[Any, ...]:
+    x, t, *rest = numbers
+    return (*(make(n, d) for n, d in zip((x, t), dtypes, strict=True)), *rest)
+
+
+def _traced(calls: list[Callable], x: jax.Array, t: jax.Array) -> list[dict[str, Any]]:
+    try:  # all in one program, because compiling takes the time
+        return jax.jit(lambda x, t: [call(x, t) for call in calls])(x, t)
+    except Exception:
+        return [_attempt(jax.jit(call), x, t) for call in calls]
+
+
+def _attempt(f: Callable, x: jax.Array, t: jax.Array) -> dict[str, Any]:
     try:
         return f(x, t)
     except Exception as error:
@@ -179,27 +184,8 @@ def _attempt(f, x, t):
         return {"outcome": f"{type(error).__name__}: {message[0]}"}
 
 
-def as_jax(numbers, dtypes):
-    x, t, *rest = numbers
-    return (*(jnp.asarray(n, d) for n, d in zip((x, t), dtypes, strict=True)), *rest)
-
-
-def as_torch(numbers, dtypes):
-    torch = require_torch()
-    x, t, *rest = numbers
-    tensors = (
-        torch.tensor(n, dtype=getattr(torch, d))
-        for n, d in zip((x, t), dtypes, strict=True)
-    )
-    return (*tensors, *rest)
-
-
-def _to_numpy(results):
-    """NumPy arrays, of the dtype that each framework gave."""
-    return {name: _array(x) for name, x in results.items()}
-
-
-def _array(x):
+def _to_numpy(x: Any) -> Any:
+    """A NumPy array of the dtype that the framework gave; strings stay as they are."""
     if isinstance(x, str):
         return x
     if isinstance(x, jax.Array):

@@ -1,18 +1,19 @@
 """A program that reproduces one case, in both frameworks."""
 
-import importlib
 import inspect
 import re
-import warnings
+from collections.abc import Callable
 
 from . import _data
+from ._cases import Case, PEERS
+from ._run import Result
 
 
-def snippet(result) -> str:
-    """Self-contained Python: it prints what jaxkl and its peer give."""
+def snippet(result: Result) -> str:
+    """A self-contained program, which prints what jaxkl and its peer give."""
     case = result.case
-    peer = {"PyTorch": "torch", "optax": "optax"}[case.peer]
-    ours, theirs = (_function(name, case.function) for name in ("jax", peer))
+    peer = PEERS[case.peer]
+    ours, theirs = (case.function_in(framework) for framework in ("jax", peer))
     body = f"""
 numbers = {case.make.__name__}{_tuple(case.arguments)}
 dtypes = {case.dtypes}
@@ -35,7 +36,7 @@ show("{case.peer}", expected)
     return "\n\n".join(part.rstrip("\n") + "\n" for part in parts)
 
 
-def _arrays(peer, name, dtypes):
+def _arrays(peer: str, name: str, dtypes: str) -> str:
     make = {
         "torch": "torch.tensor(n, dtype=getattr(torch, d))",
         "optax": "jnp.asarray(n, d)",
@@ -54,7 +55,7 @@ def show(framework, results):
 """.lstrip("\n")
 
 
-def _in_float64(case, peer, theirs):
+def _in_float64(case: Case, peer: str, theirs: Callable) -> str:
     arrays = _arrays(peer, "wide", '["float64"] * 2')
     return f"""
 {arrays}
@@ -65,7 +66,7 @@ show("{case.peer} in float64", exact)
 """
 
 
-def _imports(peer):
+def _imports(peer: str) -> str:
     return f"""import itertools
 import warnings
 
@@ -82,14 +83,7 @@ jax.config.update("jax_enable_x64", True)
 """
 
 
-def _function(framework, name):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        module = importlib.import_module(f"{__package__}._in_{framework}")
-    return getattr(module, f"{framework}_{name}")
-
-
-def _used(case):
+def _used(case: Case) -> list[Callable]:
     """The functions of `_data` that make the case's numbers, callees first."""
     made = inspect.getsource(case.make)
     used = [
@@ -100,5 +94,5 @@ def _used(case):
     return [_data.rounded, *used, case.make]
 
 
-def _tuple(arguments):
+def _tuple(arguments: tuple) -> str:
     return f"({', '.join(map(repr, arguments))})"
