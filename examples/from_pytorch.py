@@ -2,8 +2,8 @@
 """Runs the same distillation step in PyTorch and in JAX, and checks that they agree.
 
 1. A small student trains for a few steps of SGD at T = 2, with the same weights and
-   data in both. PyTorch uses the usual idiom. JAX uses the same idiom with `jaxkl.kl_div`,
-   and then `jaxkl.distillation_loss`, which takes the logits.
+   data in both. PyTorch uses the usual idiom. JAX uses the same idiom with
+   `jaxkl.kl_div`, and then `jaxkl.distillation_loss`, which takes the logits.
 2. Old snippets still work: `KLDivLoss(reduce=False)`, and a (M, C, W, H) input.
 3. `kl_div` differs from binary cross-entropy.
 

@@ -228,7 +228,7 @@ def main():
     )
     add = parser.add_argument
     add("--launch", type=int, default=0, help="number of processes to start here")
-    add("--devices-per-process", type=int, help="use virtual CPU devices")
+    add("--devices-per-process", type=int, help="number of virtual CPU devices")
     add("--coordinator", help="HOST:PORT of process 0")
     add("--processes", type=int, help="number of processes")
     add("--process", type=int, help="index of this process, from 0")
