@@ -1,1 +1,1 @@
-"""Time and memory of jaxkl beside its peers: `make bench`."""
+"""Measures time and memory of jaxkl and its peers: run `make bench`."""

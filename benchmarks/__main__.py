@@ -5,7 +5,7 @@ import os
 import sys
 
 
-# Unless it is said: else JAX, where libtpu is installed, spends a minute seeking a TPU.
+# If libtpu is installed, JAX would otherwise search a minute for a TPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from . import ceilings, dense, given, heads, memory, report, sharded, sparse, tpu
@@ -25,20 +25,20 @@ def parse_arguments():
         "--cell",
         metavar="NAME",
         action="append",
-        help="a cell, or all whose names begin so; may be repeated; default: all",
+        help="a cell name or a prefix of names; may be repeated; default: all",
     )
     parser.add_argument(
         "--rounds",
         type=int,
         default=Settings.rounds,
-        help="timed runs of each peer; 0: compile and check (default: %(default)s)",
+        help="timed runs of each peer; 0 compiles and checks (default: %(default)s)",
     )
     parser.add_argument(
         "--smoke",
         action="store_true",
-        help="tiny shapes, to try the harness; writes no file",
+        help="use tiny shapes to test the harness; write no file",
     )
-    parser.add_argument("--list", action="store_true", help="list the cells, and stop")
+    parser.add_argument("--list", action="store_true", help="list the cells and exit")
     args = parser.parse_args()
     if args.rounds < 0:
         parser.error(f"argument --rounds: expected 0 or more, got {args.rounds}")

@@ -1,4 +1,4 @@
-"""What the machine can do, for the floors in `docs/performance.md`."""
+"""Measures what the machine can do, for the floors in `docs/performance.md`."""
 
 from functools import partial
 

@@ -1,7 +1,7 @@
-"""Memory of a loss as XLA compiles it for devices that need not be there.
+"""Measures the memory of a loss as XLA compiles it; the devices need not exist.
 
-As a program it is the part that needs libtpu and its environment, set by `tpu_memory`:
-jobs as JSON in its first argument, one line of JSON for each of them on its output.
+`tpu_memory` runs this module as a program, in the environment that libtpu needs. The
+program takes a topology and a list of jobs as JSON. It prints a line of JSON per job.
 """
 
 import dataclasses
@@ -37,21 +37,21 @@ TPUS = {
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Value and gradient by the student's arrays, T = 2."""
+    """A loss to compile: value and gradient by the student's arrays, T = 2."""
 
-    implementation: str  # "jaxkl", "plain JAX"; "jaxkl, jit": the partitioner's way
+    implementation: str  # "jaxkl", "plain JAX" or "jaxkl, jit" (partitioned by XLA)
     tokens: int
     vocab: int
-    hidden: int | None = None  # None: from logits
+    hidden: int | None = None  # None: the loss takes logits
     dtype: str = "bfloat16"
     divergence: str = "forward-kl"
-    mesh: Sequence[int] | None = None  # devices for tokens, for columns; None: one
+    mesh: Sequence[int] | None = None  # devices for tokens and for columns
 
 
 def compiled_memory(job, devices=None):
-    """Bytes, and the seconds that compiling took; "error" if it does not fit.
+    """Returns bytes on one device and compile seconds, or "error" if it does not fit.
 
-    Bytes are those of one device. On a mesh, also the compiled text.
+    On a mesh, also returns the compiled text.
     """
     ours = job.implementation != "plain JAX"
     loss = (losses.with_jaxkl if ours else losses.with_plain_jax)(job.divergence)
@@ -102,17 +102,17 @@ def compiled_memory(job, devices=None):
 
 
 def reads(text):
-    """How many operations of a compiled program take each of its arguments, in order.
+    """Counts the operations of a compiled program that take each argument, in order.
 
-    Each is one pass over the argument: what fuses is one operation.
+    Each operation is one pass over the argument. A fusion is one operation.
     """
     entry = text[text.index("\nENTRY ") :].splitlines()[2:]
     lines = [line.partition(" = ") for line in entry if " = " in line]
-    source = {}  # of an argument, or what is the same in memory: its number
+    source = {}  # names of arguments and their bitcasts -> argument number
     counts = {}
     for name, _, rest in lines:
         name = name.replace("ROOT", "").strip().lstrip("%")
-        # A layout has parentheses too, but no names in them.
+        # A layout also has parentheses, but without names.
         operation = re.search(r"parameter\((\d+)\)|([\w-]+)\((%[^)]*)\)", rest)
         if operation is None:
             continue
@@ -133,7 +133,7 @@ def reads(text):
 
 def _on(mesh, divergence):
     return ft.partial(
-        jaxkl.sharded_distillation_loss,
+        jaxkl.distillation_loss,
         divergence=losses.DIVERGENCES[divergence],
         temperature=losses.T,
         mesh=mesh,
@@ -143,7 +143,7 @@ def _on(mesh, divergence):
 
 
 def tpu_memory(tpu, jobs):
-    """One dictionary per job, in their order; ImportError if libtpu is not there."""
+    """Returns one dictionary per job, in order; raises ImportError without libtpu."""
     if importlib.util.find_spec("libtpu") is None:
         raise ImportError("No module named 'libtpu'")
     topology = TPUS.get(tpu, tpu)

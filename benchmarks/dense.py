@@ -1,4 +1,4 @@
-"""Logits that are there already: value, and gradient by the student's."""
+"""Cells for given logits: value, and gradient by the student's."""
 
 from functools import partial
 

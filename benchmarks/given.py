@@ -1,4 +1,4 @@
-"""Log-probabilities that are there already: `kl_div` and optax's `kl_divergence`."""
+"""Cells for given log-probabilities: `kl_div` and optax's `kl_divergence`."""
 
 from functools import partial
 
@@ -21,7 +21,7 @@ from .harness import (
 from .torch_peers import torch_peers
 
 
-BOUNDS = {  # against torch.compile, and against the best of the others
+BOUNDS = {  # time against torch.compile, and against the best of the others
     "kl_div-forward": (1.0, 0.7),
     "kl_div-log-forward": (1.0, 1.0),
     "kl_div-grad": (1.0, 0.8),
@@ -38,7 +38,7 @@ def with_jaxkl(name):
 
 
 def with_plain_jax(name):
-    """The lines that people write, where `0 log 0` is 0."""
+    """Makes the usual formula, in which `0 log 0` is 0."""
     if "log" in name:
         return lambda x, t: jnp.sum(jnp.exp(t) * (t - x)) / len(x)
     xlogy = jax.scipy.special.xlogy

@@ -1,4 +1,4 @@
-"""Peers of a cell: checked against float64, then timed in turns in one process."""
+"""Checks the peers of a cell against float64, then times them in turns."""
 
 import dataclasses
 import gc
@@ -12,18 +12,18 @@ import jax
 import numpy as np
 
 
-TOLERANCE = 1e-4  # of a peer's value and gradients; float32 gives about 1e-6
+TOLERANCE = 1e-4  # for a peer's value and gradients; float32 gives about 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     rounds: int = 7
-    smoke: bool = False  # tiny shapes, to try the harness itself
+    smoke: bool = False  # tiny shapes, to test the harness itself
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A bound that a cell is to keep; without a value, what it needs was not there."""
+    """A bound for a cell. The value is None if something it needs was missing."""
 
     what: str
     value: float | None
@@ -39,9 +39,9 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    rows: list[dict[str, Any]]  # a row's "peer" is its name, its "state" if it counts
+    rows: list[dict[str, Any]]  # "peer" is a row's name, "state" is "ok" if it counts
     targets: list[Target]
-    bases: tuple[str, ...] = ()  # the peers whose ratios the table shows
+    bases: tuple[str, ...] = ()  # the table shows ratios to these peers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Something to time: `run()` returns its outputs once they are there."""
+    """Something to time: `run()` waits for its outputs and returns them."""
 
     run: Callable[[], Any]
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -63,13 +63,13 @@ class Work:
 class Peer:
     name: str
     prepare: Callable[[], Work]
-    expected: Sequence[Any] | None = None  # value and gradients; None: nothing to check
-    optional: bool = True  # if it cannot be prepared it is skipped, by name
-    seen: Callable[[Any], Any] = lambda outputs: outputs  # the part to check
+    expected: Sequence[Any] | None = None  # value and gradients, or None: no check
+    optional: bool = True  # skipped, by name, if it cannot be prepared
+    seen: Callable[[Any], Any] = lambda outputs: outputs  # selects the part to check
 
 
 def jax_work(f, *args):
-    """`f` compiled for `args`, which are its arguments and not constants in it."""
+    """Compiles `f` for `args`, which are arguments and not constants."""
     start = time.perf_counter()
     compiled = jax.jit(f).lower(*args).compile()
     seconds = time.perf_counter() - start
@@ -87,7 +87,7 @@ def memory_of(compiled):
 
 
 def relative_error(actual, expected):
-    """Of norms, in blocks of rows, so that float64 copies stay small."""
+    """Returns the relative error in norm, row by row to keep float64 copies small."""
     actual, expected = np.atleast_1d(np.asarray(actual)), np.atleast_1d(expected)
     if actual.shape != expected.shape:
         return float("inf")
@@ -100,7 +100,7 @@ def relative_error(actual, expected):
 
 
 def prepared(peer):
-    """Its work, having run once, and its row of the table."""
+    """Runs a peer once; returns its work and its row of the table."""
     row = {"peer": peer.name, "state": "ok", "required": not peer.optional}
     try:
         start = time.perf_counter()
@@ -127,11 +127,11 @@ def prepared(peer):
 
 
 def measure(peers, settings):
-    """Rows of all peers, with the ratio of each one's time to that of each other.
+    """Returns rows of all peers, with the ratio of each time to each other time.
 
-    A round runs every peer once, in an order drawn anew. A time is the median over
-    rounds; a ratio is the median of the ratios within rounds, so that what slows a
-    whole round does not count.
+    A round runs every peer once, in a new random order. A time is the median over
+    rounds. A ratio is the median of the ratios within rounds, so that a slow round does
+    not distort it.
     """
     works, rows = {}, []
     for peer in peers:
@@ -163,23 +163,23 @@ def measure(peers, settings):
 
 
 def find(rows, peer):
-    """The row of a peer that took part and was right, or an empty one."""
+    """Returns the row of a peer that ran and was right, or an empty one."""
     return next((r for r in rows if r["peer"] == peer and r["state"] == "ok"), {})
 
 
 def time_ratio(rows, peer, base):
-    """None where one of the two is not there, or nothing was timed."""
+    """Returns a ratio of times, or None if a peer is missing or was not timed."""
     return find(rows, peer).get("ratios", {}).get(base)
 
 
 def ratio(rows, key, peer, base):
-    """Of one fact of two peers, or None where either is not there."""
+    """Returns the ratio of one fact of two peers, or None if either is missing."""
     x, y = find(rows, peer).get(key), find(rows, base).get(key)
     return None if x is None or y is None else x / y
 
 
 def bytes_alone(arrays, gradient):
-    """What nothing avoids: to read the arrays and, for a gradient, write a new one."""
+    """Makes the minimum: read the arrays and, for a gradient, write a new one."""
     f = (lambda x, y: x - y) if gradient else (lambda x, y: jax.numpy.sum(x - y))
     return Peer(BYTES, lambda: jax_work(f, *arrays), optional=False)
 
@@ -189,7 +189,7 @@ OTHERS = ("plain JAX", "optax", "ejkernel", "torch eager")
 
 
 def against_peers(rows, compiled, others):
-    """Bounds of jaxkl's time, against torch.compile and the fastest of the others."""
+    """Bounds jaxkl's time against torch.compile and the fastest of the others."""
     ratios = {name: time_ratio(rows, "jaxkl", name) for name in OTHERS}
     present = {name: x for name, x in ratios.items() if x is not None}
     best = max(present, key=present.get, default=None)

@@ -1,4 +1,4 @@
-"""Hidden states and two heads of SmolLM2's size, in place of logits."""
+"""Cells for hidden states and two heads of SmolLM2's size, in place of logits."""
 
 from functools import cache
 
@@ -28,13 +28,13 @@ LOSS = "forward-kl"
 
 
 def sizes(settings):
-    """Tokens, hidden, vocab."""
+    """Returns tokens, hidden, vocab."""
     return (64, 32, 1000) if settings.smoke else (2048, 576, 49152)
 
 
 @cache
 def arrays(tokens, hidden, vocab):
-    """Hidden and kernel of student and teacher; logits have a deviation of 2."""
+    """Draws hidden and kernel of student and teacher; logits have a deviation of 2."""
     rng = np.random.default_rng(0)
 
     def normal(shape, deviation):
@@ -52,7 +52,7 @@ def arrays(tokens, hidden, vocab):
 
 @cache
 def expected(tokens, hidden, vocab):
-    """Value and gradients by the student's hidden and kernel, in float64."""
+    """Computes value and gradients by the student's arrays, in float64."""
     h, k, th, tk = arrays(tokens, hidden, vocab)
     wide, teacher_wide = k.astype(np.float64), tk.astype(np.float64)
     value, d_hidden, d_kernel = 0.0, np.empty(h.shape), np.zeros(k.shape)
@@ -90,15 +90,15 @@ def torch_loss():
 
 
 def liger(shape):
-    """Liger's chunked losses, compiled by torch, on kernels `[vocab, hidden]`.
+    """Makes Liger's chunked loss, compiled by torch, on kernels `[vocab, hidden]`.
 
-    Its Jensen-Shannon divergence has the forward KL at `beta=0`.
+    Its Jensen-Shannon divergence is the forward KL at `beta=0`.
     """
     import torch
     from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDFunction
 
     h, k, th, tk = arrays(*shape)
-    labels = torch.zeros(shape[0], dtype=torch.int64)  # none is -100: all tokens count
+    labels = torch.zeros(shape[0], dtype=torch.int64)  # all tokens count
 
     def loss(h, k, th, tk):
         value = LigerFusedLinearJSDFunction.apply(
@@ -116,7 +116,7 @@ def as_ours(outputs):
 
 
 def gemms(shape, gradient):
-    """The matrix products that nothing can avoid, alone, one after another."""
+    """Makes only the necessary matrix products, one after another."""
     h, k, th, tk = jax.device_put(arrays(*shape))
     steps = [(jnp.matmul, h, k), (jnp.matmul, th, tk)]
     if gradient:

@@ -1,6 +1,6 @@
-"""One loss four ways, and in float64: `T² D(teacher, student)`, the mean over tokens.
+"""Defines one loss in four ways, and in float64: the mean of `T² D(teacher, student)`.
 
-Each is made by name of its divergence and takes logits `[tokens, vocab]`.
+Each function makes the loss of a named divergence on logits `[tokens, vocab]`.
 """
 
 import jax
@@ -32,7 +32,7 @@ def _kl(log_p, log_q):
 
 
 def _by_name(name, kl, log_mean_exp):
-    """The divergence of `log_p` and `log_q`, given what computes a KL."""
+    """Makes the divergence of `log_p` and `log_q` from a function for the KL."""
 
     def jensen_shannon(log_p, log_q):
         log_m = log_mean_exp(log_p, log_q)
@@ -59,7 +59,7 @@ def _in_jax(divergence):
 
 
 def with_plain_jax(name):
-    """The lines that people paste: `log_softmax` and a sum."""
+    """Makes the usual loss: `log_softmax` and a sum."""
     return _in_jax(_by_name(name, _kl, _log_mean_exp))
 
 
@@ -109,7 +109,7 @@ def with_torch(name):
 
 
 def in_float64(name, student, teacher):
-    """In NumPy: the sum over tokens, not the mean, and its gradient to `student`."""
+    """Computes the sum over tokens, not the mean, and its gradient, in NumPy."""
 
     def log_softmax(logits):
         x = logits.astype(np.float64) / T
@@ -119,7 +119,7 @@ def in_float64(name, student, teacher):
     log_q, log_p = log_softmax(student), log_softmax(teacher)
     q, p = np.exp(log_q), np.exp(log_p)
     if name == "forward-kl":
-        f, f_q = p * (log_p - log_q), -p  # f_q: derivative of f by log_q
+        f, f_q = p * (log_p - log_q), -p  # f_q is the derivative of f by log_q
     elif name == "reverse-kl":
         f = q * (log_q - log_p)
         f_q = f + q

@@ -1,7 +1,7 @@
-"""Temporary memory against the size of the vocabulary, and its picture.
+"""Measures and draws temporary memory against the size of the vocabulary.
 
 `python -m benchmarks --cell memory` measures and draws; `python -m benchmarks.memory`
-draws again from the numbers in `benchmarks/results/memory.json`.
+only draws, from the numbers in `benchmarks/results/memory.json`.
 """
 
 import json
@@ -16,8 +16,8 @@ from .tpu import compile_all
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "memory.png"
 TOKENS, HIDDEN = 8192, 4096
 DEVICES = {"CPU": "float32", "TPU v5e": "bfloat16"}
-COLOURS = {"plain JAX": "#D55E00", "jaxkl": "#0072B2"}  # of Okabe and Ito
-LEAST = 1 / 16  # MiB: what is below is drawn there, and the axis says so
+COLOURS = {"plain JAX": "#D55E00", "jaxkl": "#0072B2"}  # Okabe and Ito's palette
+LEAST = 1 / 16  # MiB: lower values are drawn here, and the axis says so
 LINES = {"heads": "-", "logits": "--"}
 
 
@@ -92,14 +92,14 @@ def draw(rows):
         "and results",
         fontsize=11,
     )
-    for axes, ends in labels:  # once the limits are known
+    for axes, ends in labels:  # now the limits are known
         _label(axes, ends)
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(PICTURE, dpi=120)
 
 
 def _label(axes, ends):
-    """Names each curve at its end, at least a line of text above the one below."""
+    """Labels each curve at its end, at least a line of text above the one below."""
     height = axes.get_window_extent().height * 72 / axes.figure.dpi
     below = -float("inf")
     for (vocab, mib), text, colour in sorted(ends, key=lambda end: end[0][1]):
@@ -131,7 +131,7 @@ def _curves():
 
 
 def _points(rows, device, implementation, form):
-    """Of one curve: vocabulary and MiB."""
+    """Returns the points of one curve: vocabulary and MiB."""
     return [
         (row["vocab"], max(row["temp_bytes"] / 2**20, LEAST))
         for row in rows

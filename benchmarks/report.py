@@ -1,4 +1,4 @@
-"""A result as a table: on a terminal, as Markdown, and as JSON."""
+"""Writes a result as a table: on a terminal, as Markdown, and as JSON."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ PACKAGES = (
 
 
 def machine():
-    """What a number depends on beside the code."""
+    """Returns what a number depends on besides the code."""
     return {
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)),
@@ -95,13 +95,13 @@ def _gib(size):
 
 
 def _counted(texts):
-    """`3: a; 2 × b`."""
+    """Counts texts, as in `3: a; 2 × b`."""
     parts = [f"{n} × {x}" if n > 1 else x for x, n in Counter(texts).items()]
     return ": ".join(filter(None, (str(len(texts)), "; ".join(parts))))
 
 
 def table(result):
-    """Titles and lines of text, in the columns for which there is something."""
+    """Returns titles and lines of text, without empty columns."""
     large = any("total_bytes" in row for row in result.rows)
     form, unit = (_gib, "GiB") if large else (_mib, "MiB")
     columns = {"": lambda row: row["peer"]}
@@ -164,7 +164,7 @@ def markdown(cell, result, facts, rounds):
 
 
 def show(cell, result, facts, rounds):
-    """Prints; Markdown where the output is not a terminal."""
+    """Prints a result, as Markdown if the output is not a terminal."""
     console = Console()
     if not console.is_terminal:
         print(markdown(cell, result, facts, rounds), flush=True)

@@ -1,6 +1,6 @@
-"""Tokens and vocabulary over a mesh of TPUs: memory of one, and what they exchange.
+"""Shards tokens and vocabulary over a mesh of TPUs: memory and exchanges.
 
-No TPU: it compiles, nothing runs.
+It needs no TPU: it compiles and runs nothing.
 """
 
 import re
@@ -12,12 +12,12 @@ from .harness import Cell, find, ratio, Result, Target
 from .tpu import compile_all
 
 
-TOKENS, HIDDEN, VOCAB = 32768, 4096, 262144  # of a whole mesh
+TOKENS, HIDDEN, VOCAB = 32768, 4096, 262144  # for a whole mesh
 MESHES = ((1, 1), (2, 2), (4, 4))  # devices for tokens × for the vocabulary
 WAYS = ("jaxkl, jit", "plain JAX")
 PODS = {"v5e:16x16": (64, 4), "v5p:16x16x16": (1024, 4)}
 
-# In a line such as `%x = (f32[8]{0:T(256)}, f32[8]{0}) all-reduce(%y, %z), replica…`
+# Matches `%x = (f32[8]{0:T(256)}, f32[8]{0}) all-reduce(%y, %z), replica_groups=…`.
 COLLECTIVE = re.compile(
     r" = (.+?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
     r"(-start)?\("
@@ -35,7 +35,7 @@ def run(settings):
     cases = [("v5e:4x4", mesh, tokens, "jaxkl") for mesh in MESHES]
     cases += [("v5e:4x4", MESHES[-1], tokens, way) for way in WAYS]
     for topology, mesh in {} if settings.smoke else PODS.items():
-        # As many tokens and columns on a chip as on 4 × 4.
+        # A chip has as many tokens and columns as on 4 × 4.
         cases.append((topology, mesh, tokens // 4 * mesh[0], "jaxkl"))
     jobs = {topology: {} for topology, *_ in cases}
     for topology, mesh, tokens, way in cases:
@@ -56,7 +56,7 @@ def name_of(topology, mesh, tokens, way):
 
 
 def targets(rows, one, some, full, *pods):
-    """From the names of jaxkl's rows: the meshes in their order, then the pods."""
+    """Makes targets from the names of jaxkl's rows: meshes in order, then pods."""
     temp = lambda peer, base: ratio(rows, "temp_bytes", peer, base)
     total, size = (
         find(rows, full).get(key) for key in ("total_bytes", "in_loop_bytes")
@@ -77,9 +77,10 @@ def targets(rows, one, some, full, *pods):
 
 
 def collectives(text, mesh):
-    """Those of a compiled program, inside its loops and outside; `mesh` is its shape.
+    """Finds the collectives of a compiled program, inside its loops and outside.
 
-    `in_loop_bytes`: of the arrays that one turn of the loops exchanges.
+    `mesh` is the shape of the mesh. `in_loop_bytes` counts the arrays that one step of
+    the loops exchanges.
     """
     found, called, loops = {}, {}, set()
     for line in text.splitlines():
@@ -106,10 +107,10 @@ def collectives(text, mesh):
 
 
 def arrays(match):
-    """What comes out, as text and in bytes."""
+    """Returns the results of a collective, as text and in bytes."""
     types, kind, start = match.groups()
     shapes = re.findall(r"(\w+)\[([\d,]*)\]", types)
-    if start and kind != "all-reduce":  # operands, results, and scalars of its own
+    if start and kind != "all-reduce":  # operands, results, and extra scalars
         shapes = [shape for shape in shapes if shape[1]]
         shapes = shapes[len(shapes) // 2 :]
     text = " + ".join(f"{dtype}[{sizes}]" for dtype, sizes in shapes)
@@ -119,10 +120,11 @@ def arrays(match):
 
 
 def axes(line, mesh):
-    """Along which devices exchange, from the first group of them that a line names.
+    """Returns the mesh axes of an exchange, from the first device group in a line.
 
-    `{{0,4,8},…}`; `[3,2]<=[2,3]T(1,0)`: that many groups of so many, of all numbers in
-    an array of that shape, transposed so; `mesh['axis_0'=2,'axis_1'=3] {'axis_1'}`.
+    XLA writes groups in three forms. `{{0,4,8},…}` lists them. `[3,2]<=[2,3]T(1,0)` has
+    3 groups of 2, from an array of shape [2, 3] of all device numbers, transposed. The
+    third form is `mesh['axis_0'=2,'axis_1'=3] {'axis_1'}`.
     """
     names = ("tokens", "vocab")
     groups = re.search(r"(?:replica_groups|source_target_pairs)=(.*)", line)[1]

@@ -1,4 +1,4 @@
-"""A list of 64 columns a token for a teacher, and logits of the student."""
+"""A cell for a teacher of 64 columns a token, and the student's logits."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""PyTorch, eager and compiled, on the same arrays."""
+"""Makes PyTorch peers, eager and compiled, on the same arrays."""
 
 from functools import partial
 
@@ -6,14 +6,14 @@ from .harness import Peer, Work
 
 
 def torch_work(f, arrays, with_gradient, compile):
-    """`f` of tensors on these NumPy arrays, and its gradient by the first so many."""
+    """Runs `f` on these NumPy arrays, with gradients of the first `with_gradient`."""
     import torch
 
     inputs = [torch.from_numpy(array) for array in arrays]
     for x in inputs[:with_gradient]:
         x.requires_grad_()
     if compile:
-        torch._dynamo.reset()  # of other cells' shapes: these are not dynamic
+        torch._dynamo.reset()  # forgets other cells' shapes
         f = torch.compile(f, dynamic=False)
 
     def run():
@@ -28,7 +28,7 @@ def torch_work(f, arrays, with_gradient, compile):
 
 
 def torch_peers(make_loss, arrays, with_gradient, expected):
-    """`make_loss()` gives the function, so that a missing torch is a skipped peer."""
+    """Makes peers. `make_loss()` imports torch, so a missing torch skips the peer."""
 
     def prepare(compile):
         return torch_work(make_loss(), arrays, with_gradient, compile)

@@ -1,4 +1,4 @@
-"""What XLA's TPU compiler makes of the losses. No TPU: it compiles, nothing runs."""
+"""Compiles the losses with XLA's TPU compiler. It needs no TPU and runs nothing."""
 
 from .compiled import Job, tpu_memory, TPUS
 from .harness import Cell, find, ratio, Result, Target
@@ -10,7 +10,7 @@ IMPLEMENTATIONS = ("jaxkl", "plain JAX")
 
 
 def compile_all(tpu, jobs):
-    """Rows of `{name: job}` on one kind of TPU."""
+    """Returns the rows of `{name: job}` on one kind of TPU."""
     try:
         found = tpu_memory(tpu, list(jobs.values()))
     except (ImportError, RuntimeError) as error:
@@ -44,7 +44,7 @@ def run_heads(settings):
                 value = find(new, ours).get(key)
                 value = None if value is None else value / GIB
                 targets.append(Target(f"{tpu}: {what}, GiB", value, bound))
-        else:  # of the same order
+        else:  # about the same as on v5e
             both = [*new, *(row for row in rows if row["peer"] == "v5e, jaxkl")]
             value = ratio(both, "temp_bytes", ours, "v5e, jaxkl")
             targets.append(Target(f"{tpu}: temp ÷ v5e's", value, 2.0))

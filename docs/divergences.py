@@ -1,8 +1,8 @@
-"""The picture on the page about divergences: one peak, fitted to two.
+"""Draws the figure on the page about divergences: one peak, fitted to two.
 
-A student with a single peak, of any place and width, learns from a teacher with two. It
+A student with one peak, of any position and width, learns from a teacher with two. It
 cannot have both, and each divergence leaves out something else. `python
-docs/divergences.py` draws docs/images/divergences.png.
+docs/divergences.py` writes docs/images/divergences.png.
 """
 
 from pathlib import Path
@@ -36,7 +36,7 @@ def teacher_logits():
 
 
 def fit(divergence):
-    """The best of several starts, by gradient descent."""
+    """Runs gradient descent from several starts and returns the best end."""
 
     def loss(parameters):
         return jaxkl.distillation_loss(

@@ -1,6 +1,6 @@
-"""The tables of `scaling.md`: arithmetic from published rates, nothing is measured.
+"""Prints the tables of `scaling.md`: run `python docs/scaling.py`.
 
-`python docs/scaling.py` prints them.
+They are arithmetic from published rates. Nothing is measured.
 """
 
 import dataclasses
@@ -10,27 +10,29 @@ import math
 @dataclasses.dataclass(frozen=True)
 class Chip:
     name: str
-    flops: float  # a second, bf16
-    hbm: float  # bytes a second
-    link: float  # bytes a second, one way
+    flops: float  # per second, bf16
+    hbm: float  # bytes per second
+    link: float  # bytes per second, one way
     ring: int  # a dimension of a slice is a ring if this divides it, else a line
-    dcn: float  # bytes a second, a chip's share of the data-centre network
+    dcn: float  # bytes per second: a chip's share of the data-centre network
 
 
 V5E = Chip("v5e", 197e12, 819e9, 1600e9 / 8 / 4, 16, 6.4e12 / 8 / 256)
 V5P = Chip("v5p", 459e12, 2765e9, 4800e9 / 8 / 6, 4, 50e9 / 8)
-HOP = 1e-6  # seconds: an estimate
+HOP = 1e-6  # seconds, estimated
 
-TOKENS, HIDDEN, VOCAB = 8192, 4096, 262144  # tokens of a chip, vocabulary of them all
+TOKENS, HIDDEN, VOCAB = 8192, 4096, 262144  # TOKENS is per chip
 VOCABS = 32000, 128256, 262144
 BF16, FLOAT32 = 2, 4
-TILE = 1024  # tokens, as jaxkl chooses on TPUs for these columns of a chip
+TILE = 1024  # tokens: jaxkl's choice on TPUs for this many columns a chip
 
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """The vocabulary over `vocab` neighbours in the first dimension, tokens over the
-    rest of it, the other dimensions, and pods."""
+    """Shards the vocabulary over `vocab` neighbours in the first dimension.
+
+    Tokens are sharded over the rest of it, the other dimensions, and pods.
+    """
 
     chip: Chip
     dimensions: tuple[int, ...]
@@ -53,7 +55,7 @@ class Mesh:
         return size % self.chip.ring == 0
 
     def gemms(self):
-        """Student and teacher forward, `d hidden`, `d kernel`."""
+        """Seconds for student logits, teacher logits, `d hidden` and `d kernel`."""
         return 4 * 2 * TOKENS * HIDDEN * self.columns / self.chip.flops
 
     def hbm(self):
@@ -66,26 +68,26 @@ class Mesh:
         return self.vocab == self.dimensions[0] and self.is_ring(self.vocab)
 
     def over_vocab(self, size):
-        """Bytes that a chip sends, and seconds."""
+        """Returns the bytes that a chip sends, and seconds."""
         sent = ring_all_reduce(size, self.vocab)
         return sent, sent / (self.chip.link * (2 if self.vocab_is_ring else 1))
 
     def statistics(self):
-        """24 bytes a token, in three all-reduces a tile."""
+        """A token has 24 bytes, and a tile three all-reduces."""
         sent, seconds = self.over_vocab(24 * TOKENS)
         there_and_back = self.vocab if self.vocab_is_ring else 2 * (self.vocab - 1)
         return sent, seconds, self.tiles * 3 * there_and_back * HOP
 
     def d_hidden(self):
-        """Summed in float32, as every chip has a part of each number."""
+        """The sum is in float32, because every chip has a part of each number."""
         return self.over_vocab(FLOAT32 * TOKENS * HIDDEN)
 
     def d_kernel(self):
-        """Bytes on a pod's links, seconds there, seconds between pods.
+        """Returns bytes on a pod's links, seconds there, and seconds between pods.
 
-        First over the dimensions that hold tokens alone, all at once; what is then
-        left of the array on each chip, over the rest of the first dimension, whose
-        links as many groups share as the vocabulary has shards; last over pods.
+        The sum runs over all dimensions that hold only tokens, at once. Then the part
+        that is left on each chip is summed over the rest of the first dimension, where
+        `vocab` groups share the links. The sum over pods is last.
         """
         size, link = BF16 * HIDDEN * self.columns, self.chip.link
         others = self.dimensions[1:]
@@ -100,28 +102,30 @@ class Mesh:
         return sent + more, seconds + more / (ways * link), between / self.chip.dcn
 
     def communication(self):
-        """Seconds: statistics, `d hidden`, `d kernel`."""
+        """Returns the seconds for statistics, `d hidden` and `d kernel`."""
         return sum(self.statistics()[1:]), self.d_hidden()[1], sum(self.d_kernel()[1:])
 
     def fewest_tokens(self):
-        """Of a chip, for the GEMMs to take as long as all communication: `d kernel`
-        does not depend on tokens, the rest is taken as proportional to them."""
+        """Tokens a chip at which the GEMMs take as long as all communication.
+
+        `d kernel` does not depend on tokens. The rest is assumed proportional to them.
+        """
         statistics, d_hidden, d_kernel = self.communication()
         return TOKENS * d_kernel / (self.gemms() - statistics - d_hidden)
 
 
 def ring_all_reduce(size, shards):
-    """Bytes that each of them sends."""
+    """Returns the bytes that each shard sends."""
     return 2 * size * (shards - 1) / shards
 
 
 def most_shards(chip, vocab, ways):
-    """Of the vocabulary, for the GEMMs to take as long as the sum of `d hidden`."""
+    """Vocabulary shards at which the sum of `d hidden` takes as long as the GEMMs."""
     return 1 + vocab * ways * chip.link / chip.flops
 
 
 def most_shards_by_latency(chip, vocab):
-    """On one ring: for a tile's GEMMs to take as long as the hops of its statistics."""
+    """Shards on a ring at which a tile's statistics take as long as its GEMMs."""
     return math.sqrt(4 * 2 * TILE * HIDDEN * vocab / chip.flops / (3 * HOP))
 
 
@@ -197,7 +201,7 @@ def shards_table():
 
 
 def facts():
-    """The numbers in the text."""
+    """Returns the numbers in the text of the page."""
     one_ring, two_rings = (
         chip.flops / (2 * ways * 2 * chip.link) for chip, ways in ((V5E, 1), (V5P, 2))
     )
@@ -216,7 +220,7 @@ def facts():
             f"d hidden ÷ GEMMs, V {vocab}, m = {shards}: {shares[0]:.0%} on v5e, "
             f"{shares[1]:.0%} on v5p"
         )
-    rows = 128  # of a chip in a tile, as compiled from plain `jit`
+    rows = 128  # tokens a chip in a tile, as compiled from plain `jit`
     tiles = math.ceil(TOKENS / rows)
     hbm = MESHES[0].hbm() / MESHES[0].tiles * tiles
     lines.append(f"jit on 4 × 4 v5e: {tiles} tiles, {1e3 * hbm:.0f} ms of HBM")

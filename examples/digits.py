@@ -1,35 +1,35 @@
 # `make distill` builds an environment and runs this.
 """Distil a small network from a larger one on real handwritten digits, in one file.
 
-What. scikit-learn's 1797 images of 8x8 pixels, 500 of them held out. The teacher, an
-MLP with two hidden layers of 128, learns from the labels of the other 1297. The student
-has one hidden layer of 24 and gets few of those labels, 100 by default. It is trained
-three ways, from the same weights and for as many steps:
+The data are scikit-learn's 1797 images of 8x8 pixels, 500 of them held out. The
+teacher, an MLP with two hidden layers of 128, learns from the labels of the other 1297.
+The student has one hidden layer of 24 and gets few of those labels, 100 by default. It
+is trained in three ways, from the same weights and for the same number of steps:
 
-  labels alone            cross-entropy on the labelled images;
-  distilled, same images  the teacher's soft outputs beside these labels: what soft
-                          targets are worth by themselves;
-  distilled, all images   the same loss on all 1297; an image without a label is
-                          supervised by the teacher alone.
+  labels alone            uses the cross-entropy on the labelled images;
+  distilled, same images  adds the teacher's soft outputs on these images, which shows
+                          what soft targets are worth by themselves;
+  distilled, all images   uses the same loss on all 1297 images; the teacher alone
+                          supervises an image without a label.
 
-The teacher has seen every label, so "all images" learns from them too, through it: the
-table shows how much gets through, not that labels were unnecessary. The setting, few
-labels and a small student, is one in which distillation helps; `--labels 1297` is one
-in which it does not, and the program says so.
+The teacher has seen every label, so "all images" also learns from them, through the
+teacher. The table shows how much gets through, not that labels were unnecessary.
+Distillation helps here because labels are few and the student is small. With
+`--labels 1297` it does not help, and the program says so.
 
-How. Each student's loss is one call, with alpha = 0 for labels alone:
+Each student's loss is one call, with alpha = 0 for labels alone:
 
   jaxkl.distillation_loss(logits, teacher_logits, divergence=..., temperature=T,
-                          labels=labels, alpha=alpha)     # label -100: there is none
+                          labels=labels, alpha=alpha)     # label -100: no label
 
 It is the mean of alpha T² D(teacher, student), at temperature T, plus (1 - alpha) times
-the cross-entropy. A seed sets the weights, which images have a label, and the
-minibatches. All seeds train at once under `jax.vmap` and share the held-out images: the
-spread is that of training. Reported is the last step; nothing is chosen by looking at
-the held-out images.
+the cross-entropy. A seed sets the weights, the choice of labelled images, and the
+minibatches. All seeds train at once under `jax.vmap` and share the held-out images, so
+the spread is that of training. The program reports the last step and chooses nothing
+by looking at the held-out images.
 
-Why. Hinton, Vinyals, Dean. Distilling the Knowledge in a Neural Network, 2015.
-https://arxiv.org/abs/1503.02531
+The method is from Hinton, Vinyals, Dean. Distilling the Knowledge in a Neural Network,
+2015. https://arxiv.org/abs/1503.02531
 """
 
 import argparse
@@ -66,7 +66,7 @@ DIVERGENCES = {
     "reverse-kl": jaxkl.ReverseKL(),
     "jensen-shannon": jaxkl.JensenShannon(),
 }
-COLOURS = {  # of Okabe and Ito, told apart by colour-blind eyes too
+COLOURS = {  # Okabe and Ito's palette, which is safe for colour-blind readers
     "labels alone": "#D55E00",
     "distilled, same images": "#CC79A7",
     "distilled, all images": "#0072B2",
@@ -105,7 +105,7 @@ def student_loss(logits, batch, *, divergence, temperature):
 
 
 def create(keys, widths, steps):
-    """A model and its optimizer per key: their common structure, stacked arrays."""
+    """Makes a model and optimizer per key: one structure, with stacked arrays."""
     tx = optax.adamw(optax.cosine_decay_schedule(3e-3, steps), weight_decay=1e-2)
     states = []
     for key in keys:
@@ -118,12 +118,12 @@ def create(keys, widths, steps):
 
 @partial(jax.jit, static_argnames=("structure", "loss_fn"))
 def train(structure, states, runs, images, labels, start, stop, loss_fn):
-    """Takes the steps from `start` to `stop`, in all runs at once."""
+    """Runs the steps from `start` to `stop`, for all runs at once."""
 
     def one_run(state, run):
         def step(i, state):
             model, optimizer = nnx.merge(structure, state)
-            # A run draws from the first `pool` images of its own order, and the first
+            # A run draws from the first `pool` images of its own order. The first
             # `labelled` of them have a label.
             key = jax.random.fold_in(run["key"], i)
             place = jax.random.randint(key, (BATCH,), 0, run["pool"])
@@ -149,7 +149,7 @@ def predict(structure, states, images):
 
 @jax.jit
 def judge(student_logits, teacher_logits, labels):
-    """Accuracy in %, and KL(teacher || student) in nats at temperature 1, per run."""
+    """Returns accuracy in % and KL(teacher || student) in nats at T = 1, per run."""
 
     def one_run(student, teacher):
         _, metrics = jaxkl.distillation_loss_with_metrics(student, teacher)
@@ -172,7 +172,7 @@ def experiment(args, progress):
     keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), 5))(seeds)
     teacher_key, student_key, order_key, teacher_batches, student_batches = keys.T
 
-    def each(*values):  # one value per way of training -> one per run, way by seed
+    def each(*values):  # expands one value per way of training to one per run
         return jnp.repeat(jnp.asarray(values), args.seeds)
 
     def all_ways(array):
@@ -184,7 +184,7 @@ def experiment(args, progress):
         "pool": each(TRAIN),
         "labelled": each(TRAIN),
         "alpha": each(0.0),
-        "teacher_logits": jnp.zeros((args.seeds, TRAIN, 10)),  # it has no teacher
+        "teacher_logits": jnp.zeros((args.seeds, TRAIN, 10)),  # no teacher here
     }
     structure, states = create(teacher_key, TEACHER, TEACHER_STEPS)
     for i in progress.track(range(0, TEACHER_STEPS, 50), description="teacher"):
@@ -224,9 +224,9 @@ def summary(values):
 
 
 def paired(first, second):
-    """Mean difference over seeds, its standard error, and its sign where it is clear.
+    """Returns the mean difference over seeds, its standard error, and its sign.
 
-    Clear: the 95 % interval of Student's t excludes 0. Otherwise the sign is 0.
+    The sign is 0 unless the 95 % interval of Student's t excludes 0.
     """
     difference = first - second
     mean, error = float(difference.mean()), float(stats.sem(difference))
@@ -235,7 +235,7 @@ def paired(first, second):
 
 
 def report(args, teacher_accuracy, accuracy, kl):
-    """Prints the table and what follows from it; returns the numbers."""
+    """Prints the table and its conclusions, and returns the numbers."""
     pools = (args.labels, args.labels, TRAIN)
     rows = {"teacher": {"labels": TRAIN, "images": TRAIN}}
     rows["teacher"]["accuracy"] = summary(teacher_accuracy)
@@ -270,7 +270,7 @@ def report(args, teacher_accuracy, accuracy, kl):
 
 
 def draw(path, args, teacher_accuracy, times, accuracy, kl):
-    """Draws curves [time, way, seed]: the mean, in a band of all seeds."""
+    """Draws curves [time, way, seed]: the mean, and a band of all seeds."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for axes, values in (left, accuracy), (right, kl):
@@ -284,7 +284,7 @@ def draw(path, args, teacher_accuracy, times, accuracy, kl):
         axes.spines[["top", "right"]].set_visible(False)
     best = teacher_accuracy.mean()
     left.axhline(best, color="black", linestyle="--", linewidth=1.5, label="teacher")
-    # Leaves out the first steps, in which every student climbs from 10 %.
+    # The axis omits the first steps, where every student climbs from 10 %.
     left.set_ylim(max(0, min(accuracy[-1].min(), best) - 12), 100)
     left.set_title("Accuracy on held-out images, %")
     left.legend(loc="lower right", reverse=True)
@@ -301,7 +301,7 @@ def draw(path, args, teacher_accuracy, times, accuracy, kl):
 
 
 def number(convert, accept, expected):
-    """An argparse type: what `convert` makes of the text, if `accept` takes it."""
+    """Makes an argparse type that converts the text and checks it with `accept`."""
 
     def parse(text):
         try:
@@ -343,7 +343,7 @@ def parse_arguments():
     kinds = dict(choices=DIVERGENCES, default="forward-kl")
     parser.add_argument("--divergence", help="of student from teacher", **kinds)
     args = parser.parse_args()
-    try:  # now, not after the training
+    try:  # check before the training, not after
         args.output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.output).close()
     except OSError as error:
@@ -353,7 +353,7 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    sys.stdout.reconfigure(errors="replace")  # a terminal that has no "±" is no failure
+    sys.stdout.reconfigure(errors="replace")  # the terminal may lack "±"
     with Progress("{task.description:8}", BarColumn(), TimeElapsedColumn()) as progress:
         teacher_accuracy, times, (accuracy, kl) = experiment(args, progress)
     if not np.isfinite(kl).all():

@@ -1,13 +1,14 @@
 # `make run ARGS="examples/from_pytorch.py"` builds an environment and runs this.
-"""The same distillation step in PyTorch and in JAX, side by side, and checked.
+"""Runs the same distillation step in PyTorch and in JAX, and checks that they agree.
 
-1. A small student, the same weights and data in both, a few steps of SGD at T = 2. In
-   PyTorch the loss is the usual idiom; in JAX it is once the same idiom with
-   `jaxkl.kl_div`, and once `jaxkl.distillation_loss`, which takes the logits.
-2. Old snippets that still work: `KLDivLoss(reduce=False)`, and a (M, C, W, H) input.
-3. `kl_div` beside binary cross-entropy, which it is not.
+1. A small student trains for a few steps of SGD at T = 2, with the same weights and
+   data in both. PyTorch uses the usual idiom. JAX uses the same idiom with
+   `jaxkl.kl_div`, and then `jaxkl.distillation_loss`, which takes the logits.
+2. Old snippets still work: `KLDivLoss(reduce=False)`, and a (M, C, W, H) input.
+3. `kl_div` differs from binary cross-entropy.
 
-Exits with 1 if anything differs by more than float32 rounding, with 2 without PyTorch.
+The program exits with 1 if anything differs by more than float32 rounding, and with 2
+if PyTorch is missing.
 """
 
 import sys
@@ -34,21 +35,21 @@ except ImportError:
 
 T, STEPS, LEARNING_RATE = 2.0, 5, 0.5
 BATCH, WIDTHS = 32, (20, 16, 10)
-# Of the largest entry. A few hundred roundings of float32, whose unit is 6e-8.
+# Relative to the largest entry: a few hundred roundings of float32, of 6e-8 each.
 TOLERANCE = 1e-5
 
 failures = []
 
 
 def difference(expected, actual, what):
-    """Largest difference relative to the largest entry; kept if it is too large."""
+    """Returns the largest relative difference, and records it if it is too large."""
     expected, actual = (np.asarray(x, np.float64) for x in (expected, actual))
     if expected.shape != actual.shape:
         failures.append(f"{what}: shape {expected.shape} and {actual.shape}")
         return float("inf")
     scale = max(np.abs(expected).max(), np.finfo(np.float32).tiny)
     worst = float(np.abs(expected - actual).max() / scale)
-    if not worst <= TOLERANCE:  # NaN is a failure too
+    if not worst <= TOLERANCE:  # NaN fails too
         failures.append(f"{what}: relative difference {worst:.1e}")
     return worst
 
@@ -107,10 +108,10 @@ def training():
     )
     names = ("kernel1", "bias1", "kernel2", "bias2")
 
-    def from_torch(arrays):  # a torch weight is [out, in], a kernel is [in, out]
+    def from_torch(arrays):  # from [out, in] to [in, out]
         return {name: array.T for name, array in zip(names, arrays, strict=True)}
 
-    # Copies: PyTorch updates its weights in place, and JAX may share their memory.
+    # Copy, because PyTorch updates its weights in place and JAX may share their memory.
     weights = [p.detach().numpy().copy() for p in student.parameters()]
     start = jax.tree.map(jnp.array, from_torch(weights))
     params = {kl_div_loss: start, distillation_loss: start}
@@ -160,7 +161,7 @@ def snippets():
     image = np.array(jax.nn.softmax(target_images, axis=1))
 
     # Both libraries warn about `reduce` and `size_average`, and that "mean" is not the
-    # KL divergence. That is the point here, so there is no need to say it twice.
+    # KL divergence. This function shows just that, so it hides the warnings.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         theirs = torch.nn.KLDivLoss(reduce=False)(
@@ -198,7 +199,7 @@ def beside_binary_cross_entropy():
         bce = F.binary_cross_entropy(p, t, reduction="none")
         ours = jaxkl.kl_div(jnp.log(probs), targets, reduction="none")
         difference(theirs, ours, f"kl_div at target {target:g}")
-        # The same at 1, where -log p is all there is; 0 against -log(1 - p) at 0.
+        # At target 1 both are -log p. At target 0, kl_div is 0, not -log(1 - p).
         expected = bce if target == 1 else np.zeros(3)
         difference(expected, ours, f"kl_div beside cross-entropy at {target:g}")
         for row in zip(probs, theirs, ours, bce, strict=True):
@@ -206,7 +207,7 @@ def beside_binary_cross_entropy():
 
 
 def main():
-    # JAX multiplies float32 matrices in less on a GPU or TPU unless it is told not to.
+    # By default JAX multiplies float32 matrices in lower precision on a GPU or TPU.
     jax.config.update("jax_default_matmul_precision", "highest")
     training()
     snippets()

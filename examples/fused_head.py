@@ -1,8 +1,8 @@
 # `make run ARGS="examples/fused_head.py"` builds an environment and runs this.
-"""A language model's distillation step that never makes its logits, in Flax NNX.
+"""Distils a language model in Flax NNX without ever making its logits.
 
-The loss takes hidden states and heads in place of logits. The same student is trained
-both ways: the losses agree, and the memory that XLA plans for a step does not.
+The loss takes hidden states and heads in place of logits. The program trains the same
+student both ways. The losses agree, and the heads need less memory.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import jaxkl
 
 
 class Decoder(nnx.Module):
-    """From tokens, `[batch, length]`, to hidden states and the head's kernel."""
+    """Maps tokens, `[batch, length]`, to hidden states and the head's kernel."""
 
     def __init__(self, vocab, width, rngs):
         self.embed = nnx.Embed(vocab, width, rngs=rngs)
@@ -33,7 +33,7 @@ class Decoder(nnx.Module):
 
 
 def train(source, vocab, batches):
-    """Loss and norm of the gradient of each step, and a step's temporary memory."""
+    """Returns loss and gradient norm of each step, and a step's temporary memory."""
     models = Decoder(vocab, 128, nnx.Rngs(0)), Decoder(vocab, 256, nnx.Rngs(1))
     optimizer = nnx.Optimizer(models[0], optax.adamw(1e-3), wrt=nnx.Param)
     structure, state = nnx.split((*models, optimizer))
@@ -64,7 +64,7 @@ def main():
     for name, size in sizes.items():
         parser.add_argument(f"--{name}", default=size, type=int, help=f"{size}")
     args = parser.parse_args()
-    # JAX multiplies float32 matrices in less on a GPU or TPU unless it is told not to.
+    # By default JAX multiplies float32 matrices in lower precision on a GPU or TPU.
     jax.config.update("jax_default_matmul_precision", "highest")
     shape = (args.steps, args.batch, args.length)
     batches = jax.random.randint(jax.random.key(2), shape, 0, args.vocab)

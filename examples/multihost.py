@@ -1,23 +1,23 @@
 # `make run ARGS="examples/multihost.py"` builds an environment and runs this.
-"""A language model's head distilled over the devices of several processes.
+"""Distils a language model's head over the devices of several processes.
 
-The same code runs as one process, as several on this machine, or on many machines.
-Tokens are spread over the mesh axis "data" and the vocabulary over "model"; every
-process makes only its own rows of each batch; the losses are the same in each case.
+The same code runs as one process, as several on this machine, or on many machines, with
+the same losses. Tokens are sharded over the mesh axis "data" and the vocabulary over
+"model". Every process makes only its own rows of each batch.
 
-One process, on the devices that it finds, or on CPU devices made up for a try:
+Run one process on the devices that it finds, or on virtual CPU devices:
 
     python examples/multihost.py
     python examples/multihost.py --devices-per-process 8
 
-Two processes of four CPU devices each on this machine, over loopback; and a rehearsal
-of what happens when one dies, which must be an error, and soon, not a hang:
+Run two processes of four CPU devices each on this machine, over loopback. The second
+command kills one of them: the job must then fail soon, and not hang:
 
     python examples/multihost.py --launch 2
     python examples/multihost.py --launch 2 --die-at 2
 
-Many machines: on TPU pods, Slurm, Open MPI and Kubernetes, start it without options on
-each, and JAX finds the others. Elsewhere say where the first one is:
+On TPU pods, Slurm, Open MPI and Kubernetes, start it on each machine without options:
+JAX finds the other machines. Elsewhere, pass the address of the first one:
 
     python examples/multihost.py --coordinator HOST:PORT --processes 2 --process 0
     python examples/multihost.py --coordinator HOST:PORT --processes 2 --process 1
@@ -40,10 +40,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import jaxkl
 
 
-# Seconds that JAX waits for another process: to join, to give a sign of life, to end.
-# After that it ends this one too, with a message.
+# Seconds that JAX waits for another process to join, to send a heartbeat, and to end.
+# After that it ends this process too, with a message.
 START, HEARTBEAT, SHUTDOWN = 60, 10, 30
-GRACE = 2 * HEARTBEAT  # the launcher's, for the others to say what they saw
+GRACE = 2 * HEARTBEAT  # the launcher's wait for the others' messages
 
 SPECS = {"embed": P(), "mix": P(), "kernel": P(None, "model")}
 
@@ -63,9 +63,9 @@ def head(params, tokens):
 
 
 def own_rows(args, step, sharding):
-    """This process's rows of a batch, `[rows, length]`: tokens, and which count.
+    """Returns this process's rows of a batch, `[rows, length]`: tokens and mask.
 
-    A row depends on its number alone, not on who makes it.
+    A row depends only on its number, not on the process that makes it.
     """
     indices = sharding.addressable_devices_indices_map((args.batch, args.length))
     rows = {row for rows, _ in indices.values() for row in range(args.batch)[rows]}
@@ -85,21 +85,21 @@ def train(args):
             f"{args.vocab}; the other {devices / model:g} must divide --batch "
             f"{args.batch}."
         )
-    # JAX's newer default, Explicit, would ask for a sharding of each operation.
+    # JAX's newer default, Explicit, would require a sharding for each operation.
     auto = (AxisType.Auto, AxisType.Auto)
     mesh = jax.make_mesh((devices // model, model), ("data", "model"), axis_types=auto)
     shardings = {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()}
     by_row = NamedSharding(mesh, P("data"))
 
     def loss_fn(student, teacher, tokens, where):
-        return jaxkl.sharded_distillation_loss(
+        return jaxkl.distillation_loss(
             head(student, tokens),
             head(teacher, tokens),
             mesh=mesh,
             token_axes="data",
             vocab_axis="model",
             temperature=2.0,
-            where=where,  # the mean is over all that count, in all processes
+            where=where,  # the mean is over the tokens that count in all processes
         )
 
     def step(student, *batch):
@@ -107,7 +107,7 @@ def train(args):
         return jax.tree.map(jnp.subtract, student, grads), loss
 
     step = jax.jit(step, out_shardings=(shardings, None), donate_argnums=0)
-    # Under `jit`, each device makes its own part of the parameters, and no more.
+    # Under `jit`, each device makes only its own part of the parameters.
     start = jax.jit(init, static_argnums=(1, 2), out_shardings=shardings)
     student = start(jax.random.key(0), args.vocab, 32)
     teacher = start(jax.random.key(1), args.vocab, 64)
@@ -136,7 +136,7 @@ def join(args):
     if args.devices_per_process:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", args.devices_per_process)
-    # JAX multiplies float32 matrices in less on a GPU or TPU unless it is told not to.
+    # By default JAX multiplies float32 matrices in lower precision on a GPU or TPU.
     jax.config.update("jax_default_matmul_precision", "highest")
     if args.coordinator:
         who = f"process {args.process} of {args.processes}"
@@ -151,7 +151,7 @@ def join(args):
             shutdown_timeout_seconds=SHUTDOWN,
         )
     except ValueError as error:
-        # Not told of other processes, nor on a cluster that JAX knows: there is one.
+        # Without options, and without a cluster that JAX knows, there is one process.
         if "coordinator_address" not in str(error):
             raise
 
@@ -169,26 +169,26 @@ def run(args):
     except Exception:
         traceback.print_exc()
     sys.stderr.flush()
-    os._exit(1)  # sys.exit would wait for the other processes, dead or not
+    os._exit(1)  # sys.exit would wait for the other processes, even dead ones
 
 
 def follow(i, child):
     with child.stdout:
         for line in child.stdout:
-            if "connected peer ranks is" not in line:  # Gloo's, for every group
+            if "connected peer ranks is" not in line:  # Gloo prints it for every group
                 sys.stdout.write(f"[{i}] {line}")
                 sys.stdout.flush()
     return child.wait()
 
 
 def launch(args):
-    """Runs all processes of the job here; if one fails, none is left, and it exits."""
+    """Runs all processes of the job here. If one fails, kills the others and exits."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    # gRPC would ask a proxy even for 127.0.0.1, and JAX listen on all interfaces.
+    # gRPC would use a proxy even for 127.0.0.1, and JAX would listen on all interfaces.
     env = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
     env["JAX_COORDINATOR_BIND_ADDRESS"] = address
     options = ["--launch=0", f"--coordinator={address}", f"--processes={args.launch}"]
@@ -227,17 +227,17 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--launch", type=int, default=0, help="start so many processes here")
-    add("--devices-per-process", type=int, help="CPU devices, in place of real ones")
+    add("--launch", type=int, default=0, help="number of processes to start here")
+    add("--devices-per-process", type=int, help="number of virtual CPU devices")
     add("--coordinator", help="HOST:PORT of process 0")
-    add("--processes", type=int, help="in all")
-    add("--process", type=int, help="number of this one, from 0")
-    add("--model", type=int, help="size of the mesh axis that spreads the vocabulary")
+    add("--processes", type=int, help="number of processes")
+    add("--process", type=int, help="index of this process, from 0")
+    add("--model", type=int, help="size of the mesh axis for the vocabulary")
     add("--steps", type=int, default=10)
     add("--batch", type=int, default=16)
     add("--length", type=int, default=32)
     add("--vocab", type=int, default=1000)
-    add("--die-at", type=int, help="rehearsal: kill the last process there")
+    add("--die-at", type=int, help="kill the last process at this step")
     args = parser.parse_args()
     told = {x is not None for x in (args.coordinator, args.processes, args.process)}
     if len(told) == 2:

@@ -1,9 +1,9 @@
 # `make run ARGS="examples/sharded_head.py"` builds an environment and runs this.
-"""Distils a head whose vocabulary and tokens are spread over 8 devices.
+"""Distils a head whose vocabulary and tokens are sharded over 8 devices.
 
-The batch is spread over the mesh axis "data" and the head over "model"; neither its
-logits nor the head is ever in one place. The same steps on one device give the same
-losses. The devices are virtual ones of the CPU unless `--real` is given.
+The batch is sharded over the mesh axis "data" and the head over "model". No device ever
+holds all logits or the whole head. The same steps on one device give the same losses.
+The devices are virtual CPU devices unless you pass `--real`.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import jaxkl
 
 
 def train(args, loss_fn, place):
-    """The losses of a student head that learns from a wider teacher's."""
+    """Trains a student head on a wider teacher's; returns the losses and the head."""
     keys = jax.random.split(jax.random.key(0), 4)
     normal = lambda key, *shape: jax.random.normal(key, shape) / shape[-2] ** 0.5
     kernel = place(normal(keys[0], args.hidden, args.vocab), P(None, "model"))
@@ -50,12 +50,12 @@ def main():
     sizes = {"data": 2, "model": 4, "tokens": 1024, "hidden": 128, "vocab": 8192}
     for name, size in (sizes | {"steps": 5}).items():
         parser.add_argument(f"--{name}", default=size, type=int, help=f"{size}")
-    parser.add_argument("--real", action="store_true", help="on the devices there are")
+    parser.add_argument("--real", action="store_true", help="use the real devices")
     args = parser.parse_args()
-    # JAX multiplies float32 matrices in less on a GPU or TPU unless it is told not to.
+    # By default JAX multiplies float32 matrices in lower precision on a GPU or TPU.
     jax.config.update("jax_default_matmul_precision", "highest")
     shape = args.data, args.model
-    if not args.real:  # to be said before JAX looks for devices
+    if not args.real:  # must run before JAX initializes its devices
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", args.data * args.model)
     mesh = jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
@@ -66,7 +66,7 @@ def main():
 
     sharded, kernel = train(
         args,
-        lambda *heads: jaxkl.sharded_distillation_loss(*heads, temperature=2.0, **axes),
+        lambda *heads: jaxkl.distillation_loss(*heads, temperature=2.0, **axes),
         spread,
     )
     alone, _ = train(

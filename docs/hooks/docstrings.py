@@ -1,4 +1,4 @@
-"""What griffe, which reads the docstrings, has to be told about ours."""
+"""Adapts our docstrings to griffe, which reads them for the site."""
 
 import re
 import textwrap
@@ -7,16 +7,6 @@ import griffe
 
 
 class Docstrings(griffe.Extension):
-    def on_package(self, *, pkg, loader, **_):
-        shown = pkg["_problem.prepare"].parameters
-        for module in (pkg["_distillation"], pkg["reference"]):
-            for function in module.functions.values():
-                decorators = [str(x.value) for x in function.decorators]
-                if "public_signature" in decorators and "**options:" not in (
-                    function.docstring.value
-                ):
-                    _merge(function, shown)
-
     def on_object(self, *, obj, **_):
         if obj.docstring is not None:
             text = obj.docstring.value
@@ -24,16 +14,8 @@ class Docstrings(griffe.Extension):
             obj.docstring.value = _plain_references(text)
 
 
-def _merge(function, shown):
-    """As `public_signature` does at run time: the keyword arguments of `prepare`."""
-    own = [x for x in function.parameters if x.name != "options"]
-    hidden = {"statistics", *(x.name for x in own)}
-    more = [x for x in shown if x.name not in hidden]
-    function.parameters = griffe.Parameters(*own, *more)
-
-
 def _plain_references(text):
-    """The last section as a paragraph: griffe would fold it into a box."""
+    """Makes the last section a paragraph, which griffe would fold into a box."""
     head, title, references = text.partition("\nReferences:\n")
     if not title:
         return text

@@ -1,7 +1,7 @@
-"""The programs of examples/, their guide and the notebook as pages of the site.
+"""Adds the programs of examples/, their guide and the notebook to the site.
 
-They are linked as in the repository, `../examples/digits.py`, and the link leads to the
-page here.
+Pages link to them as in the repository, `../examples/digits.py`. This hook makes the
+links lead to the site's pages.
 """
 
 import base64
@@ -15,7 +15,7 @@ from mkdocs.structure.files import File, InclusionLevel
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LINK = re.compile(r"\]\(\.\./(examples/[\w/]+)\.(?:py|ipynb|md)\)")
-WIDE = 800  # pixels: of several panels side by side
+WIDE = 800  # pixels: wider pictures have several panels side by side
 JUPYTER_ANCHOR = re.compile(r"\]\(#([^)]+)\)")
 
 
@@ -23,7 +23,7 @@ def on_files(files, config):
     shown = {"smollm2/README": _guide, "distillation": _notebook}
     shown |= {x.stem: _program for x in EXAMPLES.glob("*.py")}
     for name, page in shown.items():
-        # The page of the examples leads there, the navigation only to it.
+        # The page of examples links to these pages; the navigation does not.
         options = dict(content=page(name), inclusion=InclusionLevel.NOT_IN_NAV)
         files.append(File.generated(config, f"examples/{name}.md", **options))
 
@@ -65,7 +65,7 @@ def _cell(cell):
 
 
 def _anchor(match):
-    """Jupyter puts hyphens for the spaces of a heading, and keeps the rest."""
+    """Jupyter replaces the spaces of a heading by hyphens and keeps the rest."""
     return f"](#{slugify(match[1].replace('-', ' '), '-')})"
 
 

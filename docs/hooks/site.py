@@ -1,8 +1,8 @@
-"""What MkDocs does to each page: MathML, and links from names to the reference.
+"""Adds MathML, and links from names to the reference, to each page.
 
-Formulas become MathML here, so that a page needs no script and no network to show
-them. A name such as `jaxkl.kl_div` in code becomes a link to its documentation, and is
-an error if there is none.
+Formulas become MathML, so that a page needs no script and no network to show them. A
+name such as `jaxkl.kl_div` in code becomes a link to its documentation. It is an error
+if there is no such name.
 """
 
 import html
@@ -25,7 +25,7 @@ MODULES = {"jaxkl": jaxkl, "losses": jaxkl.losses, "reference": jaxkl.reference}
 
 
 def public_names(module):
-    """What a user may call: re-exports without an underscore, and no modules."""
+    """Returns what a user may call: public re-exports, without modules."""
     return [
         name
         for name, value in vars(module).items()
@@ -58,11 +58,11 @@ def _linked(match, page):
 
 
 def _path(name, page):
-    """The full name of what is documented; None: not one of ours."""
+    """Returns the full name that is documented, or None if it is not ours."""
     module, dot, last = name.rpartition(".")
     module = module.removeprefix("jaxkl.")
     if not dot:
-        # Short names mean the package's own, save on the pages of its modules.
+        # A short name is the package's, except on the pages of its modules.
         return f"jaxkl.{name}" if name in PUBLIC["jaxkl"] and _is_plain(page) else None
     if module not in MODULES or not (module == "jaxkl" or last in PUBLIC[module]):
         return None

@@ -1,13 +1,14 @@
-# `make distill-lm` builds the environment of this, .venv-lm.
-"""Writes what the teacher says of a text, once, to train from as often as one likes.
+# `make distill-lm` builds the environment of this program, .venv-lm.
+"""Writes the teacher's outputs for a text once, to train from many times.
 
     .venv-lm/bin/python examples/smollm2/cache.py --output out/cache --kind hidden
     .venv-lm/bin/python examples/smollm2/train.py --cache out/cache
 
-A cache is a folder of safetensors files, some windows in each, and manifest.json, which
-says of what and how it was made, and the SHA-256 of each file. Written again after an
-interruption, it goes on with the files that are missing. A file that is not what the
-manifest says, or a cache of another teacher, tokenizer or text, is refused.
+A cache is a folder of safetensors files, with some windows in each, and manifest.json.
+The manifest records the cache's sources and settings, and the SHA-256 of each file.
+After an interruption, run the program again: it writes the files that are missing. It
+rejects a file that differs from the manifest, and a cache of another teacher, tokenizer
+or text.
 """
 
 import dataclasses
@@ -32,11 +33,11 @@ import options
 
 
 KINDS = ("hidden", "top-k", "sampled")
-CHUNK = 4  # windows at a time, whose logits are in memory
+CHUNK = 4  # windows whose logits are in memory at a time
 
 
 def identity(teacher, corpus):
-    """What a cache must be of, to be of use for this teacher and text."""
+    """Returns what a cache must match to be of use for this teacher and text."""
     tokenizer = teacher.tokenizer.to_str().encode()
     return {
         "teacher": {"name": teacher.name, "sha256": teacher.sha256},
@@ -54,7 +55,7 @@ def compute(structure, state, embedding, tokens, key, temperature, kind, k, dtyp
         return {"hidden": hidden.astype(dtype)}
     logits = jnp.matmul(hidden, embedding.T, preferred_element_type=jnp.float32)
     index = jnp.uint16 if len(embedding) <= 2**16 else jnp.int32
-    if kind == "sampled":  # every draw weighs the same: only the columns are kept
+    if kind == "sampled":  # all draws have the same weight: store only columns
         found = jaxkl.sampled_teacher(key, logits, k, temperature=temperature)
         return {"indices": found.indices.astype(index)}
     found = jaxkl.top_k_teacher(logits, k, temperature=temperature)
@@ -65,7 +66,7 @@ def compute(structure, state, embedding, tokens, key, temperature, kind, k, dtyp
 
 
 def write(directory, teacher, corpus, settings, shard_windows, progress):
-    """Writes the files that are missing; returns the manifest."""
+    """Writes the files that are missing, and returns the manifest."""
     path = directory / "manifest.json"
     manifest = identity(teacher, corpus) | settings | {"shard_windows": shard_windows}
     if path.exists():
@@ -109,7 +110,7 @@ def write(directory, teacher, corpus, settings, shard_windows, progress):
 
 
 def replace_file(path, content):
-    """Killed at any moment, this leaves the old file or the new one."""
+    """Replaces a file; a kill at any moment leaves the old one or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         file.write(content)
@@ -160,11 +161,11 @@ def check_shards(directory, manifest, missing_ok=False):
 
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """A complete cache, whose windows are read as they are asked for."""
+    """A complete cache, which reads windows on demand."""
 
     directory: Path
     manifest: dict
-    tail: str = "bucket"  # of top-k
+    tail: str = "bucket"  # for top-k
 
     @classmethod
     def open(cls, directory, teacher, corpus, tail="bucket"):
@@ -181,7 +182,7 @@ class Cache:
         return cls(directory, manifest, tail)
 
     def check(self, divergence, temperature):
-        """Lists of columns do not serve every divergence, and only one temperature."""
+        """Checks that a list of columns supports this divergence and temperature."""
         path, kind = self.directory / "manifest.json", self.manifest["kind"]
         if kind == "hidden":
             return
@@ -198,7 +199,7 @@ class Cache:
         jaxkl.distillation_loss(jnp.zeros((1, 2)), teacher, divergence=divergence)
 
     def source(self, frozen, batch, x):
-        """The teacher in the loss, from a batch's arrays."""
+        """Makes the loss's teacher from a batch's arrays."""
         if self.manifest["kind"] == "hidden":
             return jaxkl.LinearHead(batch["hidden"], frozen["kernel"])
         indices, log_probs = batch["indices"], batch.get("log_probs")
@@ -213,7 +214,7 @@ class Cache:
         return total / (self.manifest["windows"] * self.manifest["length"])
 
     def read(self, indices):
-        """Arrays of windows, `[windows, length, ...]`, memory-mapped until now."""
+        """Reads arrays of windows, `[windows, length, ...]`, by memory mapping."""
         rows = []
         for index in indices.tolist():
             number, row = divmod(index, self.manifest["shard_windows"])
@@ -228,15 +229,15 @@ def parse_arguments():
     options.add_data(parser)
     add = parser.add_argument
     add("--output", type=Path, default=Path("out/cache"), help="folder of the cache")
-    add("--kind", choices=KINDS, default="hidden", help="what is kept of each token")
-    add("--k", type=options.integer(1), default=64, help="columns, or draws, of each")
+    add("--kind", choices=KINDS, default="hidden", help="what to store for each token")
+    add("--k", type=options.integer(1), default=64, help="columns or draws for each")
     add(
         "--temperature",
         type=options.positive,
         default=1.0,
-        help="of the teacher in top-k and sampled",
+        help="of the teacher, for top-k and sampled",
     )
-    add("--seed", type=options.integer(0), default=0, help="of sampled")
+    add("--seed", type=options.integer(0), default=0, help="of the samples")
     add(
         "--dtype",
         choices=("float16", "float32"),

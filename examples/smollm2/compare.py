@@ -1,11 +1,11 @@
-# `make distill-lm` builds the environment of this, .venv-lm.
-"""What each teacher cache costs to store, and how good a student it makes.
+# `make distill-lm` builds the environment of this program, .venv-lm.
+"""Compares teacher caches: what each costs to store, and how good its student is.
 
     .venv-lm/bin/python examples/smollm2/compare.py
 
-Each student is the same and sees the same windows in the same order, for each of a few
-seeds; beside them one whose teacher is asked online and one of labels alone. What has
-been made already is not made again.
+For each of a few seeds, all students start the same and see the same windows in the
+same order. One more student learns from the teacher online, and one from labels alone.
+The program does not repeat work that is already done.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ def write_caches(output, teacher, corpus, progress):
 
 
 def settings_of(args, name, tail, seed):
-    """As train.py has them, for a folder of this student's own."""
+    """Makes train.py's settings, with a separate folder for this student."""
     values = {
         "length": args.length,
         "windows": args.windows,
@@ -78,7 +78,7 @@ def settings_of(args, name, tail, seed):
 
 
 def train_student(own, way, teacher, corpus, cache, mesh, judged, progress):
-    """Returns the last held-out row."""
+    """Trains a student if necessary, and returns its last held-out row."""
     train.check_settings(own, teacher, corpus, cache)
     if not report.held_out(own.output, way)[1:]:
         train.train(own, way, teacher, corpus, cache, mesh, judged, progress)

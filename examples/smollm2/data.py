@@ -1,4 +1,4 @@
-"""Text as windows of tokens, and which of them a step takes."""
+"""Cuts text into windows of tokens, and chooses those of each step."""
 
 import hashlib
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Windows(NamedTuple):
-    """Tokens and, as labels, those that follow; -100 where the text has ended."""
+    """Tokens, and labels: the next tokens, with -100 after the end of the text."""
 
     tokens: np.ndarray  # int32 [windows, length]
     labels: np.ndarray  # int32 [windows, length]
@@ -22,9 +22,10 @@ class Corpus(NamedTuple):
 
 
 def language_reference():
-    """The reference of the Python language, which CPython ships.
+    """Returns the reference of the Python language, which CPython ships.
 
-    Its topics overlap: each paragraph is taken once, lest held-out ones be trained on.
+    Its topics overlap. Each paragraph is used once, so that training never sees a
+    held-out one.
     """
     from pydoc_data.topics import topics
 
@@ -40,9 +41,9 @@ def read(path):
 
 
 def load(path, tokenizer, length, held_out, windows=None):
-    """The text in `path`, or the language reference if None, cut into windows.
+    """Cuts the text in `path`, or the language reference if None, into windows.
 
-    The last `held_out` are kept apart; `windows` bounds those that are trained on.
+    The last `held_out` windows are kept apart. Training uses at most `windows` others.
     """
     text = language_reference() if path is None else read(Path(path))
     name = "the Python language reference" if path is None else Path(path).name
@@ -63,9 +64,9 @@ def load(path, tokenizer, length, held_out, windows=None):
 
 
 def batch_indices(seed, step, size, count):
-    """The windows of a step, from a new permutation of all in each epoch.
+    """Returns the windows of a step. Each epoch has a new permutation of all.
 
-    A function of its arguments alone: a resumed run takes what it would have taken.
+    They depend only on the arguments, so a resumed run takes the same windows.
     """
     epochs, places = np.divmod(np.arange(step * size, (step + 1) * size), count)
     orders = {e: np.random.default_rng((seed, e)).permutation(count) for e in epochs}

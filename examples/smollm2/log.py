@@ -1,4 +1,4 @@
-"""metrics.csv and TensorBoard's events of a run that may be interrupted."""
+"""Writes metrics.csv and TensorBoard events of a run that may be interrupted."""
 
 import csv
 
@@ -10,7 +10,7 @@ COLUMNS = ("step", "split", *SHOWN)
 
 
 def read(path):
-    """Rows of metrics.csv; the last one may have been cut off."""
+    """Reads the rows of metrics.csv, without a last one that was cut off."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -19,14 +19,14 @@ def read(path):
 
 
 def curve(path, split, name):
-    """Steps and values of a column."""
+    """Returns the steps and values of a column."""
     rows = [row for row in read(path) if row["split"] == split and row[name]]
     return [int(row["step"]) for row in rows], [float(row[name]) for row in rows]
 
 
 class Log:
     def __init__(self, directory, start):
-        """Goes on after step `start`, or anew at 0; drops the rows of later ones."""
+        """Continues after step `start`, or starts afresh at 0; drops later rows."""
         path = directory / "metrics.csv"
         kept = [row for row in read(path) if start and int(row["step"]) <= start]
         temporary = path.with_suffix(".tmp")

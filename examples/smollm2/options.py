@@ -1,4 +1,4 @@
-"""Command-line options: the types of their values, and those that files share."""
+"""Defines the types of command-line options, and the options that programs share."""
 
 import argparse
 import dataclasses
@@ -26,7 +26,7 @@ DIVERGENCES = {
 class Formatter(
     argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
 ):
-    """The description as it is, and the defaults of options that have one."""
+    """Keeps the description as it is, and shows defaults of options that have one."""
 
     def _get_help_string(self, action):
         if action.default is None or action.default is False:
@@ -39,17 +39,17 @@ def parser(doc):
 
 
 def add_data(parser):
-    """What a cache and the runs that use it must have in common."""
+    """Adds the options that a cache and the runs that use it must share."""
     add = parser.add_argument
     add("--teacher", type=file, help="GGUF file, instead of the wheel's SmolLM2")
     add("--text", type=file, help="UTF-8 text, instead of Python's reference")
-    add("--length", type=integer(2), default=128, help="tokens of a window")
-    add("--windows", type=integer(1), help="train on the first so many, not on all")
-    add("--held-out", type=integer(1), default=16, help="windows, the text's last")
+    add("--length", type=integer(2), default=128, help="tokens per window")
+    add("--windows", type=integer(1), help="train only on the first N")
+    add("--held-out", type=integer(1), default=16, help="windows to hold out")
 
 
 def make_folder(parser, path):
-    try:  # now, not after the work
+    try:  # check before the work, not after
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
@@ -93,7 +93,7 @@ share = number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 
 
 def divergence(text):
-    """`name` or `name:parameter=value,...`"""
+    """Parses `name` or `name:parameter=value,...`."""
     name, _, rest = text.partition(":")
     if name not in DIVERGENCES:
         raise error(f"one of {', '.join(DIVERGENCES)}", text)
@@ -137,7 +137,7 @@ class Schedule:
 
 
 def schedule(value):
-    """The type of an option whose numbers are of type `value`."""
+    """Makes the type of an option whose numbers have type `value`."""
 
     def parse(text):
         shape, *ends = text.split(":")
@@ -158,7 +158,7 @@ def layers(text):
 
 
 def mesh(text):
-    """`data=4,model=2`: a dict, of which both axes are optional."""
+    """Parses `data=4,model=2` into a dict; both axes are optional."""
     sizes = {"data": 1, "model": 1}
     for item in text.split(","):
         axis, _, size = item.partition("=")

@@ -1,4 +1,4 @@
-"""What a run has shown: a table, sample continuations and a picture."""
+"""Reports a run as a table, sample continuations and a picture."""
 
 from matplotlib.figure import Figure
 from rich import box
@@ -9,7 +9,7 @@ import log
 import model
 
 
-COLOURS = {"distilled": "#0072B2", "labels": "#D55E00"}  # of Okabe and Ito
+COLOURS = {"distilled": "#0072B2", "labels": "#D55E00"}  # Okabe and Ito's palette
 NAMES = {"distilled": "distilled", "labels": "labels alone"}
 COLUMNS = {
     "kl": "KL to teacher",
@@ -19,7 +19,7 @@ COLUMNS = {
 
 
 def held_out(output, way):
-    """The held-out rows of a run's metrics.csv."""
+    """Returns the held-out rows of a run's metrics.csv."""
     rows = log.read(output / way / "metrics.csv")
     return [row for row in rows if row["split"] == "held-out"]
 
@@ -34,7 +34,7 @@ def cells(row):
 
 
 def show(args):
-    """Prints the table."""
+    """Prints the table of students."""
     tokens = args.steps * args.accumulate * args.batch * args.length
     print(
         f"\n{args.held_out * args.length} held-out tokens; students of "

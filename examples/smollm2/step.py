@@ -1,4 +1,4 @@
-"""One training step and one evaluation, as pure functions of arrays."""
+"""Defines a training step and an evaluation as pure functions of arrays."""
 
 import dataclasses
 from functools import partial
@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 import jaxkl
 
 
-# Over the mesh axis "model": the vocabulary, and the width of each block's MLP.
+# The mesh axis "model" shards the vocabulary and the width of each block's MLP.
 SPECS = {
     "embedding": P("model", None),
     "kernel": P(None, "model"),
@@ -24,18 +24,18 @@ SPECS = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Task:
-    """All of a run that is not an array."""
+    """Everything in a run that is not an array."""
 
-    structure: Any  # of student and optimizer
+    structure: Any  # structure of student and optimizer
     source: Any  # (frozen, batch, embedded tokens) -> the teacher in the loss
     divergence: Any
-    temperature: Any  # of the step
-    alpha: Any  # likewise
-    mesh: Any  # None: one device
+    temperature: Any  # a function of the step
+    alpha: Any  # a function of the step
+    mesh: Any  # None on one device
 
 
 def online(structure):
-    """The teacher itself, asked as training goes on."""
+    """Makes a source that runs the teacher during training."""
 
     def source(frozen, batch, x):
         hidden = nnx.merge(structure, frozen["teacher"])(x)
@@ -45,34 +45,34 @@ def online(structure):
 
 
 def recorded(frozen, batch, x):
-    """The teacher by its hidden states, which the batch has."""
+    """Makes the teacher from the hidden states in the batch."""
     return jaxkl.LinearHead(batch["hidden"], frozen["kernel"])
 
 
 def labels_alone(frozen, batch, x):
-    """A teacher that is certain of the label: the loss is the cross-entropy to it."""
+    """Makes a teacher that is certain of the label: the loss is the cross-entropy."""
     labels = batch["labels"][..., None]
     return jaxkl.SparseTeacher(labels, jnp.zeros(labels.shape))
 
 
 def loss_with_metrics(task, student, frozen, batch, **kwargs):
-    """Of a batch's tokens, `[windows, length]`, that have a label."""
+    """Loss over the tokens of a batch, `[windows, length]`, that have a label."""
     x = frozen["embedding"][batch["tokens"]]
-    loss = jaxkl.distillation_loss_with_metrics
+    axes = {}
     if task.mesh is not None:
         axes = dict(mesh=task.mesh, token_axes="data", vocab_axis="model")
-        loss = partial(jaxkl.sharded_distillation_loss_with_metrics, **axes)
-    return loss(
+    return jaxkl.distillation_loss_with_metrics(
         jaxkl.LinearHead(student(x), frozen["kernel"]),
         task.source(frozen, batch, x),
         labels=batch["labels"],
         where=batch["labels"] >= 0,
+        **axes,
         **kwargs,
     )
 
 
 def train_step(task, state, frozen, batches, step):
-    """Sums the gradients of batches, `[batches, windows, length]`, and follows them."""
+    """Sums the gradients of batches, `[batches, windows, length]`, and takes a step."""
     student, optimizer = nnx.merge(task.structure, state)
     structure, params = nnx.split(student)
     tokens = jnp.sum(batches["labels"] >= 0)
@@ -87,7 +87,7 @@ def train_step(task, state, frozen, batches, step):
                 divergence=task.divergence,
                 temperature=task.temperature(step),
                 alpha=task.alpha(step),
-                normalizer=tokens,  # of all batches, which may differ in theirs
+                normalizer=tokens,  # all batches: their counts may differ
             )
 
         outputs, new = jax.value_and_grad(loss_fn, has_aux=True)(params)
@@ -107,7 +107,7 @@ def evaluate(task, state, frozen, batches):
 
 
 def mean(metrics):
-    """Of all tokens, from the means of each batch's."""
+    """Averages over all tokens, from the mean of each batch."""
     weight = metrics.weight / jnp.sum(metrics.weight)
     names = "divergence", "kl", "cross_entropy", "top1_agreement"
     return {name: jnp.sum(weight * getattr(metrics, name)) for name in names}
@@ -115,12 +115,12 @@ def mean(metrics):
 
 @partial(jax.jit, static_argnums=0)
 def hidden_states(structure, state, embedding, tokens):
-    """Of `[batches, windows, length]`."""
+    """Computes hidden states for tokens `[batches, windows, length]`."""
     model = lambda tokens: nnx.merge(structure, state)(embedding[tokens])
     return jax.lax.map(model, tokens)
 
 
 def spec(path, default):
-    """How the array at a path of a model, an optimizer or a batch is spread."""
+    """Returns the sharding of the array at a path of a model, optimizer or batch."""
     names = (str(getattr(key, "key", getattr(key, "name", ""))) for key in path)
     return next((SPECS[name] for name in names if name in SPECS), default)

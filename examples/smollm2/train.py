@@ -1,12 +1,12 @@
 # `make distill-lm` builds an environment and runs this.
 """Distils SmolLM2-135M into a student of six of its thirty layers.
 
-    make distill-lm                                  # the teacher is asked online
+    make distill-lm                                  # the teacher runs online
     make distill-lm ARGS="--steps 500 --batch 4"     # longer
 
 The same student is trained twice, on the same windows of text in the same order: once
-distilled, once on the labels alone. A run that was interrupted, be it by SIGKILL in the
-middle of a save, goes on where it was when the same command is given again.
+distilled, and once on the labels alone. To resume an interrupted run, even one that was
+killed in the middle of a save, run the same command again.
 """
 
 import contextlib
@@ -53,12 +53,12 @@ def parse_arguments(arguments=None):
     add = parser.add_argument
     count, nonzero = options.integer(0), options.integer(1)
     add("--output", type=Path, default=Path("out/smollm2"), help="folder")
-    add("--ways", nargs="+", choices=WAYS, default=WAYS, help="which to train")
-    add("--layers", type=options.layers, default="0,1,8,16,24,29", help="kept")
+    add("--ways", nargs="+", choices=WAYS, default=WAYS, help="which students to train")
+    add("--layers", type=options.layers, default="0,1,8,16,24,29", help="to keep")
     add("--steps", type=nonzero, default=40, help="updates")
     add("--batch", type=nonzero, default=2, help="windows at a time")
     add("--accumulate", type=nonzero, default=1, help="batches for each update")
-    add("--learning-rate", type=options.positive, default=1e-3, help="highest")
+    add("--learning-rate", type=options.positive, default=1e-3, help="peak")
     add("--seed", type=count, default=0, help="of the order of windows")
     add(
         "--divergence",
@@ -76,18 +76,18 @@ def parse_arguments(arguments=None):
         "--alpha",
         type=options.schedule(options.share),
         default="1",
-        help="weight of the divergence, likewise; the labels get 1 - alpha",
+        help="weight of the divergence, in the same form; the labels get 1 - alpha",
     )
-    add("--cache", type=Path, help="folder that cache.py wrote, for the teacher")
+    add("--cache", type=Path, help="teacher cache: a folder that cache.py wrote")
     add(
         "--tail",
         choices=("bucket", "renormalize", "uniform", "drop"),
         default="bucket",
-        help="what a top-k cache says of the other columns",
+        help="how a top-k cache treats the other columns",
     )
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute")
-    add("--mesh", type=options.mesh, help="data=N,model=M: spread over N * M devices")
-    add("--real", action="store_true", help="the mesh is of devices that are there")
+    add("--mesh", type=options.mesh, help="data=N,model=M: shard over N * M devices")
+    add("--real", action="store_true", help="use real devices for the mesh")
     add("--save-every", type=nonzero, default=20, help="steps")
     add("--evaluate-every", type=nonzero, default=20, help="steps")
     add("--prompt", type=options.some, default="The import statement", help="sample's")
@@ -127,13 +127,13 @@ def make_task(args, way, teacher, cache, structure, mesh):
 
 
 def place(tree, mesh, *axes):
-    """The arrays, spread over the mesh: over `axes`, if nothing else is said."""
+    """Shards the arrays over the mesh, by default over `axes`."""
     put = lambda path, x: jax.device_put(x, NamedSharding(mesh, spec(path, P(*axes))))
     return jax.tree.map_with_path(put, tree)
 
 
 def held_out(args, teacher, corpus, mesh):
-    """Batches of the held-out windows, with the teacher's hidden states."""
+    """Makes batches of the held-out windows, with the teacher's hidden states."""
     shape = -1, args.batch, args.length
     padding = -len(corpus.held_out.tokens) % args.batch
     pad = lambda x, value: np.pad(x, ((0, padding), (0, 0)), constant_values=value)
@@ -163,7 +163,7 @@ def training_batches(args, corpus, cache, step, mesh):
 
 
 def train(args, way, teacher, corpus, cache, mesh, judged, progress):
-    """Trains a student, from its last checkpoint if it has one; returns it."""
+    """Trains a student, from its last checkpoint if it has one, and returns it."""
     cache = cache if way == "distilled" else None
     directory = args.output.absolute() / way
     student = model.student_of(teacher, args.layers)
@@ -181,7 +181,7 @@ def train(args, way, teacher, corpus, cache, mesh, judged, progress):
     )
     judge = jax.jit(partial(evaluate, task))
 
-    # Not in the background: the next step takes over the buffers that are saved.
+    # Do not save in the background: the next step donates the buffers being saved.
     keep = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     with contextlib.ExitStack() as stack:
         folder = directory / "checkpoints"
@@ -202,7 +202,7 @@ def train(args, way, teacher, corpus, cache, mesh, judged, progress):
             if not np.isfinite(metrics["loss"]):
                 sys.exit(f"train.py: {way}: the loss of step {i + 1} is not finite")
             speed = batches["tokens"].size / (time.perf_counter() - began)
-            if way == "labels":  # of no teacher
+            if way == "labels":  # no teacher metrics
                 metrics = {k: metrics[k] for k in ("loss", "cross_entropy")}
             log.write(i + 1, "train", metrics, tokens_per_second=speed)
             note = f"loss {metrics['loss']:.3f}  {speed:4.0f} tokens/s"
@@ -218,7 +218,7 @@ def train(args, way, teacher, corpus, cache, mesh, judged, progress):
 
 
 def check_settings(args, teacher, corpus, cache):
-    """Refuses to go on with a run that was begun with other settings."""
+    """Raises an error if the run was started with other settings."""
     free = "output", "ways", "mesh", "real", "save_every", "prompt", "teacher", "text"
     settings = {k: str(v) for k, v in vars(args).items() if k not in free}
     settings |= caches.identity(teacher, corpus)
@@ -235,7 +235,7 @@ def check_settings(args, teacher, corpus, cache):
 def make_mesh(args):
     sizes = args.mesh or {"data": 1, "model": 1}
     count = sizes["data"] * sizes["model"]
-    if args.mesh and not args.real:  # to be said before JAX looks for devices
+    if args.mesh and not args.real:  # must run before JAX initializes devices
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)
     if count > (found := jax.device_count()):

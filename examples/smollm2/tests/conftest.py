@@ -1,4 +1,4 @@
-"""A tiny teacher, a short text, and the programs run on them."""
+"""Fixtures: a tiny teacher, a short text, and the programs run on them."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The same programs are compiled again and again, here and in other processes.
+# Tests and their processes compile the same programs again and again.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -36,14 +36,14 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def common(teacher_path, text):
-    """Options of cache.py and of train.py."""
+    """Returns the options that cache.py and train.py share."""
     options = {"teacher": teacher_path, "text": text, "length": 32, "held-out": 3}
     return [f"--{name}={value}" for name, value in options.items()]
 
 
 @pytest.fixture(scope="session")
 def run():
-    """Runs the `main` of a module."""
+    """Returns a function that runs a module's `main`."""
 
     def run(module, *arguments):
         with pytest.MonkeyPatch.context() as patch:

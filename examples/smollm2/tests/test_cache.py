@@ -1,4 +1,4 @@
-"""Teacher caches: what is in them, what they go on from, and what they refuse."""
+"""Tests what teacher caches contain, resume from and reject."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def corpus(teacher, text):
 
 @pytest.fixture
 def hidden(tmp_path, run, common):
-    """A complete cache of hidden states."""
+    """Writes a complete cache of hidden states."""
     out = tmp_path / "hidden"
     run(cache, *common, "--output", out, "--shard-windows", 8)
     return out

@@ -22,6 +22,6 @@ def test_the_table(run, common, tmp_path, capsys, monkeypatch):
     runs = [
         next((tmp_path / name / "seed-0").glob("*/metrics.csv")) for name, *_ in few
     ]
-    assert len({path.read_bytes() for path in runs}) == len(few)  # no two are the same
+    assert len({path.read_bytes() for path in runs}) == len(few)  # all differ
     run(compare, *command)
-    assert capsys.readouterr().out.split("2 seeds:")[1] == table  # nothing is made anew
+    assert capsys.readouterr().out.split("2 seeds:")[1] == table  # no work is repeated

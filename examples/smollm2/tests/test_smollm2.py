@@ -1,4 +1,4 @@
-"""The real teacher: that it is read right, and each program run on it."""
+"""Tests that the real teacher is read correctly, and runs each program on it."""
 
 import subprocess
 import sys
@@ -68,7 +68,7 @@ def text(tmp_path_factory):
 
 
 def programs(text):
-    """The two programs as a user starts them, on little text."""
+    """Runs the two programs as a user does, on a short text."""
     shared = ["--text", text, "--length", "64", "--held-out", "2"]
 
     def program(module, *options):

@@ -1,4 +1,4 @@
-"""Training in every mode, on a tiny teacher, and what survives a SIGKILL."""
+"""Tests training in every mode on a tiny teacher, and recovery from a SIGKILL."""
 
 import random
 import signal
@@ -25,7 +25,7 @@ def losses(out, way="distilled", split="train", name="loss"):
 
 @pytest.fixture(scope="module")
 def online(run, common, tmp_path_factory):
-    """Trained with the defaults, for others to be compared with."""
+    """Trains with the defaults, for other runs to compare with."""
     out = tmp_path_factory.mktemp("online")
     run(train, *common, *SHORT, "--output", out)
     return out
@@ -33,7 +33,7 @@ def online(run, common, tmp_path_factory):
 
 @pytest.fixture
 def distil(run, common, tmp_path):
-    """Trains with options; returns the folder."""
+    """Returns a function that trains with options and returns the folder."""
 
     def distil(*options, ways="distilled"):
         out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
@@ -66,7 +66,7 @@ def test_both_ways_online(distil, capsys):
         assert list((out / way).glob("events.out.tfevents.*"))
     kl = losses(out, "labels", "held-out", "kl")
     assert kl[0] == losses(out, "distilled", "held-out", "kl")[0]
-    assert losses(out, "labels", "train", "kl").size == 0  # it had no teacher
+    assert losses(out, "labels", "train", "kl").size == 0  # there is no teacher
     for name in ("teacher", "untrained", "distilled", "labels alone"):
         assert f"\n  {name} " in printed
     assert 0.5 < np.mean(imread(out / "curves.png")[..., :3] == 1) < 0.99
@@ -119,7 +119,7 @@ def test_a_mesh_streams_a_cache(distil, cached):
 
 
 def test_accumulated_batches_are_one_large_batch(distil):
-    # 84 windows, of which the last is cut off: 21 steps see it, in one of the parts.
+    # There are 84 windows. The last is short, and 21 steps see it in one of the parts.
     whole = losses(distil("--steps=21", "--evaluate-every=21"))
     parts = ["--steps=21", "--evaluate-every=21", "--batch=1", "--accumulate=4"]
     np.testing.assert_allclose(losses(distil(*parts)), whole, rtol=1e-4)
@@ -180,7 +180,7 @@ def test_killed_during(saving, common, tmp_path):
 
     for attempt in range(20):
         child = subprocess.Popen(command(out), **quiet)
-        # The first never saves anything; each of the others gets further by a step.
+        # The first run never saves. Each later run gets one step further.
         goal = state()[0] + (attempt > 0)
         while child.poll() is None:
             step, in_save = state()

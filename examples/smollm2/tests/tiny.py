@@ -1,4 +1,4 @@
-"""A Llama small enough to be trained in a moment, in a GGUF file as SmolLM2 is."""
+"""Writes a Llama that trains in a moment to a GGUF file, like SmolLM2."""
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, quantize
