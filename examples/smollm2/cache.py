@@ -1,8 +1,8 @@
-# `make distill-lm` builds the environment of this, .venv-lm.
+# `make distill-lm` builds the environment of this program, .venv.
 """Writes what the teacher says of a text, once, to train from as often as one likes.
 
-    .venv-lm/bin/python examples/smollm2/cache.py --output out/cache --kind hidden
-    .venv-lm/bin/python examples/smollm2/train.py --cache out/cache
+    .venv/bin/python examples/smollm2/cache.py --output out/cache --kind hidden
+    .venv/bin/python examples/smollm2/train.py --cache out/cache
 
 A cache is a folder of safetensors files, some windows in each, and manifest.json, which
 says of what and how it was made, and the SHA-256 of each file. Written again after an

@@ -1,7 +1,7 @@
-# `make distill-lm` builds the environment of this, .venv-lm.
+# `make distill-lm` builds the environment of this program, .venv.
 """What each teacher cache costs to store, and how good a student it makes.
 
-    .venv-lm/bin/python examples/smollm2/compare.py
+    .venv/bin/python examples/smollm2/compare.py
 
 Each student is the same and sees the same windows in the same order, for each of a few
 seeds; beside them one whose teacher is asked online and one of labels alone. What has
