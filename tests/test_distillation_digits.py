@@ -183,7 +183,7 @@ def test_a_vocabulary_over_devices():
     def loss(s, t, labels, divergence):
         options = dict(labels=labels, alpha=0.5, divergence=divergence)
         where = dict(mesh=mesh, token_axes=(), vocab_axis="model")
-        return jaxkl.sharded_distillation_loss(s, t, **options, **where)
+        return jaxkl.distillation_loss(s, t, **options, **where)
 
     for mine, theirs in (FORWARD, REVERSE):
         step = jax.jit(jax.value_and_grad(loss), static_argnums=3)

@@ -113,11 +113,11 @@ def test_a_divergence_that_holds_an_entry_a_column_and_a_mesh(rng):
     where = dict(mesh=jax.make_mesh((2,), ("model",)), token_axes=())
     with jax.numpy_rank_promotion("allow"):
         with pytest.raises(ValueError, match=NOT_ELEMENTWISE):
-            jaxkl.sharded_distillation_loss(
+            jaxkl.distillation_loss(
                 s, t, divergence=holds, vocab_axis="model", **where
             )
         # Where each device has all columns, all is seen.
-        loss = jaxkl.sharded_distillation_loss(s, t, divergence=holds, **where)
+        loss = jaxkl.distillation_loss(s, t, divergence=holds, **where)
     assert np.isfinite(loss)
 
 

@@ -1,8 +1,8 @@
-# `make distill-lm` builds the environment of this program, .venv-lm.
+# `make distill-lm` builds the environment of this program, .venv.
 """Writes the teacher's outputs for a text once, to train from many times.
 
-    .venv-lm/bin/python examples/smollm2/cache.py --output out/cache --kind hidden
-    .venv-lm/bin/python examples/smollm2/train.py --cache out/cache
+    .venv/bin/python examples/smollm2/cache.py --output out/cache --kind hidden
+    .venv/bin/python examples/smollm2/train.py --cache out/cache
 
 A cache is a folder of safetensors files, with some windows in each, and manifest.json.
 The manifest records the cache's sources and settings, and the SHA-256 of each file.

@@ -1,7 +1,7 @@
-# `make distill-lm` builds the environment of this program, .venv-lm.
+# `make distill-lm` builds the environment of this program, .venv.
 """Compares teacher caches: what each costs to store, and how good its student is.
 
-    .venv-lm/bin/python examples/smollm2/compare.py
+    .venv/bin/python examples/smollm2/compare.py
 
 For each of a few seeds, all students start the same and see the same windows in the
 same order. One more student learns from the teacher online, and one from labels alone.
