@@ -1,5 +1,5 @@
-/* Search in pages that are opened from disk. There a browser starts no worker, and the
-search is one: it runs in a hidden frame instead, and is sent the same messages. */
+/* Search runs in a worker, which browsers do not start for pages opened from disk. There
+this class runs it in a hidden frame and sends it the same messages. */
 if (location.protocol === "file:") {
   window.Worker = class extends EventTarget {
     constructor(url) {
