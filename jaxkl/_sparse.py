@@ -68,7 +68,7 @@ class SparseTeacher(Source):
     if TYPE_CHECKING:
 
         def __init__(
-            self, indices: ArrayLike, log_probs: ArrayLike, *, tail: Tail = ...
+            self, indices: ArrayLike, X
         ) -> None: ...
 
     def __post_init__(self):
