@@ -68,7 +68,11 @@ class SparseTeacher(Source):
     if TYPE_CHECKING:
 
         def __init__(
-            self, indices: ArrayLike, X
+            self,
+            indices: ArrayLike,
+            log_probs: ArrayLike,
+            *,
+            tail: Tail = "renormalize",
         ) -> None: ...
 
     def __post_init__(self):
