@@ -58,7 +58,8 @@ def check_slices(axis_name: str, operands: Operands) -> None:
     """Checks that the vocabulary, and nothing else, is spread over the axis."""
     slices = {"student": operands.student, "teacher": operands.teacher}
     for name, source in slices.items():
-        if source.width is not None and axis_name not in varying_axes(source.columns):
+        array = source.vocab_array
+        if array is not None and axis_name not in varying_axes(array):
             raise ValueError(
                 f"`{name}` must hold a slice of the vocabulary on each device of axis "
                 f"{axis_name!r}, got the same columns on all of them."
@@ -90,7 +91,7 @@ def per_token(
 
 
 def as_mask(where: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
-    """The tokens that count, bool `[B]`."""
+    """The tokens to keep, bool `[B]`."""
     mask = check.bool_array("where", where)
     return check.of_shape("where", mask, shape, "the batch shape").reshape(-1)
 
@@ -134,9 +135,10 @@ def check_divergence(
 
 
 def _check_elementwise(divergence: Any, vocab_size: int, sees_any_width: bool) -> None:
-    """Traces the function for two arrays of a width that it will see.
+    """Checks it on two arrays as wide as the vocabulary.
 
-    It may hold an array with an entry for each column, if it sees all columns.
+    If it sees any width, they have one column more, so that a function that holds an
+    array with an entry for each column fails.
     """
     name = "`divergence`"
     width = vocab_size + 1 if sees_any_width else vocab_size

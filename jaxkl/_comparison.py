@@ -1,59 +1,65 @@
 """A teacher and a student of a tile, compared column by column."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ._divergences import Divergence, is_centred
 from ._slopes import centred, sum_slopes
-from ._softmax import log_ratio, Outcomes, Softmax, SoftmaxStats
+from ._softmax import log_ratio, Model, Outcomes, Softmax
 from ._vocabulary import Vocabulary
 
 
 class Pair(NamedTuple):
-    """Teacher $p$ and student $q$ at their temperatures, for the rows of a tile."""
+    """Teacher and student of a tile, at their temperatures."""
 
-    teacher_logits: jax.Array  # [B, V]
-    student_logits: jax.Array  # [B, V]
-    p: SoftmaxStats | None  # None: the teacher's logits are log-probabilities
-    q: SoftmaxStats
-    log_sum_ratio: jax.Array | None  # see `normalize_pair`; None: as for p
+    teacher: Model | jax.Array  # an array: log-probabilities, `[B, V]`
+    student: Model
+    log_sum_ratio: jax.Array | None  # see `normalize_pair`; None: not of two models
     same_temperature: bool
 
     def softmaxes(self) -> tuple[Softmax, Softmax]:
         """The softmax of teacher and student."""
-        t = self.teacher_logits
-        if self.p is None:
-            p = Softmax(t, jnp.exp(t), jnp.zeros_like(self.q.max), t)
-        else:
-            p = self.p.softmax(t)
-        return p, self.q.softmax(self.student_logits)
+        q = self.student.softmax()
+        if isinstance(self.teacher, Model):
+            return self.teacher.softmax(), q
+        log_p = self.teacher
+        return Softmax(log_p, jnp.exp(log_p), jnp.zeros_like(q.lse), log_p), q
 
     def log_ratio(self) -> jax.Array | None:
         """`log q - log p`, `[B, V]`, if it is known better than as their difference."""
-        if self.p is None:
+        if self.log_sum_ratio is None:
             return None
-        assert self.log_sum_ratio is not None
-        p, q = (self.p, self.teacher_logits), (self.q, self.student_logits)
+        assert isinstance(self.teacher, Model)
         return log_ratio(
-            p, q, self.log_sum_ratio, same_temperature=self.same_temperature
+            self.teacher,
+            self.student,
+            self.log_sum_ratio,
+            same_temperature=self.same_temperature,
         )
 
-    def recomputed_after(self, x):
+    def recomputed_after(self, x: Any) -> tuple["Pair", Any]:
         """The pair and `x` behind a barrier.
 
         To the compiler, what is computed from this pair is another computation: it does
         not keep the results of the first for the second.
         """
-        stats = self.p, self.q, self.log_sum_ratio
-        (p, q, log_sum_ratio), x = jax.lax.optimization_barrier((stats, x))
-        return self._replace(p=p, q=q, log_sum_ratio=log_sum_ratio), x
+        models = [m for m in (self.teacher, self.student) if isinstance(m, Model)]
+        stats = [model.stats for model in models], self.log_sum_ratio
+        # Not the logits, which are in memory.
+        (stats, log_sum_ratio), x = jax.lax.optimization_barrier((stats, x))
+        *teacher, student = (
+            model._replace(stats=of_model)
+            for model, of_model in zip(models, stats, strict=True)
+        )
+        teacher = teacher[0] if teacher else self.teacher
+        return Pair(teacher, student, log_sum_ratio, self.same_temperature), x
 
 
 class Comparison(NamedTuple):
-    """A divergence, and its gradients by logits / temperature of the two models."""
+    """A divergence, and its gradients of the two models' logits / temperature."""
 
     divergence: jax.Array  # [B]: the sum over the columns of this device
     d_teacher: jax.Array  # [B, V]
@@ -100,7 +106,8 @@ def compare_columns(
         return centred(slope, prob, sums)
 
     d_teacher = gradient("teacher")
-    if pair.p is not None and is_centred(divergence):
-        # The slopes of the student sum to 0: they are the gradient.
+    if pair.log_sum_ratio is not None and is_centred(divergence):
+        # The slopes of the student sum to 0, as accurately as the log-ratio is known:
+        # they are the gradient.
         return Comparison(value, d_teacher, slopes["student"][0])
     return Comparison(value, d_teacher, gradient("student"))

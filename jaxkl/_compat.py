@@ -26,6 +26,16 @@ def to_varying(x: jax.Array, axes: Iterable[str]) -> jax.Array:
     return jax.lax.pcast(x, axes, to="varying")
 
 
+def match_varying(*arrays: jax.Array) -> list[jax.Array]:
+    """Inside `jax.shard_map`, the arrays cast to vary over the same mesh axes.
+
+    A cotangent must vary as its argument does. The transpose of the cast is the psum
+    that the gradient of a replicated argument needs.
+    """
+    axes = frozenset[str]().union(*map(varying_axes, arrays))
+    return [to_varying(x, axes) for x in arrays]
+
+
 def abstract_eval(f: Callable, *args: Any) -> Any:
     """`jax.eval_shape`, whose types know over which mesh axes they vary."""
     jaxpr, shapes = jax.make_jaxpr(f, return_shape=True)(*args)

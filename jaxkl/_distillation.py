@@ -54,15 +54,15 @@ def distillation_loss(
     $\partial D / \partial s = (q - p) / T$.
 
     Statistics are in float32 or more. Gradients are computed in the forward pass, a
-    tile of tokens at a time, and no `[tokens, vocab]` array is held beside the
-    arguments and their gradients. Second order (`jax.hessian`, reverse over reverse)
-    works. For forward mode (`jax.jvp`, `jax.linearize`) there is
-    `jaxkl.reference.distillation_loss`.
+    tile of tokens at a time, or in the backward pass with `reduction="none"` and in
+    float16. No `[tokens, vocab]` array is held beside the arguments and their
+    gradients. Second order (`jax.hessian`, reverse over reverse) works. For forward
+    mode (`jax.jvp`, `jax.linearize`) there is `jaxkl.reference.distillation_loss`.
 
     Columns where both logits are `-inf` are as if absent. A token with $q = 0 < p$ has
     an infinite forward KL, and the finite gradient of the formula. On a mesh, a head
-    that the mesh divides is not copied. Three small sums over the vocabulary's axis are
-    exchanged for each tile of tokens, and each gradient once.
+    that the mesh divides is not copied. The devices of the vocabulary's axis exchange
+    three small reductions for each tile of tokens, and each gradient once.
 
     Args:
       student: Logits $s$, `[..., vocab]`, or a `LinearHead` that makes them. It comes
@@ -112,7 +112,7 @@ def distillation_loss(
         of the axis. The mean is over this device's tokens.
       tile: Number of tokens to take at a time; it changes memory and time, not the
         result. None: chosen by device and vocabulary. (All tokens at once if their
-        number is symbolic, in `jax.export`.)
+        number is symbolic, in `jax.export`, or mesh axes are Explicit.)
 
     Returns:
       The loss, float64 if an argument is, else float32: `[...]` if `reduction="none"`,

@@ -18,7 +18,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from ._numerics import is_near, NEAR, second_order, series, zero_unless
+from ._numerics import NEAR, near_part, second_order, series, zero_unless
 from ._softmax import Outcomes
 
 
@@ -50,9 +50,9 @@ def _known_ratio_jvp(primals, tangents):
 # The functions below take two models and their `log_ratio`, `log q - log p`.
 
 
-def difference(p: Outcomes, q: Outcomes, log_ratio: jax.Array) -> jax.Array:
+def q_less_p(p: Outcomes, q: Outcomes, log_ratio: jax.Array) -> jax.Array:
     """`q - p`, to the last digits where they are near, and 0 where they are equal."""
-    near, r = is_near(log_ratio)
+    near, r = near_part(log_ratio)
     p_expm1 = p.prob * (r + second_order(r))
     return jnp.where(near, p_expm1, q.prob - p.prob)
 
@@ -60,21 +60,23 @@ def difference(p: Outcomes, q: Outcomes, log_ratio: jax.Array) -> jax.Array:
 @jax.custom_jvp
 def kl_term(p: Outcomes, q: Outcomes, log_ratio: jax.Array) -> jax.Array:
     """`p (e^r - 1 - r)` with `r = log_ratio`. Its sum is KL(p ‖ q)."""
-    near, r = is_near(log_ratio)
-    p_log_ratio = _times(p.prob, log_ratio)
+    near, r = near_part(log_ratio)
+    p_log_ratio = _prob_times(p.prob, log_ratio)
     return jnp.where(near, p.prob * second_order(r), q.prob - p.prob - p_log_ratio)
 
 
 @kl_term.defjvp
 def _kl_term_jvp(primals, tangents):
-    # ∂/∂log q = p (e^r - 1) and ∂/∂log p = -p r are the whole derivative: that of the
-    # sum by r = log q - log p is in them.
+    # ∂/∂log q = p (e^r - 1) and ∂/∂log p = -p r are the whole derivative, the one
+    # through r included.
     (p, q, log_ratio), (d_p, d_q, _) = primals, tangents
-    slope = difference(p, q, log_ratio) * d_q.log - _times(p.prob, log_ratio) * d_p.log
+    slope = (
+        q_less_p(p, q, log_ratio) * d_q.log - _prob_times(p.prob, log_ratio) * d_p.log
+    )
     return kl_term(*primals), slope
 
 
-def _times(prob, log_ratio):
+def _prob_times(prob: jax.Array, log_ratio: jax.Array) -> jax.Array:
     """The product, with `0 · inf = 0`."""
     return prob * zero_unless(prob > 0, log_ratio)
 
@@ -102,8 +104,8 @@ def _jensen_shannon_term_jvp(beta, weights, primals, tangents):
     # for a common factor, and ∂/∂log q = -b q log(m / q).
     (p, q, log_ratio), (d_p, d_q, _) = primals, tangents
     m_over_p, m_over_q = _log_mixture_ratios(log_ratio, beta)
-    f_p = weights[0] * _times(p.prob, -m_over_p)
-    f_q = weights[1] * _times(q.prob, -m_over_q)
+    f_p = weights[0] * _prob_times(p.prob, -m_over_p)
+    f_q = weights[1] * _prob_times(q.prob, -m_over_q)
     value = jensen_shannon_term(*primals, beta, weights)
     return value, f_p * d_p.log + f_q * d_q.log
 
@@ -120,25 +122,25 @@ def skew_kl_term(
 @skew_kl_term.defjvp
 def _skew_kl_term_jvp(alpha, primals, tangents):
     # ∂/∂log m = m - p = (1-α) (q - p). Of it, ∂log m/∂log p = α p / m goes to p, and
-    # ∂log m/∂log q = (1-α) q / m to q. To p is added -p log(m / p).
+    # ∂log m/∂log q = (1-α) q / m to q. p also gets -p log(m / p).
     (p, q, log_ratio), (d_p, d_q, _) = primals, tangents
     m_over_p, _ = _log_mixture_ratios(log_ratio, alpha)
     m = _mixture(p, q, alpha).prob
-    slope = (1 - alpha) * difference(p, q, log_ratio) / jnp.where(m > 0, m, 1)
-    f_p = slope * alpha * p.prob - _times(p.prob, m_over_p)
+    slope = (1 - alpha) * q_less_p(p, q, log_ratio) / jnp.where(m > 0, m, 1)
+    f_p = slope * alpha * p.prob - _prob_times(p.prob, m_over_p)
     f_q = slope * (1 - alpha) * q.prob
     value = skew_kl_term(*primals, alpha)
     return value, f_p * d_p.log + f_q * d_q.log
 
 
-def _mixture(p, q, beta):
-    """`β p + (1-β) q`. Its logarithm is not needed, only the log-ratios to p and q."""
+def _mixture(p: Outcomes, q: Outcomes, beta: float) -> Outcomes:
+    """`β p + (1-β) q`. Its `log` is a placeholder: terms read `prob` and log-ratios."""
     prob = beta * p.prob + (1 - beta) * q.prob
     return Outcomes(jnp.zeros_like(prob), prob)
 
 
 @ft.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _log_mixture_ratios(r, beta):
+def _log_mixture_ratios(r: jax.Array, beta: float) -> tuple[jax.Array, jax.Array]:
     """`log(m / p)` and `log(m / q)` of `m = β p + (1-β) q`, from `r = log(q / p)`."""
     if not _MODERATE <= beta <= 1 - _MODERATE:
         return _log_blend(r, beta, 1 - beta), _log_blend(-r, 1 - beta, beta)
@@ -160,7 +162,7 @@ def _log_mixture_ratios_jvp(beta, primals, tangents):
     return _log_mixture_ratios(r, beta), (share_q * d_r, -share_p * d_r)
 
 
-def _log_blend(r, a, b):
+def _log_blend(r: jax.Array, a: float, b: float) -> jax.Array:
     """`log(a + b e^r)`, `a + b = 1`, to the last digits for any weights and any `r`."""
     change = b * jnp.expm1(r)
     # This is a sum of positive numbers, relative to the larger of 1 and e^r.
@@ -172,11 +174,11 @@ def _log_blend(r, a, b):
 _LEAST_EXPONENT = 1e-20  # below it the limit is right to the last digit
 
 
-def _excess(x, y, r, c):
+def _excess(x: Outcomes, y: Outcomes, r: jax.Array, c: float) -> jax.Array:
     """`(x^(1-c) y^c - x) / c` with `r = log y - log x`; it tends to `x r` at c = 0."""
     if abs(c) < _LEAST_EXPONENT:
-        return _times(x.prob, r)
-    near, cr = is_near(c * r, 1.0)
+        return _prob_times(x.prob, r)
+    near, cr = near_part(c * r, 1.0)
     absent = (x.log == -jnp.inf) & (y.log == -jnp.inf)
     # At exponent 0 a factor drops out, as 0^0 = 1 in the limit.
     log_power = (1 - c) * x.log + c * y.log if c != 1 else y.log
@@ -191,7 +193,7 @@ def alpha_term(
     """`(α p + (1-α) q - p^α q^(1-α)) / (α (1-α))`: KL(p ‖ q) at 1, KL(q ‖ p) at 0."""
     beta = 1 - alpha
     limit = NEAR / max(1.0, abs(alpha), abs(beta))
-    near, r = is_near(log_ratio, limit)
+    near, r = near_part(log_ratio, limit)
     # Σ_k (1 + β + … + β^k) r^k / (k + 2)! does not divide by a small α or β.
     total = series(r, lambda k: sum(beta**j for j in range(k + 1)))
     if abs(alpha) >= abs(beta):

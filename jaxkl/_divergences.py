@@ -14,10 +14,10 @@ import jax.numpy as jnp
 
 from ._divergence_terms import (
     alpha_term,
-    difference,
     jensen_shannon_term,
     kl_term,
     log_ratio_of,
+    q_less_p,
     skew_kl_term,
 )
 from ._softmax import Outcomes
@@ -27,15 +27,15 @@ Divergence = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class _Divergence:
-    """Base of the catalogue: a subclass has `of`, and gets `__call__` from it."""
+    """Base of the catalogue: a subclass defines `integrand`, of which it is the sum."""
 
-    def of(self, p: Outcomes, q: Outcomes, log_ratio: jax.Array) -> jax.Array:
+    def integrand(self, p: Outcomes, q: Outcomes, log_ratio: jax.Array) -> jax.Array:
         """The integrand `f`, from the two models and `log q - log p`."""
         raise NotImplementedError
 
     def __call__(self, log_p: jax.Array, log_q: jax.Array) -> jax.Array:
         p, q = Outcomes.of_log(log_p), Outcomes.of_log(log_q)
-        return self.of(p, q, log_ratio_of(p, q))
+        return self.integrand(p, q, log_ratio_of(p, q))
 
 
 def is_catalogued(divergence: Any) -> bool:
@@ -58,7 +58,7 @@ def evaluate(
     """`divergence(log p, log q)`; ours use the probabilities and the log-ratio too."""
     if is_catalogued(divergence):
         log_ratio = log_ratio_of(p, q, log_ratio)
-        return divergence.of(p, q, log_ratio)  # pyright: ignore[reportFunctionMemberAccess]
+        return divergence.integrand(p, q, log_ratio)  # pyright: ignore[reportFunctionMemberAccess]
     return divergence(p.log, q.log)
 
 
@@ -104,7 +104,7 @@ class ForwardKL(_Divergence):
       Network](https://arxiv.org/abs/1503.02531), 2015.
     """
 
-    def of(self, p, q, log_ratio):
+    def integrand(self, p, q, log_ratio):
         return kl_term(p, q, log_ratio)
 
 
@@ -122,7 +122,7 @@ class ReverseKL(_Divergence):
       Models](https://arxiv.org/abs/2306.08543), 2023.
     """
 
-    def of(self, p, q, log_ratio):
+    def integrand(self, p, q, log_ratio):
         return kl_term(q, p, -log_ratio)
 
 
@@ -145,7 +145,7 @@ class SymmetricKL(_Divergence):
     def __post_init__(self):
         _check_number("weight", self.weight, 0, 1)
 
-    def of(self, p, q, log_ratio):
+    def integrand(self, p, q, log_ratio):
         # An end of the interval leaves out the other term, which may be infinite.
         if self.weight == 1:
             return kl_term(p, q, log_ratio)
@@ -185,7 +185,7 @@ class JensenShannon(_Divergence):
         ends = not self.normalized
         _check_number("beta", self.beta, 0, 1, open_low=ends, open_high=ends)
 
-    def of(self, p, q, log_ratio):
+    def integrand(self, p, q, log_ratio):
         beta = self.beta
         if beta == 0:
             return kl_term(p, q, log_ratio)
@@ -215,7 +215,7 @@ class SkewForwardKL(_Divergence):
     def __post_init__(self):
         _check_number("alpha", self.alpha, 0, 1, open_high=True)
 
-    def of(self, p, q, log_ratio):
+    def integrand(self, p, q, log_ratio):
         if self.alpha == 0:
             return kl_term(p, q, log_ratio)
         return skew_kl_term(p, q, log_ratio, self.alpha)
@@ -240,8 +240,8 @@ class SkewReverseKL(_Divergence):
     def __post_init__(self):
         _check_number("alpha", self.alpha, 0, 1, open_high=True)
 
-    def of(self, p, q, log_ratio):
-        return SkewForwardKL(self.alpha).of(q, p, -log_ratio)
+    def integrand(self, p, q, log_ratio):
+        return SkewForwardKL(self.alpha).integrand(q, p, -log_ratio)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,10 +255,10 @@ class TotalVariation(_Divergence):
       Distillation](https://arxiv.org/abs/2307.15190), 2023.
     """
 
-    def of(self, p, q, log_ratio):
-        q_less_p = difference(p, q, log_ratio)
+    def integrand(self, p, q, log_ratio):
+        gap = q_less_p(p, q, log_ratio)
         # Not `jnp.abs`, whose derivative at 0 is 1 or -1.
-        return jnp.sign(q_less_p) * q_less_p / 2
+        return jnp.sign(gap) * gap / 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,5 +285,5 @@ class AlphaDivergence(_Divergence):
         limit = float("inf")
         _check_number("alpha", self.alpha, -limit, limit, open_low=True, open_high=True)
 
-    def of(self, p, q, log_ratio):
+    def integrand(self, p, q, log_ratio):
         return alpha_term(p, q, log_ratio, float(self.alpha))

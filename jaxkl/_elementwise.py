@@ -12,7 +12,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from . import _checks as check
-from ._numerics import is_near, loss_dtype, second_order, zero_unless
+from ._numerics import loss_dtype, near_part, second_order, zero_unless
 
 
 # Of a loss over axes: an axis, several of them, or None for all.
@@ -88,7 +88,7 @@ class ElementwiseLoss(NamedTuple):
 
     term: Callable
     slopes: Callable  # the derivative of `term` by each
-    zero_target: float  # the target that makes a term of 0 of a log-prediction of -inf
+    zero_target: float  # the target whose term is 0 at a log-prediction of -inf
     # `term` without a select, for predictions that are not -inf: XLA on CPU fuses it
     # with the sum, and holds no array of terms.
     quick: Callable | None = None
@@ -192,7 +192,7 @@ KL_LOG_TARGETS = ElementwiseLoss(
 def _near_ratio(log_predictions, targets):
     """`r = log q - log t`, where it is small, and `r` there with 0 elsewhere."""
     r = -_log_ratio(log_predictions, targets)
-    near, r_near = is_near(r)
+    near, r_near = near_part(r)
     near &= targets != 0
     return r, near, zero_unless(near, r_near)
 

@@ -5,8 +5,8 @@
 Reductions, masks, T² and mixing factors are all in the weights when they get here, and
 so are known before the backward pass. The forward rule computes the gradients with the
 loss, a tile at a time, and keeps those alone; the backward rule multiplies them by the
-incoming cotangent. If there is a cotangent for each token, the backward rule runs the
-tiles again instead.
+incoming cotangent. If there is a cotangent for each token, or a float16 gradient, the
+backward rule runs the tiles again instead.
 """
 
 import functools as ft
@@ -18,7 +18,7 @@ from jax.custom_derivatives import CustomVJPPrimal
 
 from ._compat import varying_axes
 from ._numerics import weigh
-from ._operands import LossTerms, Operands, Spec, Statistics, Tile
+from ._operands import LossTerms, Operands, Result, Spec, Statistics
 from ._plan import plan, workload
 from ._walk import walk
 
@@ -35,15 +35,15 @@ def weighted_loss(spec: Spec, operands: Operands) -> Outputs:
     dtypes = tuple(x.dtype.name for x in jax.tree.leaves(operands))
     vocab_axis = spec.vocab.axis_name
     if vocab_axis is not None:
-        operands = jax.tree.map(ft.partial(_sum_in_float32, vocab_axis), operands)
+        operands = jax.tree.map(ft.partial(_widen_shared, vocab_axis), operands)
     operands = operands.match_varying(vocab_axis)
-    operands = operands.map_sources(lambda source: source.drop_padding(spec.vocab))
+    operands = operands.map_sources(lambda source: source.zero_padding(spec.vocab))
     outputs: Any = _weighted_loss(spec, dtypes, operands)
     loss, terms, statistics = outputs
     return loss, jax.lax.stop_gradient(terms), jax.lax.stop_gradient(statistics)
 
 
-def _sum_in_float32(vocab_axis, x):
+def _widen_shared(vocab_axis: str, x: jax.Array) -> jax.Array:
     """`x` in float32 if all slices of the vocabulary share it and it has 16 bits.
 
     Each slice has a part of the gradient of hidden states. The parts are summed in the
@@ -54,8 +54,8 @@ def _sum_in_float32(vocab_axis, x):
     return x.astype(jnp.float32) if is_half and is_shared else x
 
 
-# `dtypes` are those to compute with, of all operands: XLA drops the casts there and
-# back. Gradients have the dtypes of the operands that are given.
+# `dtypes` are the operands' own, in which we compute: XLA drops the casts to float32
+# and back. Gradients have the dtypes of the operands that are given.
 @ft.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _weighted_loss(spec, dtypes, operands):
     operands = _with_dtypes(dtypes, operands)
@@ -63,14 +63,14 @@ def _weighted_loss(spec, dtypes, operands):
 
 
 class _Residuals(NamedTuple):
-    """What the backward rule is given: of each array a flag, and one of the others.
+    """Flags, and either the operands or their gradients.
 
     JAX keeps one residual structure for a rule, though it may trace the rule again for
     other perturbed arguments, and silently mixes up the leaves if the structures
     differ. So an absent array is an empty one, and the structure is always the same.
     """
 
-    perturbed: Operands  # flags, see `_flag`
+    flags: Operands  # whether each array is perturbed, see `_flag`
     operands: Operands  # if the backward rule runs the tiles again
     gradients: Operands  # if the forward rule has made them
 
@@ -96,7 +96,7 @@ def _weighted_loss_fwd(spec, dtypes, primals):
 def _weighted_loss_bwd(spec, dtypes, res, cotangents):
     del dtypes
     g, _, _ = cotangents
-    perturbed = jax.tree.map(_flagged_dtype, res.perturbed)
+    perturbed = jax.tree.map(_flagged_dtype, res.flags)
     if _awaits_cotangent(spec, perturbed):
         times_g = lambda x: x * g
         weights = jax.tree.map(times_g, res.operands.weights)
@@ -112,44 +112,47 @@ def _weighted_loss_bwd(spec, dtypes, res, cotangents):
 _weighted_loss.defvjp(_weighted_loss_fwd, _weighted_loss_bwd, symbolic_zeros=True)
 
 
-def _absent():
+def _absent() -> jax.Array:
     return jnp.zeros(0)
 
 
-def _flag(value, dtype):
+def _flag(value: bool, dtype: jnp.dtype) -> jax.Array:
     """A flag as an empty array: of a residual, only shape and dtype are static."""
     return jnp.zeros((int(value), 0), dtype)
 
 
-def _flagged_dtype(flag):
+def _flagged_dtype(flag: jax.Array) -> str | bool:
     """The dtype of a gradient that is asked for, else False: see `walk`."""
     return flag.shape[0] == 1 and flag.dtype.name
 
 
-def _nothing(operands):
-    """That no gradient is asked for: see `walk`."""
+def _nothing(operands: Operands) -> Operands:
+    """Flags that ask for no gradient: see `walk`."""
     return jax.tree.map(lambda _: False, operands)
 
 
-def _awaits_cotangent(spec, perturbed):
-    """Whether gradients need the cotangent first: one a token, or a float16 loss scale,
-    without which a gradient of a mean may underflow."""
+def _awaits_cotangent(spec: Spec, perturbed: Operands) -> bool:
+    """Whether gradients wait for the cotangent.
+
+    They do if there is one for each token, and in float16, where the gradient of a mean
+    may underflow without its loss scale.
+    """
     return not spec.reduce or "float16" in jax.tree.leaves(perturbed)
 
 
-def _with_dtypes(dtypes, operands):
+def _with_dtypes(dtypes: tuple[str, ...], operands: Operands) -> Operands:
     leaves, structure = jax.tree.flatten(operands)
     pairs = zip(leaves, dtypes, strict=True)
     return structure.unflatten([x.astype(dtype) for x, dtype in pairs])
 
 
-def _outputs(spec, operands, result):
+def _outputs(spec: Spec, operands: Operands, result: Result) -> Any:
     weighted = jax.tree.map(weigh, operands.weights, result.terms)
     loss = sum(jax.tree.leaves(weighted))
     return jnp.sum(loss) if spec.reduce else loss, result.terms, result.statistics
 
 
-def _run(spec: Spec, operands: Operands, perturbed: Operands) -> Tile:
+def _run(spec: Spec, operands: Operands, perturbed: Operands) -> Result:
     """Walks over all tokens as planned for the platform; see `walk`."""
     work = workload(spec, operands)
     if work.sharding == "explicit" and work.kinds != ("logits", "logits"):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from ._compat import to_varying, varying_axes
+from ._compat import match_varying
 from ._torch import (
     check_arrays,
     check_reduction,
@@ -93,11 +93,11 @@ def kl_div(
       [torch.nn.functional.kl_div](https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.kl_div.html)
     """
     if size_average is None and reduce is None:
-        total = check_reduction(reduction)
+        over_elements = check_reduction(reduction)
     else:
-        total = legacy_reduction(size_average, reduce)
+        over_elements = legacy_reduction(size_average, reduce)
     arrays = check_arrays(input, target, log_target)
-    return _kl_div(*arrays, total, reduction == "batchmean", bool(log_target))
+    return _kl_div(*arrays, over_elements, reduction == "batchmean", bool(log_target))
 
 
 @jax.tree_util.register_static
@@ -146,16 +146,16 @@ class KLDivLoss:
 
     def __call__(self, input: ArrayLike, target: ArrayLike) -> Array:
         """The loss of log-probabilities `input` against `target`, see `kl_div`."""
-        total = check_reduction(self.reduction)
+        over_elements = check_reduction(self.reduction)
         per_batch = self.reduction == "batchmean"
         arrays = check_arrays(input, target, self.log_target)
-        return _kl_div(*arrays, total, per_batch, bool(self.log_target))
+        return _kl_div(*arrays, over_elements, per_batch, bool(self.log_target))
 
 
-@ft.partial(jax.jit, static_argnames=("total", "per_batch", "log_target"))
-def _kl_div(input, target, total, per_batch, log_target):
-    loss: Array = _pointwise(*_match_varying(input, target), log_target)  # pyright: ignore
-    loss = reduce_loss(loss, input, total, per_batch)
+@ft.partial(jax.jit, static_argnames=("over_elements", "per_batch", "log_target"))
+def _kl_div(input, target, over_elements, per_batch, log_target):
+    loss: Array = _pointwise(*match_varying(input, target), log_target)  # pyright: ignore
+    loss = reduce_loss(loss, input, over_elements, per_batch)
     return loss.astype(result_dtype(input, target))
 
 
@@ -216,13 +216,3 @@ def _times_one_jvp(primals, tangents):
     (g, target), (d_g, d_target) = primals, tangents
     product = _times_one(g, target)
     return product, d_g * target / target + d_target * (g - product) / target
-
-
-def _match_varying(*arrays):
-    """Inside `jax.shard_map`, the arrays cast to vary over the same mesh axes.
-
-    A cotangent must vary as its argument does. The transpose of the cast is the psum
-    that the gradient of a replicated argument needs.
-    """
-    axes = frozenset().union(*map(varying_axes, arrays))
-    return [to_varying(x, axes) for x in arrays]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import ClassVar, TYPE_CHECKING
 
 import jax
@@ -27,14 +28,14 @@ class LinearHead(Source):
     gradients.
 
     A loss of two heads and its gradients cost four matrix products: the logits of each,
-    `d hidden` and `d kernel`. Nothing is computed twice. An array that is not
-    differentiated (under `jax.lax.stop_gradient`, or no argument of `jax.grad`) costs
-    nothing.
+    `d hidden` and `d kernel`. Only with `reduction="none"`, and in float16, are logits
+    made twice. An array that is not differentiated (under `jax.lax.stop_gradient`, or
+    no argument of `jax.grad`) costs nothing.
 
     Products take bfloat16 operands as they are and accumulate in float32. `d kernel`
     and `d bias` are summed over a device's tokens in float32 and rounded once to their
-    array's dtype, in which JAX sums them over devices that share the tokens. `d hidden`
-    is summed in float32 over devices that share the vocabulary, and then rounded.
+    array's dtype, in which JAX sums them over devices that split the tokens. `d hidden`
+    is summed in float32 over devices that split the vocabulary, and then rounded.
 
     Args:
       hidden: Input of the head, `[..., hidden]`.
@@ -103,16 +104,16 @@ class LinearHead(Source):
         return self.hidden.shape[:-1]
 
     @property
-    def columns(self):
+    def vocab_array(self):
         return self.kernel
 
     def pad_columns(self, width):
         return self._map_shared(lambda x: pad_to_width(x, width))
 
-    def drop_padding(self, vocab):
+    def zero_padding(self, vocab):
         return self._map_shared(vocab.mask)
 
-    def _map_shared(self, f):
+    def _map_shared(self, f: Callable[[jax.Array], jax.Array]) -> "LinearHead":
         return self.map_fields(lambda name, x: f(x) if name in self.shared else x)
 
     def partition_specs(self, token_axes, vocab_axis):

@@ -31,7 +31,8 @@ class DistillationMetrics(NamedTuple):
     """Mean entropy of the student at temperature 1, in nats."""
 
     teacher_entropy: jax.Array
-    """Mean entropy of the teacher at temperature 1, in nats."""
+    """Mean entropy of the teacher at temperature 1, in nats. That of a `SparseTeacher`
+    is at the temperature of its list."""
 
     top1_agreement: jax.Array
     """Share of the weight on tokens where the most likely column is the same."""
@@ -49,8 +50,8 @@ def metrics_of(
     def mean(x, weight=weight):
         total = jnp.sum(weight)
         is_empty = total == 0
-        mean = jnp.sum(weigh(weight, x)) / jnp.where(is_empty, 1, total)
-        return zero_unless(~is_empty, mean)
+        ratio = jnp.sum(weigh(weight, x)) / jnp.where(is_empty, 1, total)
+        return zero_unless(~is_empty, ratio)
 
     cross_entropy = None
     if terms.label is not None:

@@ -1,4 +1,4 @@
-"""What the engine is given, and what it makes of a tile."""
+"""What the engine is given, and what it returns."""
 
 import dataclasses
 from collections.abc import Callable
@@ -47,7 +47,7 @@ class Operands(NamedTuple):
     student_temperature: Any = None  # None: 1
     teacher_temperature: Any = None  # None: 1, or the student's if they are the same
     labels: Any = None  # -100: none
-    mask: Any = None  # tokens whose arrays may be looked at
+    mask: Any = None  # the tokens that `where` keeps; None: all
 
     @property
     def tokens(self) -> int:
@@ -61,7 +61,7 @@ class Operands(NamedTuple):
         sources = (x.map_tokens(f) for x in self[:2])
         return type(self)(*sources, *jax.tree.map(f, self[2:]))
 
-    def is_shared(self) -> Self:
+    def shared_flags(self) -> Self:
         """A flag for each array: whether all tokens share it."""
         flags = jax.tree.map(lambda _: False, self)
         of = lambda x: x.map_fields(lambda name, _: name in x.shared)
@@ -72,8 +72,8 @@ class Operands(NamedTuple):
 
         The cast of a replicated array is where its gradient is summed over devices.
         Each slice of the vocabulary contributes a part of most gradients, so their
-        arrays are cast to vary over `vocab_axis`. The gradient of a weight is whole on
-        each device, and weights are not cast.
+        arrays are cast to vary over `vocab_axis` too. The gradient of a weight is whole
+        on each device, and weights are not cast to it.
         """
         axes = frozenset[str]().union(*map(varying_axes, jax.tree.leaves(self)))
         axes -= {vocab_axis}
@@ -102,9 +102,9 @@ class Spec:
         return x.student_temperature if self.same_temperature else x.teacher_temperature
 
 
-class Tile(NamedTuple):
-    """What the engine makes of a tile of tokens."""
+class Result(NamedTuple):
+    """What the engine returns of some tokens: of a tile, or of all of them."""
 
     terms: LossTerms
     statistics: Statistics | None
-    gradients: Operands  # of Σ weight · term; of shared arrays, summed over the tile
+    gradients: Operands  # of Σ weight · term; of shared arrays, summed over tokens

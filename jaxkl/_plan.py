@@ -15,6 +15,7 @@ from ._sources import Kind
 
 
 Platform = Literal["cpu", "accelerator"]
+Order = Literal["blocks", "strided"]
 
 _MIB = 2**20
 _MAX_TILE = 1024  # tokens: enough for a matrix product to run at full speed
@@ -23,7 +24,7 @@ _MAX_TILE = 1024  # tokens: enough for a matrix product to run at full speed
 @dataclasses.dataclass(frozen=True)
 class Plan:
     tile: int | None  # tokens at a time; None: all of them at once
-    order: Literal["blocks", "strided"]  # which tokens are in a tile, see `_walk`
+    order: Order  # which tokens are in a tile, see `_walk`
     # Whether slopes are evaluated twice, rather than kept until their sum is known.
     recompute: bool
 
@@ -52,7 +53,7 @@ class Workload:
 def workload(spec: Spec, operands: Operands) -> Workload:
     sources = operands.student, operands.teacher
     student, teacher = (x.kind for x in sources)
-    logits = [x.columns for x in sources if x.kind == "logits"]
+    logits = [x.vocab_array for x in sources if x.kind == "logits"]
     sharding = "auto"
     if any(map(is_explicitly_sharded, jax.tree.leaves(operands))):
         sharding = "explicit"
@@ -72,18 +73,22 @@ def workload(spec: Spec, operands: Operands) -> Workload:
 
 
 def plan(platform: Platform, work: Workload) -> Plan:
-    """The plan of a loss: a tile that the user chose changes its size only."""
+    """The plan of a loss.
+
+    A tile that the user chose changes the size of tiles. The plan is then that of an
+    automatic choice of this size.
+    """
     tile = _tile(platform, work)
     if tile is not None and tile >= work.tokens:
         tile = None
-    # A tile that stays in a CPU's cache may hold its slopes. Elsewhere they would be
-    # written to memory: of dense logits, which are in memory already, a second array.
+    # Dense logits are already in memory: recompute slopes rather than store a
+    # logits-sized array. A tile that stays in a CPU's cache may keep its slopes.
     is_dense = work.kinds == ("logits", "logits")
     recompute = platform == "accelerator" or (is_dense and tile is None)
     return Plan(tile, _order(work), recompute)
 
 
-def _tile(platform, work):
+def _tile(platform: Platform, work: Workload) -> int | None:
     if work.sharding == "explicit" or not isinstance(work.tokens, int):
         # Types that hold a sharding do not allow for slices. A symbolic number of
         # tokens, in `jax.export`, has no number of tiles.
@@ -94,7 +99,8 @@ def _tile(platform, work):
         if work.kinds == ("logits", "logits"):
             return None  # XLA fuses the loss into passes over the logits
         # Each tile of a head reads and writes the sum of `d kernel`, which takes as
-        # long as the products of some 400 tokens.
+        # long as the products of some 400 tokens. Logits beside a list have such tiles
+        # too: their scatter does not fuse.
         return _tile_of_bytes(192 * _MIB, work, least=384)
     if "head" in work.kinds:
         return _tile_of_bytes(32 * _MIB, work)
@@ -105,24 +111,25 @@ def _tile(platform, work):
     return _tile_of_bytes(2 * _MIB, work)  # it stays in cache
 
 
-def _order(work):
+def _order(work: Workload) -> Order:
     """Strided, so that a token axis that the partitioner has sharded stays sharded
-    inside each tile. It copies logits, and is of use on several devices only."""
+    inside each tile; but blocks inside `shard_map`, where tokens are local, and on one
+    device for logits, which strides would copy."""
     if work.sharding == "manual":
         return "blocks"
     has_logits = "logits" in work.kinds
     return "blocks" if has_logits and not work.many_devices else "strided"
 
 
-def _tile_of_bytes(tile_bytes, work, least=1):
+def _tile_of_bytes(tile_bytes: int, work: Workload, least: int = 1) -> int:
     rows = max(tile_bytes // (work.columns * work.itemsize), least)
     near = min(rows // 8 * 8 or rows, _MAX_TILE)
     return tile_size(work.tokens, near, least)
 
 
 def tile_size(tokens: int, near: int, least: int = 1) -> int:
-    """A size near `near` that divides `tokens` if there is one, since padding copies;
-    else one that needs little padding.
+    """A size near `near` that divides `tokens` if there is one, else one that almost
+    does: the rest is padding, which copies, or tokens that are taken twice.
 
     Of the divisors we prefer multiples of a power of two: most often that is the number
     of devices that the tokens are spread over, and a tile that it does not divide would

@@ -25,10 +25,10 @@ from ._arguments import (
 )
 from ._divergences import Divergence
 from ._layout import as_layout, Layout
-from ._numerics import loss_dtype, zero_unless
+from ._numerics import loss_dtype, weigh, zero_unless
 from ._operands import LossTerms, Operands, Spec
-from ._order import as_constant
 from ._sources import as_source, flattened, Source
+from ._swapped import as_constant
 
 
 REDUCTIONS = ("none", "sum", "mean")
@@ -72,7 +72,10 @@ def prepare(
     tile: int | None,
     statistics: bool = False,
 ) -> Prepared:
-    """The arguments of `distillation_loss`, and whether its metrics are wanted."""
+    """Checks the arguments of `distillation_loss` and makes the engine's operands.
+
+    `statistics` is whether the metrics are asked for too.
+    """
     check.one_of("reduction", reduction, REDUCTIONS)
     t_squared = check.boolean("t_squared", t_squared)
     tile = None if tile is None else check.positive_int("tile", tile)
@@ -91,7 +94,7 @@ def prepare(
     mask = None if where is None else as_mask(where, shape)
     if not check.boolean("differentiate_teacher", differentiate_teacher):
         teacher = as_constant(student, teacher)
-    teacher = teacher.as_teacher(
+    teacher = teacher.checked_as_teacher(
         divergence,
         vocab.size,
         mask,
@@ -220,7 +223,8 @@ def _term_weights(
         # A number that is out of range is NaN. It makes the loss NaN, also where its
         # own term has no part in it.
         weight = jnp.where(jnp.isnan(alpha + smoothing + z_weight), jnp.nan, weight)
-    divergence = _times(weight, alpha)
+    # A term with a factor of 0 is absent, even where it is infinite.
+    divergence = weigh(alpha, weight)
     if temperature is not None:
         # A token without weight may hold NaN, and its divergence must not enter the
         # gradient of its temperature.
@@ -230,20 +234,15 @@ def _term_weights(
     label = uniform = lse_squared = None
     if labels is not None and has_cross_entropy:
         valid = (labels >= 0) & (labels < vocab_size)
-        label = zero_unless(labels != IGNORED_LABEL, _times(weight, 1 - alpha))
+        label = zero_unless(labels != IGNORED_LABEL, weigh(1 - alpha, weight))
         # Under `jit` a label that is out of range cannot raise: it makes the loss NaN.
         label = jnp.where(valid | (labels == IGNORED_LABEL), label, jnp.nan)
         if has_uniform:
-            label, uniform = _times(label, 1 - smoothing), _times(label, smoothing)
+            label, uniform = weigh(1 - smoothing, label), weigh(smoothing, label)
     if has_lse:
-        lse_squared = _times(weight, z_weight)
+        lse_squared = weigh(z_weight, weight)
     return LossTerms(divergence, label, uniform, lse_squared)
 
 
 def _may_differ(x: Any, number: float) -> bool:
     return not check.is_known(x) or x != number
-
-
-def _times(weight: jax.Array, factor: jax.Array) -> jax.Array:
-    """The product; a factor of 0 leaves out a term even where it is infinite."""
-    return zero_unless(factor != 0, weight * factor)

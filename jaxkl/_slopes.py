@@ -7,7 +7,7 @@ $$ \frac{\partial}{\partial z_w} \sum_v f_v = f_{q,w} - q_w \sum_v f_{q,v}. $$
 
 We sum the computed $f_q$ rather than use a closed form of the sum, so that rounding of
 the normaliser cancels. If one column has $q > 1/2$, the difference above is one of two
-nearly equal numbers. As $1 - q_w = \sum_{v \ne w} q_v$, it is there
+nearly equal numbers. As $1 - q_w = \sum_{v \ne w} q_v$, we write it there as
 
 $$ f_{q,w} \sum_{v \ne w} q_v - q_w \sum_{v \ne w} f_{q,v}. $$
 """

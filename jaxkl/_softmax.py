@@ -5,12 +5,12 @@ its exponentials are the statistics that turn logits into a softmax.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 
-from ._numerics import is_near, second_order, zero_unless
+from ._numerics import near_part, second_order, zero_unless
 from ._vocabulary import Vocabulary
 
 
@@ -103,7 +103,7 @@ class SoftmaxStats(NamedTuple):
         # logits themselves.
         return zero_unless(jnp.abs(self.max) != jnp.inf, self.max)
 
-    def _lowest(self, logits):
+    def _lowest(self, logits: jax.Array) -> Any:
         """A finite number that stands for -inf, as the quotient of -inf by T has a
         second derivative of NaN.
 
@@ -116,12 +116,21 @@ class SoftmaxStats(NamedTuple):
         return lowest * jnp.minimum(T * T * T, 1)
 
 
-# A model of a tile: the statistics of its rows, and its logits, `[B, V]`.
-Model = tuple[SoftmaxStats, jax.Array]
+class Model(NamedTuple):
+    """The logits of a tile, `[B, V]`, and their statistics."""
+
+    logits: jax.Array
+    stats: SoftmaxStats
+
+    def shifted(self) -> jax.Array:
+        return self.stats.shifted(self.logits)
+
+    def softmax(self) -> Softmax:
+        return self.stats.softmax(self.logits)
 
 
-def normalize(vocab: Vocabulary, models: Sequence[Model]) -> list[SoftmaxStats]:
-    """The statistics of each model, with its sum of exponentials."""
+def normalize(vocab: Vocabulary, models: Sequence[Model]) -> list[Model]:
+    """The models with their sums of exponentials."""
     return _with_sums(models, vocab.psum(*_sums_of_exp(models)))
 
 
@@ -132,7 +141,7 @@ def normalize_pair(
     others: Sequence[Model],
     *,
     same_temperature: bool,
-) -> tuple[list[SoftmaxStats], jax.Array]:
+) -> tuple[list[Model], jax.Array]:
     """`normalize` of all models, and `log(Z / U)` of the sums of `p` and `q`, `[B]`.
 
     With `u` and `z` the shifted logits of `p` and `q`, `U = Σ e^u` and `Z = Σ e^z`,
@@ -140,38 +149,40 @@ def normalize_pair(
 
         log1p(Δ / U) or -log1p(-Δ / Z),   Δ = Σ (e^z - e^u),
 
-    where no term of Δ cancels. Its error is relative to itself, not to log Z and log U.
-    So log-ratios keep their digits where the two models are near each other.
+    and the terms of Δ without cancellation. Its error is relative to itself, not to
+    log Z and log U. So log-ratios keep their digits where the models are near each
+    other.
     """
     models = [p, q, *others]
-    u, z = (stats.shifted(logits) for stats, logits in (p, q))
-    difference = _exp_difference(u, z, _difference_of_shifted(p, q, same_temperature))
-    difference = jnp.sum(difference, axis=-1)
-    *sums, difference = vocab.psum(*_sums_of_exp(models), difference)
-    up = difference > 0
+    z_less_u = _difference_of_shifted(p, q, same_temperature)
+    delta = jnp.sum(_exp_difference(p.shifted(), q.shifted(), z_less_u), axis=-1)
+    *sums, delta = vocab.psum(*_sums_of_exp(models), delta)
+    up = delta > 0
     smaller = jnp.where(up, sums[0], sums[1])
-    log_ratio = jnp.log1p(jnp.abs(difference) / smaller)
-    return _with_sums(models, sums), jnp.where(up, log_ratio, -log_ratio)
+    log_sum_ratio = jnp.log1p(jnp.abs(delta) / smaller)
+    return _with_sums(models, sums), jnp.where(up, log_sum_ratio, -log_sum_ratio)
 
 
-def _sums_of_exp(models):
-    return [jnp.sum(jnp.exp(stats.shifted(x)), axis=-1) for stats, x in models]
+def _sums_of_exp(models: Sequence[Model]) -> list[jax.Array]:
+    return [jnp.sum(jnp.exp(model.shifted()), axis=-1) for model in models]
 
 
-def _with_sums(models, sums):
-    pairs = zip(models, sums, strict=True)
-    return [stats._replace(sum_exp=total) for (stats, _), total in pairs]
+def _with_sums(models: Sequence[Model], sums: Sequence[jax.Array]) -> list[Model]:
+    return [
+        Model(logits, stats._replace(sum_exp=sum_exp))
+        for (logits, stats), sum_exp in zip(models, sums, strict=True)
+    ]
 
 
-def _difference_of_shifted(p, q, same_temperature):
+def _difference_of_shifted(p: Model, q: Model, same_temperature: bool) -> jax.Array:
     """`z - u`, the shifted logits of `q` less those of `p`."""
-    (p_stats, t), (q_stats, s) = p, q
     if same_temperature:
         # The differences are exact where the logits are near.
-        return q_stats.over_temperature(q_stats.less_max(s) - p_stats.less_max(t))
+        difference = q.stats.less_max(q.logits) - p.stats.less_max(p.logits)
+        return q.stats.over_temperature(difference)
     # A compiler fuses the difference of two quotients so that it rounds one and not
     # the other, and equal models would differ. It does not fuse through a maximum.
-    u, z = p_stats.shifted(t), q_stats.shifted(s)
+    u, z = p.shifted(), q.shifted()
     lowest = jnp.finfo(u.dtype).min
     return jnp.maximum(z, lowest) - jnp.maximum(u, lowest)
 
@@ -180,14 +191,14 @@ def log_ratio(
     p: Model, q: Model, log_sum_ratio: jax.Array, *, same_temperature: bool
 ) -> jax.Array:
     """`log q - log p`, `[B, V]`; `log_sum_ratio` is what `normalize_pair` found."""
-    (_, t), (_, s) = p, q
-    shifted = _difference_of_shifted(p, q, same_temperature)
-    ratio = jnp.where(s == -jnp.inf, -jnp.inf, shifted - log_sum_ratio[:, None])
-    return jnp.where(t == -jnp.inf, jnp.where(s == -jnp.inf, 0, jnp.inf), ratio)
+    ratio = _difference_of_shifted(p, q, same_temperature) - log_sum_ratio[:, None]
+    absent_p, absent_q = p.logits == -jnp.inf, q.logits == -jnp.inf
+    ratio = jnp.where(absent_q, -jnp.inf, ratio)
+    return jnp.where(absent_p, jnp.where(absent_q, 0, jnp.inf), ratio)
 
 
-def _exp_difference(u, z, shift):
-    """`e^z - e^u`, to the last digits where they are near; `shift` is `z - u`."""
-    near, r = is_near(shift)
+def _exp_difference(u: jax.Array, z: jax.Array, z_less_u: jax.Array) -> jax.Array:
+    """`e^z - e^u`, to the last digits where they are near."""
+    near, r = near_part(z_less_u)
     exp_u = jnp.exp(u)
     return jnp.where(near, exp_u * (r + second_order(r)), jnp.exp(z) - exp_u)

@@ -1,8 +1,9 @@
 """Where a token's logits come from, and how a gradient gets back to there.
 
-A new source is a frozen dataclass that derives from `Source`, is registered as a pytree
-(`jax.tree_util.register_dataclass`), and implements the abstract methods. The other
-methods have defaults that are right for a source with dense rows of logits.
+A new source is a frozen dataclass that derives from `Source` and is registered as a
+pytree (`jax.tree_util.register_dataclass`). Its fields are arrays, or None, or have the
+metadata `{"static": True}`. It sets `kind` and `shared`, and implements the abstract
+methods. The other methods have defaults that fit a source of dense rows of logits.
 """
 
 import abc
@@ -23,21 +24,21 @@ from ._softmax import entropy, Outcomes
 from ._vocabulary import Vocabulary
 
 
-# Logits are an argument, and so are in memory already; a head makes them of arrays that
-# all tokens share; a list is a teacher's few columns.
+# "logits" are an argument, and so are in memory already. A "head" makes logits from
+# arrays that all tokens share. A "list" is a teacher's few columns. Plans depend on it.
 Kind = Literal["logits", "head", "list"]
 
 
 class Source(abc.ABC):
-    """A pytree of arrays with a row for each token, and of arrays that all share.
+    """A pytree of arrays with a row for each token, and of arrays that tokens share.
 
-    The engine takes it one tile of tokens at a time: then `B` below is the size of the
-    tile, and each per-token array is `[B, ...]`.
+    The user's per-token arrays are `[..., n]`. `flattened` makes them `[B, n]`, and the
+    engine takes them one tile of tokens at a time: then `B` is the size of the tile.
     """
 
     shared: ClassVar[frozenset[str]] = frozenset()  # the fields that all tokens share
     kind: ClassVar[Kind]
-    # Whether the logits of a teacher are log-probabilities, at its own temperature.
+    # Whether a teacher's logits are log-probabilities, at a temperature of its own.
     is_normalized: ClassVar[bool] = False
 
     @abc.abstractmethod
@@ -55,8 +56,8 @@ class Source(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def columns(self) -> jax.Array | None:
-        """The array whose last axis is the vocabulary; None: there is none."""
+    def vocab_array(self) -> jax.Array | None:
+        """An array whose last axis is the vocabulary; None, of a teacher: none is."""
 
     @abc.abstractmethod
     def pad_columns(self, width: int) -> Self:
@@ -83,7 +84,7 @@ class Source(abc.ABC):
     @property
     def width(self) -> int | None:
         """The number of columns, padding included; None: it has no width."""
-        return None if self.columns is None else self.columns.shape[-1]
+        return None if self.vocab_array is None else self.vocab_array.shape[-1]
 
     def map_fields(self, f: Callable[[str, Any], Any]) -> Self:
         """`f(name, array)` in the place of every array; absent ones stay None."""
@@ -103,8 +104,8 @@ class Source(abc.ABC):
         over = lambda x: mask.reshape(mask.shape + (1,) * (x.ndim - 1))
         return self.map_tokens(lambda x: zero_unless(over(x), x))
 
-    def drop_padding(self, vocab: Vocabulary) -> Self:
-        """The source without NaN in the padding columns of shared arrays."""
+    def zero_padding(self, vocab: Vocabulary) -> Self:
+        """The source with 0 in the padding columns of shared arrays."""
         del vocab
         return self
 
@@ -120,7 +121,7 @@ class Source(abc.ABC):
 
     # What follows is asked of a teacher only.
 
-    def as_teacher(
+    def checked_as_teacher(
         self,
         divergence: Divergence,
         vocab_size: int,
@@ -146,7 +147,7 @@ class Source(abc.ABC):
         log_ratio: jax.Array | None = None,
     ) -> jax.Array:
         """The divergence of each token, `[B]`, from teacher `p` and student `q`,
-        `[B, V]`: the sum over this device's columns, of which `vocab.psum` is all."""
+        `[B, V]`: the sum over this device's columns, which `vocab.psum` completes."""
         p, q, log_ratio = jax.tree.map(vocab.mask, (p, q, log_ratio))
         return jnp.sum(vocab.mask(evaluate(divergence, p, q, log_ratio)), axis=-1)
 
@@ -185,7 +186,7 @@ class Logits(Source):
         return self.values.shape[:-1]
 
     @property
-    def columns(self):
+    def vocab_array(self):
         return self.values
 
     def pad_columns(self, width):
@@ -233,6 +234,6 @@ def flattened(source: Source) -> Source:
 
 
 def pad_to_width(x: jax.Array, width: int) -> jax.Array:
-    """`x` with columns of 0, which is the gradient of padding columns."""
+    """`x` padded with columns of 0 to `width`."""
     more = width - x.shape[-1]
     return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, more),)) if more else x

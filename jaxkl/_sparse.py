@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from . import _checks as check
-from ._comparison import Comparison
+from ._comparison import Comparison, Pair
 from ._compat import to_varying, varying_axes
 from ._divergences import Divergence, evaluate, ForwardKL, is_catalogued
 from ._lists import is_listed, merge_repeated, positions, safe_log, unlisted_mass
@@ -17,6 +17,7 @@ from ._numerics import zero_unless
 from ._slopes import centred, SlopeSums, sum_slopes
 from ._softmax import entropy, Outcomes
 from ._sources import Kind, Source
+from ._vocabulary import Vocabulary
 
 
 Tail = Literal["renormalize", "drop", "bucket", "uniform"]
@@ -101,7 +102,7 @@ class SparseTeacher(Source):
         return self.indices.shape[:-1]
 
     @property
-    def columns(self):
+    def vocab_array(self):
         return None
 
     def pad_columns(self, width):
@@ -112,7 +113,7 @@ class SparseTeacher(Source):
         del vocab_axis
         return self.map_fields(lambda *_: P(token_axes or None, None))
 
-    def as_teacher(
+    def checked_as_teacher(
         self, divergence, vocab_size, mask, *, teacher_temperature, differentiate
     ):
         if teacher_temperature is not None:
@@ -130,8 +131,8 @@ class SparseTeacher(Source):
         return self._with_checked_columns(vocab_size, mask)
 
     def logits(self, dtype, vocab):
-        """Dense log-probabilities, of which the softmax over the list is done."""
-        columns, log_probs = merge_repeated(self.indices, self.log_probs, dtype)
+        """Log-probabilities: those of the list and, elsewhere, what the tail says."""
+        columns, log_probs = self._entries(dtype)
         others = jnp.full_like(log_probs[:, :1], -jnp.inf)
         total = jax.nn.logsumexp(log_probs, axis=-1, keepdims=True)
         if self.tail == "renormalize":
@@ -168,18 +169,21 @@ class SparseTeacher(Source):
     def compare(self, divergence, pair, vocab, *, recompute):
         r"""Compares the columns of the list, and all others as one outcome.
 
-        The tail `"bucket"` is defined so. With `"renormalize"` and `"drop"` the sum is
-        the same where $p = 0$, as $f(0, q) = q\,f(0, 1)$: divergences are homogeneous
-        of degree 1. A user's function need not be. With `"uniform"`, each of the other
-        columns has a probability of its own.
+        The tail `"bucket"` is defined so, and with `"drop"` the others have no term.
+        With `"renormalize"` their sum is the same, as $p = 0$ and
+        $f(0, q) = q\,f(0, 1)$: divergences are homogeneous of degree 1. A user's
+        function need not be. With `"uniform"`, each of the other columns has a
+        probability of its own.
         """
         is_lumped = self.tail != "renormalize" or is_catalogued(divergence)
         if self.tail == "uniform" or not is_lumped:
             return super().compare(divergence, pair, vocab, recompute=recompute)
         return self._compare_lists(divergence, pair, vocab)
 
-    def _compare_lists(self, divergence, pair, vocab):
-        logits = pair.student_logits
+    def _compare_lists(
+        self, divergence: Divergence, pair: Pair, vocab: Vocabulary
+    ) -> Comparison:
+        logits, stats = pair.student
         columns, log_p = self._entries(logits.dtype)
         at = positions(columns, vocab)
         has_rest, p_rest = self._rest(columns, log_p, vocab)
@@ -189,13 +193,13 @@ class SparseTeacher(Source):
         p = Outcomes.of_log(log_p)
 
         listed = logits.at[at].get(mode="fill", fill_value=-jnp.inf)
-        exp_listed = jnp.exp(pair.q.shifted(listed))
-        exp_others = jnp.exp(pair.q.shifted(logits)).at[at].set(0, mode="drop")
+        exp_listed = jnp.exp(stats.shifted(listed))
+        exp_others = jnp.exp(stats.shifted(logits)).at[at].set(0, mode="drop")
         others_sum, listed_sum = vocab.psum(
             jnp.sum(exp_others, axis=-1), jnp.sum(exp_listed, axis=-1)
         )
         sum_exp = others_sum + listed_sum
-        q = pair.q._replace(sum_exp=sum_exp).softmax(listed).outcomes
+        q = stats._replace(sum_exp=sum_exp).softmax(listed).outcomes
         # Mark both as varying now: a later implicit cast would psum their gradients.
         q_listed, q_rest = (
             to_varying(x / sum_exp, varying_axes(listed))
@@ -227,7 +231,7 @@ class SparseTeacher(Source):
         part = zero_unless(has_mass, 1 / jnp.where(has_mass, others_sum, 1))
         d_student = exp_others * (part[:, None] * d_rest)
         d_student = d_student.at[at].add(d_listed, mode="drop")
-        d_teacher = jnp.zeros_like(pair.teacher_logits)  # a list is a constant
+        d_teacher = jnp.zeros_like(logits)  # a list is a constant
         return Comparison(of_list + vocab.on_first_shard(of_rest), d_teacher, d_student)
 
     def entropy(self, p, vocab):
@@ -238,17 +242,21 @@ class SparseTeacher(Source):
         rest = Outcomes(*(x[:, None] for x in rest))
         return of_list + vocab.on_first_shard(entropy(rest))
 
-    def _entries(self, dtype):
+    def _entries(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
         return merge_repeated(self.indices, self.log_probs, dtype)
 
-    def _rest(self, columns, log_probs, vocab):
+    def _rest(
+        self, columns: jax.Array, log_probs: jax.Array, vocab: Vocabulary
+    ) -> tuple[jax.Array, Outcomes]:
         """Whether a list leaves out any column, and all these as one outcome, `[B]`."""
         has_rest = jnp.sum(columns < vocab.size, axis=-1) < vocab.size
         has_mass = has_rest & (self.tail != "renormalize")
         mass = zero_unless(has_mass, unlisted_mass(log_probs))
         return has_rest, Outcomes.of_log(safe_log(mass))
 
-    def _with_checked_columns(self, vocab_size, mask):
+    def _with_checked_columns(
+        self, vocab_size: int, mask: jax.Array | None
+    ) -> "SparseTeacher":
         """The list, once the columns of the tokens in `mask` are known to exist.
 
         Where they are traced and do not exist, and where nothing is listed though the
@@ -272,7 +280,7 @@ class SparseTeacher(Source):
         return dataclasses.replace(self, indices=indices, log_probs=log_probs)
 
 
-def _equal_unless(condition, *models):
+def _equal_unless(condition: jax.Array, *models: Outcomes) -> list[Outcomes]:
     """The models where `condition`, and equal outcomes elsewhere.
 
     A divergence of equal outcomes is 0. Of an outcome that neither model has, a user's
@@ -281,13 +289,15 @@ def _equal_unless(condition, *models):
     return [Outcomes(*(zero_unless(condition, y) for y in x)) for x in models]
 
 
-def _evaluate_where(condition, divergence, p, q):
+def _evaluate_where(
+    condition: jax.Array, divergence: Divergence, p: Outcomes, q: Outcomes
+) -> jax.Array:
     """`f(log p, log q)` where `condition`, and 0 elsewhere."""
     p, q = _equal_unless(condition, p, q)
     return zero_unless(condition, evaluate(divergence, p, q))
 
 
-def _plain_kl(p, q):
+def _plain_kl(p: Outcomes, q: Outcomes) -> jax.Array:
     """`Σ p (log p - log q)`. The form without cancellation does not hold here, as the
     listed probabilities do not sum to 1."""
     return jnp.sum(p.prob * zero_unless(p.prob > 0, p.log - q.log), axis=-1)
@@ -295,7 +305,8 @@ def _plain_kl(p, q):
 
 def _check_tail(tail: Tail, divergence: Divergence) -> None:
     """Checks that the divergence has a meaning on the tail."""
-    if tail == "drop" and not isinstance(divergence, ForwardKL):
+    is_forward_kl = isinstance(divergence, ForwardKL) and is_catalogued(divergence)
+    if tail == "drop" and not is_forward_kl:
         raise ValueError(
             f'`divergence` must be ForwardKL() with tail="drop", got {divergence!r}.'
         )

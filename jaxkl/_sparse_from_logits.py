@@ -93,7 +93,7 @@ def _top_k(logits, temperature, k):
 def _sample(key, logits, temperature, num_samples):
     p = jnp.exp(_log_probs(logits, temperature))
     # We draw a group of columns, and then a column in it. One draw would not do: a
-    # float32 uniform has 24 bits, too few for the rare columns of a large vocabulary.
+    # float32 uniform has 23 bits, too few for the rare columns of a large vocabulary.
     *shape, vocab = p.shape
     group = math.isqrt(vocab - 1) + 1
     p = p.reshape(-1, vocab)
@@ -116,7 +116,7 @@ def _sample(key, logits, temperature, num_samples):
 
 
 def _draw(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-    """Columns `[N, S]`, drawn by `weights`, `[N, V]`, with the inverse distribution."""
+    """Columns `[N, S]`, drawn by `weights`, `[N, V]`: their inverted distribution."""
     # A parallel sum may round neighbours differently, but a column of weight 0 must not
     # have a step of its own.
     total = zero_unless(weights > 0, jnp.cumsum(weights, axis=-1))

@@ -17,15 +17,23 @@ import jax.numpy as jnp
 from ._comparison import Pair
 from ._divergences import ForwardKL
 from ._numerics import weigh, zero_unless
-from ._operands import LossTerms, Operands, Spec, Statistics, Tile
-from ._softmax import entropy, normalize, normalize_pair, Softmax, SoftmaxStats
+from ._operands import LossTerms, Operands, Result, Spec, Statistics
+from ._softmax import (
+    entropy,
+    Model,
+    normalize,
+    normalize_pair,
+    Softmax,
+    SoftmaxStats,
+)
+from ._sources import Source
 from ._vocabulary import Vocabulary
 
 
 @ft.partial(jax.jit, static_argnums=0, static_argnames="recompute", inline=True)
 def run_tile(
     spec: Spec, x: Operands, counted: jax.Array, *, recompute: bool = False
-) -> Tile:
+) -> Result:
     """All there is to know of a tile: XLA drops what the caller does not use.
 
     `counted`, `[B]`, are the tokens that count in the gradients of shared arrays;
@@ -37,7 +45,7 @@ def run_tile(
         x = x.map_sources(lambda source: source.mask_tokens(mask))
     t = x.teacher.logits(spec.dtype, vocab)
     s = x.student.logits(spec.dtype, vocab)
-    pair, p_at_1, q_at_1 = _softmaxes(spec, x, t, s)
+    pair, p_at_1, q_at_1 = _normalize(spec, x, t, s)
     p, q = pair.softmaxes()
 
     compared = x.teacher.compare(spec.divergence, pair, vocab, recompute=recompute)
@@ -53,14 +61,12 @@ def run_tile(
     )
     if spec.same_temperature:
         both = d_student_temperature, d_teacher_temperature
-        d_student_temperature, d_teacher_temperature = (
-            jax.tree.map(jnp.add, *both),
-            None,
-        )
+        d_student_temperature = jax.tree.map(jnp.add, *both)
+        d_teacher_temperature = None
     d_s += _d_logits_at_1(x.weights, q_at_1, d_label, vocab)
 
-    # 0 · NaN is NaN in a product too: do not count tokens without weight whose loss is
-    # not finite.
+    # 0 · NaN is NaN in the product for `d kernel`: a token without weight does not
+    # count if its divergence or lse is not finite.
     has_weight = ft.reduce(jnp.logical_or, [w != 0 for w in jax.tree.leaves(x.weights)])
     counted &= has_weight | jnp.isfinite(terms.divergence + q.lse)
     gradients = x._replace(
@@ -73,47 +79,45 @@ def run_tile(
     statistics = None
     if spec.statistics:
         assert q_at_1 is not None
-        p_at_1 = p if p_at_1 is None else p_at_1
         statistics = _statistics(x.teacher, p_at_1, q_at_1, vocab)
-    return Tile(terms, statistics, gradients)
+    return Result(terms, statistics, gradients)
 
 
-def _softmaxes(
+def _normalize(
     spec: Spec, x: Operands, t: jax.Array, s: jax.Array
-) -> tuple[Pair, Softmax | None, Softmax | None]:
-    """The models at their temperatures, and at temperature 1 where that is needed.
+) -> tuple[Pair, Softmax, Softmax | None]:
+    """The models at their temperatures, and teacher and student at temperature 1.
 
-    The teacher's is None too if it is that of the pair.
+    The last is None if it is not needed.
     """
     vocab = spec.vocab
-    s_max, t_max = vocab.pmax(x.student.max(s), x.teacher.max(t))
-    q = SoftmaxStats(s_max, x.student_temperature)
     needs_q_at_1 = spec.statistics or any(w is not None for w in x.weights[1:])
-    at_1 = {}
-    if needs_q_at_1 and q.temperature is not None:
-        at_1["q"] = SoftmaxStats(s_max), s
-    p = log_sum_ratio = None
+    student_max, teacher_max = x.student.max(s), None
     if x.teacher.is_normalized:
-        # Log-probabilities are the same at any temperature.
-        q, *others = normalize(vocab, [(q, s), *at_1.values()])
+        (student_max,) = vocab.pmax(student_max)
     else:
-        p = SoftmaxStats(t_max, spec.teacher_temperature(x))
-        if spec.statistics and p.temperature is not None:
-            at_1["p"] = SoftmaxStats(t_max), t
-        (p, q, *others), log_sum_ratio = normalize_pair(
-            vocab,
-            (p, t),
-            (q, s),
-            list(at_1.values()),
-            same_temperature=spec.same_temperature,
+        student_max, teacher_max = vocab.pmax(student_max, x.teacher.max(t))
+    q = Model(s, SoftmaxStats(student_max, x.student_temperature))
+    others = {}
+    if needs_q_at_1 and q.stats.temperature is not None:
+        others["q_at_1"] = Model(s, SoftmaxStats(student_max))
+    if teacher_max is None:
+        # Log-probabilities are the same at any temperature.
+        q, *normalized = normalize(vocab, [q, *others.values()])
+        pair = Pair(t, q, None, spec.same_temperature)
+    else:
+        p = Model(t, SoftmaxStats(teacher_max, spec.teacher_temperature(x)))
+        if spec.statistics and p.stats.temperature is not None:
+            others["p_at_1"] = Model(t, SoftmaxStats(teacher_max))
+        (p, q, *normalized), log_sum_ratio = normalize_pair(
+            vocab, p, q, list(others.values()), same_temperature=spec.same_temperature
         )
-    pair = Pair(t, s, p, q, log_sum_ratio, spec.same_temperature)
-    stats_at_1 = dict(zip(at_1, others, strict=True))
-    if needs_q_at_1:
-        stats_at_1.setdefault("q", q)
-    p_at_1 = stats_at_1["p"].softmax(t) if "p" in stats_at_1 else None
-    q_at_1 = stats_at_1["q"].softmax(s) if "q" in stats_at_1 else None
-    return pair, p_at_1, q_at_1
+        pair = Pair(p, q, log_sum_ratio, spec.same_temperature)
+    others = dict(zip(others, normalized, strict=True))
+    p, q = pair.softmaxes()
+    p_at_1 = others["p_at_1"].softmax() if "p_at_1" in others else p
+    q_at_1 = others["q_at_1"].softmax() if "q_at_1" in others else q
+    return pair, p_at_1, q_at_1 if needs_q_at_1 else None
 
 
 def _terms(
@@ -143,7 +147,9 @@ def _terms(
     return terms, jnp.where(is_label, -others[:, None], q_at_1.prob)
 
 
-def _is_label(labels, like, vocab):
+def _is_label(
+    labels: jax.Array | None, like: jax.Array, vocab: Vocabulary
+) -> jax.Array:
     """One True in each row with a label, `[B, V]`. (A gather would not shard.)"""
     # It is made like `like`, whose type may say how it is spread over a mesh.
     column = jnp.zeros_like(like, jnp.int32) + vocab.columns[None, :]
@@ -160,10 +166,10 @@ def _d_logits(
     """
     if temperature is None:
         return weigh(weight[:, None], d_z), None
-    # A token without weight, or of padding, may have no temperature.
+    # The temperature of a token without weight may be NaN, and that of padding is 0.
     weight = weigh(weight, 1 / temperature)
-    # ∂D/∂T = -Σ d_z · z / T. As Σ d_z = 0, z may be less its maximum, which leaves
-    # fewer digits to cancel. Where d_z is 0, z may be infinite.
+    # ∂D/∂T = -Σ d_z · z / T. As Σ d_z = 0, the maximum may be subtracted from z,
+    # which leaves fewer digits to cancel. Where d_z is 0, z may be infinite.
     d_temperature = -jnp.sum(d_z * zero_unless(d_z != 0, model.shifted), axis=-1)
     return weigh(weight[:, None], d_z), weigh(weight, d_temperature)
 
@@ -189,7 +195,9 @@ def _d_logits_at_1(
     return sum(parts)
 
 
-def _statistics(teacher, p, q, vocab):
+def _statistics(
+    teacher: Source, p: Softmax, q: Softmax, vocab: Vocabulary
+) -> Statistics:
     agree = _argmax(p.log, vocab) == _argmax(q.log, vocab)
     kl, student_entropy, teacher_entropy = vocab.psum(
         teacher.sum_terms(ForwardKL(), p.outcomes, q.outcomes, vocab),
@@ -199,7 +207,7 @@ def _statistics(teacher, p, q, vocab):
     return Statistics(kl, student_entropy, teacher_entropy, agree.astype(q.log.dtype))
 
 
-def _argmax(x, vocab):
+def _argmax(x: jax.Array, vocab: Vocabulary) -> jax.Array:
     """The first column that holds the maximum, `[B]`."""
     largest_here = jnp.max(x, axis=-1)
     (largest,) = vocab.pmax(largest_here)

@@ -41,15 +41,15 @@ def legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
         if value is not None:
             check.boolean(name, value, "True, False or None")
     if reduce is not None and not reduce:
-        total = "none"
+        over_elements = "none"
     else:
-        total = "mean" if size_average is None or size_average else "sum"
+        over_elements = "mean" if size_average is None or size_average else "sum"
     warnings.warn(
         "`size_average` and `reduce` are deprecated, "
-        f'use `reduction="{total}"` instead.',
+        f'use `reduction="{over_elements}"` instead.',
         stacklevel=3,
     )
-    return total
+    return over_elements
 
 
 def check_arrays(
@@ -77,11 +77,13 @@ def promote(input: Array, target: Array) -> list[Array]:
     return list(jnp.broadcast_arrays(input.astype(dtype), target.astype(dtype)))
 
 
-def reduce_loss(loss: Array, input: Array, total: str, per_batch: bool) -> Array:
-    if total == "mean":
+def reduce_loss(
+    loss: Array, input: Array, over_elements: str, per_batch: bool
+) -> Array:
+    if over_elements == "mean":
         # The mean of nothing is a NaN whose derivative is 0.
         loss = jnp.sum(loss) + jnp.nan if loss.size == 0 else jnp.mean(loss)
-    elif total == "sum":
+    elif over_elements == "sum":
         loss = jnp.sum(loss)
     if per_batch and input.ndim > 0:
         loss = loss / jnp.asarray(input.shape[0], loss.dtype)

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from ._compat import abstract_eval, zeros
-from ._operands import Operands, Spec, Tile
+from ._operands import Operands, Result, Spec
 from ._plan import Plan
 from ._tile import run_tile
 from ._trees import cast, keep, merge, split
 
 
-def walk(spec: Spec, perturbed: Operands, plan: Plan, operands: Operands) -> Tile:
+def walk(spec: Spec, perturbed: Operands, plan: Plan, operands: Operands) -> Result:
     """What the tiles make of all tokens.
 
     `perturbed` has the dtype of each gradient that is asked for, and False for the
@@ -24,7 +24,7 @@ def walk(spec: Spec, perturbed: Operands, plan: Plan, operands: Operands) -> Til
         return result._replace(gradients=cast(perturbed, result.gradients))
 
     tiles = _ORDERS[plan.order](operands.tokens, plan.tile)
-    is_shared = operands.is_shared()
+    is_shared = operands.shared_flags()  # before `with_max` adds an array
     operands = operands.map_sources(lambda source: source.with_max(spec.vocab))
     operands = operands.map_tokens(tiles.arrange)
 
@@ -90,8 +90,8 @@ class _Blocks:
 class _Strided:
     """Tiles of every `count`-th token.
 
-    A token axis that the partitioner has sharded stays sharded inside each tile, where
-    it would have to gather a block. The tokens are padded at the end.
+    A token axis that the partitioner has sharded stays sharded inside each tile; a
+    block would be gathered. The tokens are padded at the end.
     """
 
     def __init__(self, tokens: int, tile: int):

@@ -67,16 +67,16 @@ def kl_div(
       0.0 0.0
     """
     if size_average is None and reduce is None:
-        total = check_reduction(reduction)
+        over_elements = check_reduction(reduction)
     else:
-        total = legacy_reduction(size_average, reduce)
+        over_elements = legacy_reduction(size_average, reduce)
     input, target = check_arrays(input, target, log_target)
     log_q, t = promote(input, target)
     if log_target:
         loss = jnp.exp(t) * (t - log_q)
     else:
         loss = xlogy(t, t) - t * log_q
-    loss = reduce_loss(loss, input, total, reduction == "batchmean")
+    loss = reduce_loss(loss, input, over_elements, reduction == "batchmean")
     return loss.astype(result_dtype(input, target))
 
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec as P
 
 import jaxkl
 import jaxkl.reference
-from jaxkl._order import _warn
+from jaxkl._swapped import _warn
 
 from .cases import rounded
 
