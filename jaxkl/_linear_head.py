@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from . import _checks as check
-from ._numerics import zero_unless
+from ._numerics import loss_dtype, zero_unless
 from ._sources import Kind, pad_to_width, Source
 
 
@@ -132,24 +132,31 @@ class LinearHead(Source):
             x = self.softcap * jnp.tanh(x / self.softcap)
         return vocab.fit(x)
 
-    def vjp(self, logits, d_logits, counted):
+    def d_outputs(self, logits, d_logits):
+        """The gradient of `x`, as an operand of the products in `vjp`."""
         if self.softcap is not None:
             # d/dx c·tanh(x/c) = 1 - tanh²(x/c), and tanh(x/c) = logits/c.
             tanh = logits / self.softcap
             d_logits = zero_unless(d_logits != 0, d_logits * (1 - tanh * tanh))
+        return _as_operand(d_logits, self.hidden, self.kernel)
+
+    def vjp(self, d_outputs, counted):
+        arrays = [x for x in (self.hidden, self.kernel, self.bias) if x is not None]
+        dtype = loss_dtype(d_outputs, *arrays)
+        width = self.kernel.shape[-1]
         # Padding columns of the kernel may hold NaN: leave them out of the product.
-        kernel = self.kernel[:, : d_logits.shape[-1]]
-        d_x = pad_to_width(d_logits, self.kernel.shape[-1])
-        d_bias = None
-        if self.bias is not None:
-            d_bias = jnp.sum(zero_unless(counted[:, None], d_x), axis=0)
-        d_product = _as_operand(d_x * self.scale, self.hidden, self.kernel)
-        dtype = d_logits.dtype
-        d_hidden = _dot(d_product[:, : kernel.shape[-1]], kernel, (1, 1), dtype)
+        kernel = self.kernel[:, : d_outputs.shape[-1]]
+        d_hidden = self.scale * _dot(d_outputs, kernel, (1, 1), dtype)
         # A token that is not counted may hold NaN, and 0 · NaN is NaN in a product.
         hidden = zero_unless(counted[:, None], self.hidden)
-        d_kernel = _dot(hidden, d_product, (0, 0), dtype)
-        return dataclasses.replace(self, hidden=d_hidden, kernel=d_kernel, bias=d_bias)
+        d_kernel = self.scale * _dot(hidden, d_outputs, (0, 0), dtype)
+        d_bias = None
+        if self.bias is not None:
+            d_x = zero_unless(counted[:, None], d_outputs)
+            d_bias = pad_to_width(jnp.sum(d_x, axis=0, dtype=dtype), width)
+        return dataclasses.replace(
+            self, hidden=d_hidden, kernel=pad_to_width(d_kernel, width), bias=d_bias
+        )
 
 
 def _dot(

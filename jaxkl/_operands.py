@@ -107,4 +107,7 @@ class Result(NamedTuple):
 
     terms: LossTerms
     statistics: Statistics | None
-    gradients: Operands  # of Σ weight · term; of shared arrays, summed over tokens
+    # Gradients of Σ weight · term. `run_tile` has the `d_outputs` of a source in place
+    # of the source, and `pull_back` makes them the gradients of its arrays.
+    gradients: Operands
+    counted: jax.Array  # [B]: the tokens that count in gradients of shared arrays

@@ -27,6 +27,9 @@ class Plan:
     order: Order  # which tokens are in a tile, see `_walk`
     # Whether slopes are evaluated twice, rather than kept until their sum is known.
     recompute: bool
+    # Tokens of a part, if tiles leave what the gradients of heads need, and one product
+    # over the part makes them; None: each tile makes its own.
+    part: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +42,10 @@ class Workload:
     teacher: Kind = "logits"
     itemsize: int = 4  # bytes of a logit in a tile
     half_logits: bool = False  # whether logits that are arguments have 16 bits
+    sum_bytes: int = 0  # of float32 gradients of arrays that all tokens share
+    output_bytes: int = (
+        4  # of an entry of what a head's tile leaves: `Source.d_outputs`
+    )
     many_devices: bool = False  # whether the program may run on several devices
     # How tokens are spread over devices: by XLA's partitioner, by a `shard_map` around
     # the loss, so that all tokens are local, or as their types say.
@@ -66,10 +73,21 @@ def workload(spec: Spec, operands: Operands) -> Workload:
         teacher,
         itemsize=spec.dtype.itemsize,
         half_logits=any(x.dtype.itemsize == 2 for x in logits),
+        sum_bytes=max(map(_sum_bytes, sources)),
+        output_bytes=max(map(_output_bytes, sources)),
         many_devices=many_devices(),
         sharding=sharding,
         tile=spec.tile,
     )
+
+
+def _sum_bytes(source):
+    shared = [x for x in jax.tree.leaves(source) if x.ndim == 2]
+    return 4 * shared[-1].size if source.kind == "head" else 0
+
+
+def _output_bytes(source):
+    return 2 if all(x.dtype.name == "bfloat16" for x in jax.tree.leaves(source)) else 4
 
 
 def plan(platform: Platform, work: Workload) -> Plan:
@@ -85,7 +103,20 @@ def plan(platform: Platform, work: Workload) -> Plan:
     # logits-sized array. A tile that stays in a CPU's cache may keep its slopes.
     is_dense = work.kinds == ("logits", "logits")
     recompute = platform == "accelerator" or (is_dense and tile is None)
-    return Plan(tile, _order(work), recompute)
+    part = _part(tile, work) if platform == "accelerator" else None
+    return Plan(tile, _order(work), recompute, part)
+
+
+def _part(tile: int | None, work: Workload) -> int | None:
+    """As many tiles as keep what they leave no larger than the float32 sums of the
+    heads' gradients, which they replace; rather a number that divides the tiles."""
+    if tile is None or "head" not in work.kinds:
+        return None
+    tiles = -(-work.tokens // tile)
+    most = max(work.sum_bytes // (work.columns * work.output_bytes) // tile, 1)
+    parts = -(-tiles // most)
+    divisors = [n for n in range(parts, min(2 * parts, tiles) + 1) if tiles % n == 0]
+    return -(-tiles // (divisors or [parts])[0]) * tile
 
 
 def _tile(platform: Platform, work: Workload) -> int | None:

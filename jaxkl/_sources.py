@@ -73,9 +73,17 @@ class Source(abc.ABC):
     def logits(self, dtype: jnp.dtype, vocab: Vocabulary) -> jax.Array:
         """The logits, `[B, vocab.width]` in `dtype`, with `-inf` in padding columns."""
 
+    def d_outputs(self, logits: jax.Array, d_logits: jax.Array) -> jax.Array:
+        """All that `vjp` needs of the gradient of the logits, `[B, any]`.
+
+        It is made in a tile. Those of many tiles may be kept, for one `vjp` of them all.
+        """
+        del logits
+        return d_logits
+
     @abc.abstractmethod
-    def vjp(self, logits: jax.Array, d_logits: jax.Array, counted: jax.Array) -> Self:
-        """The gradient of each array, from that of the logits, in the array's place.
+    def vjp(self, d_outputs: jax.Array, counted: jax.Array) -> Self:
+        """The gradient of each array, from `d_outputs`, in the array's place.
 
         Gradients of shared arrays are sums over the tokens that are `counted`, bool
         `[B]`, in at least float32. The others have their array's dtype or a wider one.
@@ -198,9 +206,9 @@ class Logits(Source):
     def logits(self, dtype, vocab):
         return vocab.fit(self.values).astype(dtype)
 
-    def vjp(self, logits, d_logits, counted):
-        del logits, counted
-        d_values = pad_to_width(d_logits, self.values.shape[-1])
+    def vjp(self, d_outputs, counted):
+        del counted
+        d_values = pad_to_width(d_outputs, self.values.shape[-1])
         return Logits(d_values.astype(self.values.dtype))
 
     def with_max(self, vocab):

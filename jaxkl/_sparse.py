@@ -148,8 +148,8 @@ class SparseTeacher(Source):
             dense = jnp.where(vocab.valid, dense, -jnp.inf)
         return dense.at[positions(columns, vocab)].set(log_probs, mode="drop")
 
-    def vjp(self, logits, d_logits, counted):
-        del logits, d_logits, counted
+    def vjp(self, d_outputs, counted):
+        del d_outputs, counted
         return self.map_fields(lambda _, x: jnp.zeros_like(x))  # it is a constant
 
     def sum_terms(self, divergence, p, q, vocab, log_ratio=None):

@@ -10,6 +10,7 @@ and the same for the teacher. Names follow this: `d_z` is $\partial D / \partial
 """
 
 import functools as ft
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -40,9 +41,7 @@ def run_tile(
     `recompute` is that of a `Plan`.
     """
     vocab = spec.vocab
-    if x.mask is not None:
-        mask = x.mask
-        x = x.map_sources(lambda source: source.mask_tokens(mask))
+    x = _masked(x)
     t = x.teacher.logits(spec.dtype, vocab)
     s = x.student.logits(spec.dtype, vocab)
     pair, p_at_1, q_at_1 = _normalize(spec, x, t, s)
@@ -70,8 +69,8 @@ def run_tile(
     has_weight = ft.reduce(jnp.logical_or, [w != 0 for w in jax.tree.leaves(x.weights)])
     counted &= has_weight | jnp.isfinite(terms.divergence + q.lse)
     gradients = x._replace(
-        student=x.student.vjp(s, d_s, counted),
-        teacher=x.teacher.vjp(t, d_t, counted),
+        student=x.student.d_outputs(s, d_s),
+        teacher=x.teacher.d_outputs(t, d_t),
         weights=terms,
         student_temperature=d_student_temperature,
         teacher_temperature=d_teacher_temperature,
@@ -80,7 +79,22 @@ def run_tile(
     if spec.statistics:
         assert q_at_1 is not None
         statistics = _statistics(x.teacher, p_at_1, q_at_1, vocab)
-    return Result(terms, statistics, gradients)
+    return Result(terms, statistics, gradients, counted)
+
+
+def pull_back(x: Operands, result: Result, sources: Sequence[str]) -> Operands:
+    """The gradients of a result, with those of the named sources' arrays."""
+    x, gradients = _masked(x), result.gradients
+    for name in sources:
+        pulled = getattr(x, name).vjp(getattr(gradients, name), result.counted)
+        gradients = gradients._replace(**{name: pulled})
+    return gradients
+
+
+def _masked(x: Operands) -> Operands:
+    if x.mask is None:
+        return x
+    return x.map_sources(lambda source: source.mask_tokens(x.mask))
 
 
 def _normalize(

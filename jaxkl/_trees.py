@@ -22,6 +22,14 @@ def merge(tree: Any, other: Any) -> Any:
 
 
 def cast(dtypes: Any, tree: Any) -> Any:
-    """Each leaf of `tree` in its dtype; None where it is None or has no dtype."""
-    of_dtype = lambda dtype, x: None if x is None or not dtype else x.astype(dtype)
+    """Each leaf of `tree` in its dtype; None where it is None or its dtype is False.
+
+    A dtype of True keeps the leaf as it is.
+    """
+
+    def of_dtype(dtype, x):
+        if x is None or not dtype:
+            return None
+        return x if dtype is True else x.astype(dtype)
+
     return jax.tree.map(of_dtype, dtypes, tree)

@@ -1,15 +1,20 @@
 """The walk over tokens, a tile at a time."""
 
 import functools as ft
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ._compat import abstract_eval, zeros
+from ._compat import abstract_eval, empty, zeros
 from ._operands import Operands, Result, Spec
 from ._plan import Plan
-from ._tile import run_tile
+from ._tile import pull_back, run_tile
 from ._trees import cast, keep, merge, split
+
+
+_SOURCES = ("student", "teacher")
 
 
 def walk(spec: Spec, perturbed: Operands, plan: Plan, operands: Operands) -> Result:
@@ -18,37 +23,105 @@ def walk(spec: Spec, perturbed: Operands, plan: Plan, operands: Operands) -> Res
     `perturbed` has the dtype of each gradient that is asked for, and False for the
     others, which are None in the result.
     """
-    if plan.tile is None:
-        counted = jnp.full_like(operands.weights.divergence, True, bool)
-        result = run_tile(spec, operands, counted, recompute=plan.recompute)
-        return result._replace(gradients=cast(perturbed, result.gradients))
-
-    tiles = _ORDERS[plan.order](operands.tokens, plan.tile)
     is_shared = operands.shared_flags()  # before `with_max` adds an array
-    operands = operands.map_sources(lambda source: source.with_max(spec.vocab))
-    operands = operands.map_tokens(tiles.arrange)
+    order = _ORDERS[plan.order]
+
+    def finished(result, gradients):
+        """The rows of a result, and its part of the gradients of shared arrays."""
+        rows, totals = split(is_shared, keep(perturbed, gradients))
+        return result._replace(gradients=cast(perturbed, rows)), totals
+
+    def of_tile(x, counted):
+        result = run_tile(spec, x, counted, recompute=plan.recompute)
+        return finished(result, pull_back(x, result, _SOURCES))
+
+    def of_part(x, counted):
+        waiting = _with_sums(perturbed, is_shared)
+        tiles = order(counted.shape[0], plan.tile)
+        result, gradients = _of_part(spec, perturbed, plan, waiting, tiles, x, counted)
+        return finished(result, gradients)
+
+    if plan.tile is None:
+        everything = jnp.full_like(operands.weights.divergence, True, bool)
+        result, totals = of_tile(operands, everything)
+    elif plan.part is None or not _with_sums(perturbed, is_shared):
+        tiles = order(operands.tokens, plan.tile)
+        operands = operands.map_sources(lambda source: source.with_max(spec.vocab))
+        rows, totals = _scan(tiles, operands, of_tile)
+        result = jax.tree.map(tiles.restore, rows)
+    elif plan.part >= operands.tokens:
+        everything = jnp.full_like(operands.weights.divergence, True, bool)
+        operands = operands.map_sources(lambda source: source.with_max(spec.vocab))
+        result, totals = of_part(operands, everything)
+    else:
+        parts = order(operands.tokens, plan.part)
+        operands = operands.map_sources(lambda source: source.with_max(spec.vocab))
+        rows, totals = _scan(parts, operands, of_part)
+        result = jax.tree.map(parts.restore, rows)
+    gradients = merge(result.gradients, cast(perturbed, totals))
+    return result._replace(gradients=gradients)
+
+
+def _with_sums(perturbed, is_shared):
+    """The sources of which a gradient is a sum over tokens."""
+    sums = keep(is_shared, perturbed)
+    return [x for x in _SOURCES if any(jax.tree.leaves(getattr(sums, x)))]
+
+
+def _of_part(spec, perturbed, plan, waiting, tiles, x, counted):
+    """Tiles of a part leave their `d_outputs`, for one product over its tokens."""
+    at_once = [name for name in _SOURCES if name not in waiting]
+    kept = perturbed._replace(**dict.fromkeys(waiting, True))
+
+    def rows_of_tile(x, counted):
+        # A tile that takes a token twice writes the same row twice.
+        counted = jnp.full_like(counted, True)
+        result = run_tile(spec, x, counted, recompute=plan.recompute)
+        gradients = cast(kept, pull_back(x, result, at_once))
+        return result._replace(gradients=gradients), ()
+
+    rows, _ = _scan(tiles, x, rows_of_tile)
+    outputs = {name: tiles.flat(getattr(rows.gradients, name)) for name in waiting}
+    in_order = lambda x: tiles.flat(tiles.arrange(x))
+    x = x.map_tokens(in_order)
+    counted = in_order(counted) & tiles.flat(rows.counted)
+    flat = Result(None, None, x._replace(**outputs), counted)
+    pulled = pull_back(x, flat, waiting)
+
+    rows = rows._replace(
+        gradients=rows.gradients._replace(**dict.fromkeys(waiting, None))
+    )
+    rows = jax.tree.map(tiles.restore, rows)
+    restore = lambda x: tiles.restore(tiles.unflat(x))
+    restored = {name: getattr(pulled, name).map_tokens(restore) for name in waiting}
+    return rows, rows.gradients._replace(**restored)
+
+
+def _scan(
+    tiles: Any,
+    x: Operands,
+    f: Callable[[Operands, jax.Array], tuple[Any, Any]],
+) -> tuple[Any, Any]:
+    """The rows that `f` makes of each tile, as `tiles` arranges them, and the totals.
+
+    `f` takes a tile's operands and which of its tokens are counted.
+    """
+    x = x.map_tokens(tiles.arrange)
 
     def run(i):
-        """The rows of tile `i`, and its part of the gradients of shared arrays."""
-        of_tile = operands.map_tokens(ft.partial(tiles.read, i))
-        result = run_tile(spec, of_tile, tiles.counted(i), recompute=plan.recompute)
-        gradients = keep(perturbed, result.gradients)
-        rows, shared = split(is_shared, gradients)
-        return result._replace(gradients=cast(perturbed, rows)), shared
+        return f(x.map_tokens(ft.partial(tiles.read, i)), tiles.counted(i))
 
     def step(carry, i):
         rows, totals = carry
-        rows_of_tile, shared = run(i)
-        rows = jax.tree.map(ft.partial(tiles.write, i), rows, rows_of_tile)
-        return (rows, jax.tree.map(jnp.add, totals, shared)), None
+        new_rows, added = run(i)
+        rows = jax.tree.map(ft.partial(tiles.write, i), rows, new_rows)
+        return (rows, jax.tree.map(jnp.add, totals, added)), None
 
     rows, totals = abstract_eval(run, 0)
-    rows = jax.tree.map(lambda x: zeros(x, tiles.shape + x.shape[1:]), rows)
+    rows = jax.tree.map(lambda x: empty(x, tiles.shape + x.shape[1:]), rows)
     totals = jax.tree.map(lambda x: zeros(x, x.shape), totals)
     (rows, totals), _ = jax.lax.scan(step, (rows, totals), jnp.arange(tiles.count))
-    result = jax.tree.map(tiles.restore, rows)
-    gradients = merge(result.gradients, cast(perturbed, totals))
-    return result._replace(gradients=gradients)
+    return rows, totals
 
 
 class _Blocks:
@@ -82,8 +155,15 @@ class _Blocks:
         """Which tokens of tile `i` are in no tile before it and are no padding."""
         return self._start(i) + jnp.arange(self.tile) >= i * self.tile
 
+    def flat(self, x: jax.Array) -> jax.Array:
+        """An array as it is arranged, with all rows on one axis."""
+        return x
+
+    def unflat(self, x: jax.Array) -> jax.Array:
+        return x
+
     def restore(self, x: jax.Array) -> jax.Array:
-        """An array that `write` has filled, in the order of the tokens."""
+        """An arranged array, in the order of the tokens."""
         return x
 
 
@@ -97,24 +177,30 @@ class _Strided:
     def __init__(self, tokens: int, tile: int):
         self.tokens, self.tile = tokens, tile
         self.count = -(-tokens // tile)
-        self.shape = (tile, self.count)
+        self.shape = (self.count, tile)
 
     def arrange(self, x: jax.Array) -> jax.Array:
         rest = ((0, 0),) * (x.ndim - 1)
         x = jnp.pad(x, ((0, self.tile * self.count - self.tokens), *rest))
-        return x.reshape(self.shape + x.shape[1:])
+        return x.reshape(self.tile, self.count, *x.shape[1:]).swapaxes(0, 1)
 
     def read(self, i, x: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False)
+        return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
 
     def write(self, i, x: jax.Array, rows: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_index_in_dim(x, rows, i, 1)
+        return jax.lax.dynamic_update_index_in_dim(x, rows, i, 0)
 
     def counted(self, i) -> jax.Array:
         return jnp.arange(self.tile) * self.count + i < self.tokens
 
+    def flat(self, x: jax.Array) -> jax.Array:
+        return x.reshape(-1, *x.shape[2:])
+
+    def unflat(self, x: jax.Array) -> jax.Array:
+        return x.reshape(self.shape + x.shape[1:])
+
     def restore(self, x: jax.Array) -> jax.Array:
-        return x.reshape(-1, *x.shape[2:])[: self.tokens]
+        return self.flat(x.swapaxes(0, 1))[: self.tokens]
 
 
 _ORDERS = {"blocks": _Blocks, "strided": _Strided}
