@@ -138,7 +138,15 @@ class LinearHead(Source):
             # d/dx c·tanh(x/c) = 1 - tanh²(x/c), and tanh(x/c) = logits/c.
             tanh = logits / self.softcap
             d_logits = zero_unless(d_logits != 0, d_logits * (1 - tanh * tanh))
-        return _as_operand(d_logits, self.hidden, self.kernel)
+        return d_logits.astype(self.output_dtype(d_logits.dtype))
+
+    def output_dtype(self, dtype):
+        """bfloat16 if `hidden` and `kernel` are, for speed.
+
+        It is never float16, in which the gradient of a mean would underflow.
+        """
+        common = _common_dtype(self.hidden, self.kernel)
+        return dtype if common == jnp.float16 else common
 
     def vjp(self, d_outputs, counted):
         arrays = [x for x in (self.hidden, self.kernel, self.bias) if x is not None]
@@ -178,15 +186,3 @@ def _common_dtype(x: jax.Array, y: jax.Array) -> jnp.dtype:
         return x.dtype
     double = jnp.float64 in (x.dtype, y.dtype)
     return jnp.dtype(jnp.float64 if double else jnp.float32)
-
-
-def _as_operand(
-    d_product: jax.Array, hidden: jax.Array, kernel: jax.Array
-) -> jax.Array:
-    """The gradient as an operand beside `hidden` and `kernel`.
-
-    It is bfloat16 if they are, for speed. It is never float16, in which the gradient of
-    a mean would underflow.
-    """
-    common = _common_dtype(hidden, kernel)
-    return d_product if common == jnp.float16 else d_product.astype(common)

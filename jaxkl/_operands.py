@@ -64,8 +64,8 @@ class Operands(NamedTuple):
     def shared_flags(self) -> Self:
         """A flag for each array: whether all tokens share it."""
         flags = jax.tree.map(lambda _: False, self)
-        of = lambda x: x.map_fields(lambda name, _: name in x.shared)
-        return flags._replace(student=of(self.student), teacher=of(self.teacher))
+        student, teacher = self.student.shared_flags(), self.teacher.shared_flags()
+        return flags._replace(student=student, teacher=teacher)
 
     def match_varying(self, vocab_axis: str | None = None) -> Self:
         """Inside `shard_map`, casts all arrays to vary over the same mesh axes.
@@ -105,7 +105,7 @@ class Spec:
 class Result(NamedTuple):
     """What the engine returns of some tokens: of a tile, or of all of them."""
 
-    terms: LossTerms
+    terms: Any  # LossTerms
     statistics: Statistics | None
     # Gradients of Σ weight · term. `run_tile` has the `d_outputs` of a source in place
     # of the source, and `pull_back` makes them the gradients of its arrays.

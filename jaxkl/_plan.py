@@ -11,7 +11,8 @@ import jax
 
 from ._compat import is_explicitly_sharded, many_devices, varying_axes
 from ._operands import Operands, Spec
-from ._sources import Kind
+from ._sources import Kind, Source
+from ._trees import keep
 
 
 Platform = Literal["cpu", "accelerator"]
@@ -27,8 +28,8 @@ class Plan:
     order: Order  # which tokens are in a tile, see `_walk`
     # Whether slopes are evaluated twice, rather than kept until their sum is known.
     recompute: bool
-    # Tokens of a part, if tiles leave what the gradients of heads need, and one product
-    # over the part makes them; None: each tile makes its own.
+    # Tokens of a part, whose tiles leave what the gradient of a head needs, for one
+    # product over the part; None: each tile makes its own product. See `_walk`.
     part: int | None = None
 
 
@@ -42,10 +43,8 @@ class Workload:
     teacher: Kind = "logits"
     itemsize: int = 4  # bytes of a logit in a tile
     half_logits: bool = False  # whether logits that are arguments have 16 bits
-    sum_bytes: int = 0  # of float32 gradients of arrays that all tokens share
-    output_bytes: int = (
-        4  # of an entry of what a head's tile leaves: `Source.d_outputs`
-    )
+    # Tokens whose `d_outputs` are as large as the float32 sum of a head's gradient.
+    tokens_per_sum: int = 0
     many_devices: bool = False  # whether the program may run on several devices
     # How tokens are spread over devices: by XLA's partitioner, by a `shard_map` around
     # the loss, so that all tokens are local, or as their types say.
@@ -73,21 +72,21 @@ def workload(spec: Spec, operands: Operands) -> Workload:
         teacher,
         itemsize=spec.dtype.itemsize,
         half_logits=any(x.dtype.itemsize == 2 for x in logits),
-        sum_bytes=max(map(_sum_bytes, sources)),
-        output_bytes=max(map(_output_bytes, sources)),
+        tokens_per_sum=_tokens_per_sum(spec, sources),
         many_devices=many_devices(),
         sharding=sharding,
         tile=spec.tile,
     )
 
 
-def _sum_bytes(source):
-    shared = [x for x in jax.tree.leaves(source) if x.ndim == 2]
-    return 4 * shared[-1].size if source.kind == "head" else 0
-
-
-def _output_bytes(source):
-    return 2 if all(x.dtype.name == "bfloat16" for x in jax.tree.leaves(source)) else 4
+def _tokens_per_sum(spec: Spec, sources: tuple[Source, Source]) -> int:
+    heads = [source for source in sources if source.kind == "head"]
+    if not heads:
+        return 0
+    shared = keep(heads[0].shared_flags(), heads[0])
+    sum_bytes = sum(x.size * spec.dtype.itemsize for x in jax.tree.leaves(shared))
+    row_bytes = spec.vocab.width * heads[0].output_dtype(spec.dtype).itemsize
+    return sum_bytes // row_bytes
 
 
 def plan(platform: Platform, work: Workload) -> Plan:
@@ -108,15 +107,16 @@ def plan(platform: Platform, work: Workload) -> Plan:
 
 
 def _part(tile: int | None, work: Workload) -> int | None:
-    """As many tiles as keep what they leave no larger than the float32 sums of the
-    heads' gradients, which they replace; rather a number that divides the tiles."""
+    """Tokens of a part: what its tiles leave is no larger than the sum it replaces.
+
+    All parts have the same number of tiles, if one near the largest allows for it.
+    """
     if tile is None or "head" not in work.kinds:
         return None
     tiles = -(-work.tokens // tile)
-    most = max(work.sum_bytes // (work.columns * work.output_bytes) // tile, 1)
-    parts = -(-tiles // most)
-    divisors = [n for n in range(parts, min(2 * parts, tiles) + 1) if tiles % n == 0]
-    return -(-tiles // (divisors or [parts])[0]) * tile
+    parts = -(-tiles // max(work.tokens_per_sum // tile, 1))
+    even = [n for n in range(parts, min(2 * parts, tiles) + 1) if tiles % n == 0]
+    return -(-tiles // (even or [parts])[0]) * tile
 
 
 def _tile(platform: Platform, work: Workload) -> int | None:

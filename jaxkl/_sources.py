@@ -74,12 +74,16 @@ class Source(abc.ABC):
         """The logits, `[B, vocab.width]` in `dtype`, with `-inf` in padding columns."""
 
     def d_outputs(self, logits: jax.Array, d_logits: jax.Array) -> jax.Array:
-        """All that `vjp` needs of the gradient of the logits, `[B, any]`.
+        """What `vjp` needs of the gradient of the logits, `[B, any]`.
 
-        It is made in a tile. Those of many tiles may be kept, for one `vjp` of them all.
+        It is made in a tile. That of many tiles may be kept, for one `vjp` of them all.
         """
         del logits
         return d_logits
+
+    def output_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
+        """The dtype of `d_outputs`; `dtype` is that of the logits."""
+        return dtype
 
     @abc.abstractmethod
     def vjp(self, d_outputs: jax.Array, counted: jax.Array) -> Self:
@@ -102,6 +106,10 @@ class Source(abc.ABC):
             if not x.metadata.get("static") and getattr(self, x.name) is not None
         }
         return dataclasses.replace(self, **children)  # pyright: ignore[reportArgumentType]
+
+    def shared_flags(self) -> Self:
+        """A flag in the place of every array: whether all tokens share it."""
+        return self.map_fields(lambda name, _: name in self.shared)
 
     def map_tokens(self, f: Callable[[jax.Array], jax.Array]) -> Self:
         """`f(array)` in the place of every array with a row for each token."""

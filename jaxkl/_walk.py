@@ -24,6 +24,7 @@ def walk(spec: Spec, perturbed: Operands, plan: Plan, operands: Operands) -> Res
     others, which are None in the result.
     """
     is_shared = operands.shared_flags()  # before `with_max` adds an array
+    waiting = _sources_with_sums(perturbed, is_shared)
     order = _ORDERS[plan.order]
 
     def finished(result, gradients):
@@ -36,65 +37,76 @@ def walk(spec: Spec, perturbed: Operands, plan: Plan, operands: Operands) -> Res
         return finished(result, pull_back(x, result, _SOURCES))
 
     def of_part(x, counted):
-        waiting = _with_sums(perturbed, is_shared)
         tiles = order(counted.shape[0], plan.tile)
-        result, gradients = _of_part(spec, perturbed, plan, waiting, tiles, x, counted)
-        return finished(result, gradients)
+        return finished(*_run_part(spec, perturbed, plan, waiting, tiles, x, counted))
 
+    everything = jnp.full_like(operands.weights.divergence, True, bool)
     if plan.tile is None:
-        everything = jnp.full_like(operands.weights.divergence, True, bool)
         result, totals = of_tile(operands, everything)
-    elif plan.part is None or not _with_sums(perturbed, is_shared):
-        tiles = order(operands.tokens, plan.tile)
-        operands = operands.map_sources(lambda source: source.with_max(spec.vocab))
-        rows, totals = _scan(tiles, operands, of_tile)
-        result = jax.tree.map(tiles.restore, rows)
-    elif plan.part >= operands.tokens:
-        everything = jnp.full_like(operands.weights.divergence, True, bool)
-        operands = operands.map_sources(lambda source: source.with_max(spec.vocab))
-        result, totals = of_part(operands, everything)
     else:
-        parts = order(operands.tokens, plan.part)
+        has_parts = plan.part is not None and waiting
+        f, size = (of_part, plan.part) if has_parts else (of_tile, plan.tile)
+        tiles = order(operands.tokens, size)
         operands = operands.map_sources(lambda source: source.with_max(spec.vocab))
-        rows, totals = _scan(parts, operands, of_part)
-        result = jax.tree.map(parts.restore, rows)
+        if tiles.count == 1:
+            result, totals = f(operands, everything)
+        else:
+            rows, totals = _scan(tiles, operands, f)
+            result = jax.tree.map(tiles.restore, rows)
     gradients = merge(result.gradients, cast(perturbed, totals))
     return result._replace(gradients=gradients)
 
 
-def _with_sums(perturbed, is_shared):
-    """The sources of which a gradient is a sum over tokens."""
+def _sources_with_sums(perturbed: Operands, is_shared: Operands) -> list[str]:
+    """The sources of which a gradient that is asked for is a sum over tokens."""
     sums = keep(is_shared, perturbed)
-    return [x for x in _SOURCES if any(jax.tree.leaves(getattr(sums, x)))]
+    return [name for name in _SOURCES if any(jax.tree.leaves(getattr(sums, name)))]
 
 
-def _of_part(spec, perturbed, plan, waiting, tiles, x, counted):
-    """Tiles of a part leave their `d_outputs`, for one product over its tokens."""
-    at_once = [name for name in _SOURCES if name not in waiting]
+def _run_part(
+    spec: Spec,
+    perturbed: Operands,
+    plan: Plan,
+    waiting: list[str],
+    tiles: Any,
+    x: Operands,
+    counted: jax.Array,
+) -> tuple[Result, Operands]:
+    """The result of a part of the tokens, and its gradients.
+
+    The sources in `waiting` are not pulled back in each tile. The tiles write the
+    `d_outputs` of these sources to one array, of which a single `vjp` makes the
+    gradients of the part: one matrix product over many tokens, and not a sum of many
+    products, which each tile would read and write.
+    """
     kept = perturbed._replace(**dict.fromkeys(waiting, True))
+    others = [name for name in _SOURCES if name not in waiting]
 
     def rows_of_tile(x, counted):
-        # A tile that takes a token twice writes the same row twice.
+        # A tile that takes a token again writes its row again: that is harmless here.
         counted = jnp.full_like(counted, True)
         result = run_tile(spec, x, counted, recompute=plan.recompute)
-        gradients = cast(kept, pull_back(x, result, at_once))
+        gradients = cast(kept, pull_back(x, result, others))
         return result._replace(gradients=gradients), ()
 
     rows, _ = _scan(tiles, x, rows_of_tile)
     outputs = {name: tiles.flat(getattr(rows.gradients, name)) for name in waiting}
-    in_order = lambda x: tiles.flat(tiles.arrange(x))
-    x = x.map_tokens(in_order)
-    counted = in_order(counted) & tiles.flat(rows.counted)
-    flat = Result(None, None, x._replace(**outputs), counted)
-    pulled = pull_back(x, flat, waiting)
-
     rows = rows._replace(
         gradients=rows.gradients._replace(**dict.fromkeys(waiting, None))
     )
-    rows = jax.tree.map(tiles.restore, rows)
+    result = jax.tree.map(tiles.restore, rows)
+
+    # The product takes the tokens in the order of the tiles.
+    in_order = lambda x: tiles.flat(tiles.arrange(x))
+    x = x.map_tokens(in_order)
+    counted = in_order(counted) & tiles.flat(rows.counted)
+    unfinished = Result(None, None, x._replace(**outputs), counted)
+    pulled = pull_back(x, unfinished, waiting)
     restore = lambda x: tiles.restore(tiles.unflat(x))
-    restored = {name: getattr(pulled, name).map_tokens(restore) for name in waiting}
-    return rows, rows.gradients._replace(**restored)
+    gradients = result.gradients._replace(
+        **{name: getattr(pulled, name).map_tokens(restore) for name in waiting}
+    )
+    return result, gradients
 
 
 def _scan(
