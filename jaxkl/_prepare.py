@@ -25,7 +25,7 @@ from ._arguments import (
 )
 from ._divergences import Divergence
 from ._layout import as_layout, Layout
-from ._numerics import loss_dtype, weigh, zero_unless
+from ._numerics import loss_dtype, zero_unless
 from ._operands import LossTerms, Operands, Spec
 from ._sources import as_source, flattened, Source
 from ._swapped import as_constant
@@ -223,8 +223,7 @@ def _term_weights(
         # A number that is out of range is NaN. It makes the loss NaN, also where its
         # own term has no part in it.
         weight = jnp.where(jnp.isnan(alpha + smoothing + z_weight), jnp.nan, weight)
-    # A term with a factor of 0 is absent, even where it is infinite.
-    divergence = weigh(alpha, weight)
+    divergence = _times(weight, alpha)
     if temperature is not None:
         # A token without weight may hold NaN, and its divergence must not enter the
         # gradient of its temperature.
@@ -234,15 +233,21 @@ def _term_weights(
     label = uniform = lse_squared = None
     if labels is not None and has_cross_entropy:
         valid = (labels >= 0) & (labels < vocab_size)
-        label = zero_unless(labels != IGNORED_LABEL, weigh(1 - alpha, weight))
+        label = zero_unless(labels != IGNORED_LABEL, _times(weight, 1 - alpha))
         # Under `jit` a label that is out of range cannot raise: it makes the loss NaN.
         label = jnp.where(valid | (labels == IGNORED_LABEL), label, jnp.nan)
         if has_uniform:
-            label, uniform = weigh(1 - smoothing, label), weigh(smoothing, label)
+            label, uniform = _times(label, 1 - smoothing), _times(label, smoothing)
     if has_lse:
-        lse_squared = weigh(z_weight, weight)
+        lse_squared = _times(weight, z_weight)
     return LossTerms(divergence, label, uniform, lse_squared)
 
 
 def _may_differ(x: Any, number: float) -> bool:
     return not check.is_known(x) or x != number
+
+
+def _times(weight: jax.Array, factor: jax.Array) -> jax.Array:
+    """The product. A factor of 0 leaves a term out, even where the term is infinite:
+    then its gradient, which is that of the weight, is 0 too."""
+    return zero_unless(factor != 0, weight * factor)

@@ -39,7 +39,7 @@ def check_reduction(reduction: str) -> str:
 def legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
     for name, value in (("size_average", size_average), ("reduce", reduce)):
         if value is not None:
-            check.boolean(name, value, "True, False or None")
+            check.boolean(name, value, "a bool or None")
     if reduce is not None and not reduce:
         over_elements = "none"
     else:
@@ -55,11 +55,25 @@ def legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
 def check_arrays(
     input: ArrayLike, target: ArrayLike, log_target: bool
 ) -> tuple[Array, Array]:
-    check.boolean("log_target", log_target)
-    input = check.float_array("input", input)
-    target = check.float_array("target", target)
+    check.boolean("log_target", log_target, "a bool")
+    input, target = _as_float("input", input), _as_float("target", target)
     check.broadcast_shape(input=input, target=target)
     return input, target
+
+
+def _as_float(name: str, x: ArrayLike) -> Array:
+    try:
+        array = jnp.asarray(x)
+    except (TypeError, ValueError):
+        array, got = None, type(x).__name__
+    else:
+        got = array.dtype.name
+    if array is None or got not in check.FLOAT_DTYPES:
+        raise TypeError(
+            f"`{name}` must be a floating-point array, got {got}. "
+            f"Supported: {', '.join(check.FLOAT_DTYPES)}."
+        )
+    return array
 
 
 def result_dtype(input: Array, target: Array) -> jnp.dtype:
