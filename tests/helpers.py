@@ -21,9 +21,3 @@ def run_python(*arguments):
     """A program as a user runs it; its warnings are errors."""
     command = [sys.executable, "-W", "error", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300)
-
-
-def run_with(patch, program, *arguments):
-    """The program, after a line of Python has put something wrong in its way."""
-    code = f"{patch};import runpy;runpy.run_path({str(program)!r}, run_name='__main__')"
-    return run_python("-c", code, *arguments)

@@ -219,7 +219,10 @@ def distillation_loss(
     normalizer=None,
     cotangent=1.0,
 ) -> Result:
-    """The loss, and `cotangent` pulled back to each float argument."""
+    """The loss, and `cotangent` pulled back to each float argument.
+
+    The teacher is logits, or a list: it has `indices`, `log_probs` and a `tail`.
+    """
     tokens = _Tokens(student, teacher, vocab_size, where, weights)
     T = tokens.per_token(temperature)
     shared = teacher_temperature is None
@@ -231,9 +234,7 @@ def distillation_loss(
             loss = d_T = d_Tt = np.zeros_like(T)
             d_s, d_t = np.zeros_like(tokens.student), np.zeros_like(tokens.teacher)
         else:
-            D, dz, du = _divergence_and_grad(
-                divergence, tokens.student / T[:, None], tokens.teacher / Tt[:, None]
-            )
+            D, dz, du = tokens.divergence_and_grad(divergence, T, Tt)
             scale = alpha * (T**2 if t_squared else np.ones_like(T))
             loss = scale * D
             d_s = scale[:, None] * dz / T[:, None]
@@ -276,7 +277,7 @@ def distillation_loss(
         return Result(
             value,
             tokens.scatter_rows(_times(rows, d_s), np.shape(student)),
-            tokens.scatter_rows(_times(rows, d_t), np.shape(teacher)),
+            tokens.scatter_rows(_times(rows, d_t), tokens.teacher_shape),
             tokens.like(temperature, _times(d_loss, d_T)),
             None if shared else tokens.like(teacher_temperature, _times(d_loss, d_Tt)),
             tokens.scatter(d_w),
@@ -315,8 +316,8 @@ def metrics(
 
     with np.errstate(all="ignore"):
         s, t = tokens.student, tokens.teacher
-        D, _, _ = _divergence_and_grad(divergence, s / T[:, None], t / Tt[:, None])
-        kl, _, _ = _divergence_and_grad(forward_kl, s, t)
+        D, _, _ = tokens.divergence_and_grad(divergence, T, Tt)
+        kl, _, _ = tokens.divergence_and_grad(forward_kl, *np.ones_like([T, Tt]))
         log_p, log_q = log_softmax(t), log_softmax(s)
         cross_entropy = None
         if labels is not None:
@@ -338,6 +339,44 @@ def _divergence_and_grad(divergence, student_logits, teacher_logits):
     log_p, log_q = log_softmax(teacher_logits), log_softmax(student_logits)
     f, f_p, f_q = divergence(log_p, log_q)
     return np.sum(f, -1), _to_logits(log_q, f_q), _to_logits(log_p, f_p)
+
+
+def _outcomes(log_q, indices, log_probs, tail):
+    """The two distributions that a tail compares in one row, and a matrix.
+
+    It sums the columns that make an outcome: `[outcomes, vocab]`, of 0 and 1.
+    """
+    used, p = indices >= 0, np.zeros_like(log_q)
+    np.add.at(p, indices[used], np.exp(log_probs[used]))
+    listed = np.isin(np.arange(len(log_q)), indices[used])
+    rest = 0 if listed.all() else max(1 - p.sum(), 0)
+    columns = np.eye(len(log_q), dtype=log_q.dtype)
+    if tail == "renormalize":
+        p = p / p.sum()
+    elif tail == "uniform":
+        p = np.where(listed, p, rest / max((~listed).sum(), 1))
+        p = p / p.sum()
+    else:
+        p, columns = p[listed], columns[listed]
+        if tail == "bucket" and not listed.all():
+            p = np.append(p, rest)
+            columns = np.concatenate([columns, 1 * ~listed[None]])
+    return np.log(p), np.log(columns @ np.exp(log_q)), columns
+
+
+def _listed_divergence_and_grad(divergence, student_logits, indices, log_probs, tail):
+    losses, grads = np.zeros_like(student_logits[:, 0]), np.zeros_like(student_logits)
+    for i, log_q in enumerate(log_softmax(student_logits)):
+        log_p, log_Q, columns = _outcomes(log_q, indices[i], log_probs[i], tail)
+        f, _, f_Q = divergence(log_p, log_Q)
+        if tail == "drop":  # not a whole sum, over which the oracle's `q - p` is 0
+            f_Q = -np.exp(log_p)
+            f = _times(-f_Q, log_p - log_Q)
+        q, Q = np.exp(log_q), np.exp(log_Q)
+        # ∂ log Q / ∂ log q, where there is any.
+        f_q = f_Q @ (columns * q / np.where(Q > 0, Q, 1)[:, None])
+        losses[i], grads[i] = f.sum(), f_q - q * f_q.sum()
+    return losses, grads, np.zeros_like(log_probs)  # a list is a constant
 
 
 def _to_logits(log_probs, slopes):
@@ -373,9 +412,19 @@ class _Tokens:
         self.shape = np.shape(student)[:-1]
         self.kept = np.ones(self.shape, bool) if where is None else np.asarray(where)
         self.student = self.rows(student, vocab_size)
-        self.teacher = self.rows(teacher, vocab_size)
+        self.list = teacher if hasattr(teacher, "indices") else None
+        teacher = teacher if self.list is None else self.list.log_probs
+        self.teacher_shape = np.shape(teacher)
+        self.teacher = self.rows(teacher, vocab_size if self.list is None else None)
         self.weights = self.per_token(1.0 if weights is None else weights)
-        self.vocab_size = self.student.shape[-1]
+
+    def divergence_and_grad(self, divergence, temperature, teacher_temperature):
+        student = self.student / temperature[:, None]
+        if self.list is not None:
+            lists = self.integer(self.list.indices), self.teacher, self.list.tail
+            return _listed_divergence_and_grad(divergence, student, *lists)
+        teacher = self.teacher / teacher_temperature[:, None]
+        return _divergence_and_grad(divergence, student, teacher)
 
     def rows(self, x, vocab_size):
         return _real(x)[self.kept][:, :vocab_size]
@@ -393,7 +442,7 @@ class _Tokens:
 
     def scatter_rows(self, x, shape):
         full = np.zeros(shape, np.longdouble)
-        full[self.kept, : self.vocab_size] = x
+        full[self.kept, : x.shape[-1]] = x
         return full
 
     def like(self, argument, d_tokens):

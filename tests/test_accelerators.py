@@ -7,9 +7,9 @@ import pytest
 import jaxkl
 from jaxkl import _engine
 
-from .cases import over, rarely, rounded
-from .heads import assert_matches, make_head
+from .cases import assert_matches, over, rarely, rounded
 from .helpers import assert_close
+from .sources import make_head
 
 
 TOKENS, VOCAB = 521, 53  # more tokens than one tile takes; in no other test

@@ -1,4 +1,6 @@
-"""`distillation_loss` on dense logits: value and gradients against the oracle."""
+"""`distillation_loss` of any source: value and gradients against the oracle."""
+
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -9,17 +11,27 @@ import jaxkl
 
 from . import oracle
 from .cases import (
+    ALL,
     assert_matches,
+    each,
     evaluate,
     FORWARD,
+    KINDS,
+    OTHERS,
     over,
     over_all,
     over_kinds,
+    over_sources,
+    QUICK,
     rarely,
     rounded,
     USER,
 )
 from .helpers import assert_close, TOLERANCE
+from .sources import make_models, TAILS
+
+
+VOCABULARIES = (1, 2, 700, 1001)
 
 
 def _temperatures(kind, rng, shape):
@@ -50,6 +62,51 @@ def test_value_and_gradients_match_the_oracle(
     assert_matches(s, t, (divergence, reference), **arguments)
 
 
+@over_sources(
+    *each("logits", QUICK),
+    *each("head", QUICK),
+    *each("renormalize", ("forward", "user")),
+    *each("bucket", ("reverse", "js_normalized")),
+    "drop forward",
+    "uniform reverse",
+    slow=(
+        *each("logits", OTHERS),
+        *each("head", OTHERS),
+        *each("renormalize", ("js", "alpha_half", "total_variation", "skew_reverse")),
+        *each("bucket", ("forward", "user")),
+        *each("uniform", ("forward", "total_variation")),
+    ),
+)
+def test_every_divergence(rng, source, divergence):
+    per_token = lambda: jnp.asarray(rng.uniform(0.5, 3, size=7), jnp.float32)
+    vocab, tile, arguments = 1001, 3, dict(temperature=per_token())
+    if source in TAILS:
+        vocab = 13
+    elif source == "head":
+        arguments["teacher_temperature"] = jnp.float32(1.5)
+    else:
+        tile = None
+        arguments = _temperatures("separate", rng, (7,))
+    student, teacher = make_models(rng, source, (7,), vocab)
+    assert_matches(student, teacher, divergence, tile=tile, **arguments)
+
+
+@over_sources(
+    *each("head, logits", ["reverse"]),
+    *each("logits, head", ["reverse"]),
+    slow=("head, logits user", "logits, head user"),
+)
+def test_two_sources(rng, source, divergence):
+    student, teacher = make_models(rng, source, (2, 5), 11)
+    assert_matches(student, teacher, divergence, tile=3)
+
+
+@pytest.mark.parametrize("tail", ["bucket", *rarely("renormalize", "drop", "uniform")])
+def test_a_head_beside_a_list_in_bfloat16(rng, tail):
+    student, teacher = make_models(rng, f"head, {tail}", (2, 5), 701, "bfloat16")
+    assert_matches(student, teacher, FORWARD, temperature=2.0, tile=3)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("arguments", [{}, dict(teacher_temperature=1.25)])
 def test_temperature_as_a_python_number(rng, dtype, arguments):
@@ -57,45 +114,76 @@ def test_temperature_as_a_python_number(rng, dtype, arguments):
     assert_matches(s, t, FORWARD, temperature=0.5, **arguments)
 
 
-@over_kinds
-def test_every_argument_at_once(rng, divergence, reference):
-    s, t = rounded(rng, (3, 5, 14)), rounded(rng, (3, 5, 12))
-    assert_matches(
-        s,
-        t,
-        (divergence, reference),
+@pytest.mark.parametrize("dtype", ["bfloat16", *rarely("float32", "float16")])
+@over("forward", slow=["js"])
+def test_dtypes_of_heads(rng, divergence, reference, dtype):
+    settings = dict(bias=True, softcap=3.0, scale=1.5)
+    student, teacher = make_models(rng, "head", (2, 5), 37, dtype, **settings)
+    assert_matches(student, teacher, (divergence, reference), temperature=2.0, tile=4)
+
+
+@over_sources(
+    "logits forward",
+    "head js_normalized",
+    "bucket forward",
+    slow=(*each("logits", KINDS), "head forward"),
+)
+def test_every_argument_at_once(rng, source, divergence):
+    student, teacher = make_models(rng, source, (3, 5), 11, pad=(3, 1))
+    arguments = dict(
         temperature=jnp.asarray(rng.uniform(0.5, 3, size=(3, 5)), jnp.float32),
-        teacher_temperature=jnp.float32(1.5),
-        weights=jnp.asarray(rng.uniform(0, 2, size=(3, 5)), jnp.float32),
+        weights=jnp.asarray(rng.choice([0, 0.5, 1, 2], size=(3, 5)), jnp.float32),
         where=jnp.asarray(rng.random((3, 5)) < 0.7),
         labels=jnp.asarray(rng.choice([-100, 0, 3, 10], size=(3, 5))),
+    )
+    if source not in TAILS:
+        arguments["teacher_temperature"] = jnp.float32(1.5)
+    assert_matches(
+        student,
+        teacher,
+        divergence,
         alpha=0.3,
         label_smoothing=0.1,
         z_loss=1e-2,
         vocab_size=11,
         tile=4,
+        **arguments,
     )
 
 
-@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "float16")])
-def test_models_of_different_dtypes(rng, dtypes):
-    s, t = (rounded(rng, (4, 7), dtype) for dtype in dtypes)
+@pytest.mark.parametrize(
+    "source, dtypes",
+    [
+        ("logits", ("bfloat16", "float32")),
+        ("logits", ("float32", "float16")),
+        ("head", ("float32", "float16")),
+    ],
+)
+def test_models_of_different_dtypes(rng, source, dtypes):
+    student, teacher = (
+        make_models(rng, source, (4,), 37, dtype)[i] for i, dtype in enumerate(dtypes)
+    )
+    if source == "head":
+        student = replace(student, hidden=student.hidden.astype("bfloat16"))
     weights = jnp.asarray(rng.uniform(0, 2, size=4), jnp.bfloat16)
-    assert_matches(s, t, FORWARD, temperature=2.0, weights=weights)
+    assert_matches(student, teacher, FORWARD, temperature=2.0, weights=weights)
 
 
-@over_kinds
-def test_float64_under_x64(rng, divergence, reference):
+@over_sources("logits forward", "head forward", slow=each("logits", KINDS))
+def test_float64_under_x64(rng, source, divergence):
     with jax.enable_x64(True):
-        s, t = rounded(rng, (3, 5, 11), "float64"), rounded(rng, (3, 5, 11), "float64")
+        student, teacher = make_models(rng, source, (3, 5), 11, "float64")
+        if source == "head":
+            teacher = jax.tree.map(lambda x: x.astype(jnp.float32), teacher)
         value, _ = assert_matches(
-            s,
-            t,
-            (divergence, reference),
+            student,
+            teacher,
+            divergence,
             temperature=jnp.asarray(rng.uniform(0.5, 3, size=(3, 5))),
             labels=jnp.asarray(rng.integers(0, 11, size=(3, 5))),
             alpha=0.5,
             z_loss=0.01,
+            tile=2 if source == "head" else None,
         )
     assert value.dtype == jnp.float64
 
@@ -138,50 +226,76 @@ def test_numpy_inputs_and_scalars(rng, temperature):
 # Sizes, batch shapes, tiles.
 
 
-@pytest.mark.parametrize("vocab", [1, 1001, *rarely(2, 700)])
-@pytest.mark.parametrize("tokens", [7, *rarely(1, 130)])
-def test_odd_sizes(rng, tokens, vocab):
-    s, t = rounded(rng, (tokens, vocab)), rounded(rng, (tokens, vocab))
-    assert_matches(s, t, FORWARD)
+@pytest.mark.parametrize(
+    "source, tokens, vocab",
+    [
+        ("logits", 7, 1),
+        ("logits", 7, 1001),
+        ("head", 7, 1001),
+        *rarely(("logits", 7, 2), ("logits", 7, 700)),
+        *rarely(*(("logits", n, vocab) for n in (1, 130) for vocab in VOCABULARIES)),
+        *rarely(("head", 1, 1), ("head", 1, 1001), ("head", 7, 1), ("head", 130, 700)),
+    ],
+)
+def test_odd_sizes(rng, source, tokens, vocab):
+    student, teacher = make_models(rng, source, (tokens,), vocab)
+    assert_matches(student, teacher, FORWARD)
 
 
-@over_all
-def test_odd_size_of_every_divergence(rng, divergence, reference):
-    s, t = rounded(rng, (7, 1001)), rounded(rng, (7, 1001))
-    temperatures = _temperatures("separate", rng, (7,))
-    assert_matches(s, t, (divergence, reference), **temperatures)
-
-
-@pytest.mark.parametrize("tile", [3, 64, *rarely(1, 16, 200)])
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_any_tile_gives_the_same_answer(rng, tile, reduction):
-    s, t = rounded(rng, (130, 7)), rounded(rng, (130, 7))
-    arguments = dict(
+@pytest.mark.parametrize(
+    "source, tile, reduction",
+    [
+        *(("logits", n, reduction) for n in (3, 64) for reduction in ("none", "mean")),
+        # Tiles of two heads are strided, and blocks beside logits.
+        ("head", 3, "none"),
+        ("head, logits", 3, "mean"),
+        *rarely(*(("logits", n, x) for n in (1, 16, 200) for x in ("none", "mean"))),
+        *rarely(("head", 1, "mean"), ("head", 64, "mean"), ("head", 200, "none")),
+        *rarely(("head, logits", 64, "none")),
+    ],
+)
+def test_any_tile_gives_the_same_answer(rng, source, tile, reduction):
+    student, teacher = make_models(rng, source, (130,), 7)
+    g = rng.normal(size=130) if reduction == "none" else 1.7
+    assert_matches(
+        student,
+        teacher,
+        FORWARD,
         temperature=jnp.asarray(rng.uniform(0.5, 3, size=130), jnp.float32),
         weights=jnp.asarray(rng.uniform(0, 2, size=130), jnp.float32),
         where=jnp.asarray(rng.random(130) < 0.7),
         labels=jnp.asarray(rng.integers(0, 7, size=130)),
-    )
-    g = rng.normal(size=130) if reduction == "none" else 1.0
-    g = np.asarray(g, np.float32)
-    assert_matches(
-        s,
-        t,
-        FORWARD,
-        tile=tile,
-        reduction=reduction,
         alpha=0.5,
-        cotangent=g,
-        **arguments,
+        reduction=reduction,
+        cotangent=np.asarray(g, np.float32),
+        tile=tile,
     )
 
 
-@pytest.mark.parametrize("shape", [(), (2, 1, 3), *rarely(((1,),), ((6,),), ((2, 3),))])
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_batch_shapes(rng, shape, reduction):
-    s, t = rounded(rng, (*shape, 5)), rounded(rng, (*shape, 5))
-    weights = jnp.asarray(rng.uniform(1, 2, size=shape), jnp.float32)
-    value, _ = assert_matches(s, t, FORWARD, weights=weights, reduction=reduction)
+@pytest.mark.parametrize(
+    "source, shape, reduction",
+    [
+        *(("logits", x, y) for x in ((), (2, 1, 3)) for y in ("none", "mean")),
+        *(("head", shape, "none") for shape in ((), (6,), (2, 3))),
+        ("head", (), "mean"),
+        ("bucket", (2, 3), "none"),
+        *rarely(*(("logits", x, "none") for x in ((1,), (6,), (2, 3)))),
+        *rarely(*(("logits", x, "mean") for x in ((1,), (6,), (2, 3)))),
+        *rarely(("bucket", (), "none")),
+    ],
+)
+def test_batch_shapes(rng, source, shape, reduction):
+    student, teacher = make_models(rng, source, shape, 11)
+    g = rng.normal(size=shape if reduction == "none" else ()).astype(np.float32)
+    value, _ = assert_matches(
+        student,
+        teacher,
+        FORWARD,
+        weights=jnp.asarray(rng.uniform(1, 2, size=shape), jnp.float32),
+        reduction=reduction,
+        cotangent=g,
+        tile=4 if source == "head" else None,
+    )
     assert value.shape == (shape if reduction == "none" else ())
 
 
@@ -331,22 +445,42 @@ def test_the_number_of_tokens_in_a_traced_mask_is_a_normalizer(rng):
     np.testing.assert_allclose(in_halves(where), whole, rtol=1e-6)
 
 
-@over_kinds
-def test_vocab_size_cuts_the_padding_of_both_models(rng, divergence, reference):
-    s, t = rng.normal(size=(4, 16)), rng.normal(size=(4, 20))
-    junk = np.array([np.nan, np.inf, -np.inf, 1e30, 0])
-    s[:, 11:] = junk
-    t[:, 11:16], t[:, 16:] = junk, 50.0
-    s, t = jnp.asarray(s, jnp.float32), jnp.asarray(t, jnp.float32)
-    arguments = dict(
+JUNK = (np.nan, np.inf, -np.inf, 1e30, 0.0, 50.0)
+
+
+@pytest.mark.parametrize(
+    "source, divergence, junk",
+    [
+        ("logits", FORWARD, JUNK),
+        ("bucket", FORWARD, JUNK),
+        *(("head", divergence, np.nan) for divergence in (FORWARD, USER)),
+        *rarely(*(("logits", ALL[name], JUNK) for name in KINDS)),
+        *rarely(*(("head", x, y) for x in (FORWARD, USER) for y in (np.inf, 1e30))),
+    ],
+)
+def test_padding_columns_may_hold_anything(rng, source, divergence, junk):
+    def spoil(x):
+        if isinstance(x, jax.Array):
+            return x.at[..., 11:].set(np.resize(junk, x.shape[-1] - 11))
+        return replace(x, kernel=spoil(x.kernel), bias=spoil(x.bias))
+
+    student, teacher = make_models(rng, source, (4,), 11, pad=(6, 9), bias=True)
+    _, grads = assert_matches(
+        spoil(student),
+        teacher if source in TAILS else spoil(teacher),
+        divergence,
         temperature=jnp.float32(2),
         labels=jnp.array([0, 10, 3, -100]),
         label_smoothing=0.1,
         alpha=0.5,
         z_loss=0.1,
+        vocab_size=11,
+        tile=2 if source == "head" else None,
     )
-    _, grads = assert_matches(s, t, (divergence, reference), vocab_size=11, **arguments)
-    assert not grads["student"][:, 11:].any() and not grads["teacher"][:, 11:].any()
+    for name in ("student", "teacher")[: len(grads) - 1]:
+        head = source == "head"
+        of = (grads[name].kernel, grads[name].bias) if head else (grads[name],)
+        assert not any(grad[..., 11:].any() for grad in of)
 
 
 def test_vocab_size_may_equal_a_width(rng):

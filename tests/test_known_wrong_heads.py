@@ -9,16 +9,9 @@ import pytest
 
 from jaxkl import distillation_loss, LinearHead
 
-from .cases import FORWARD
-from .heads import (
-    assert_matches,
-    assert_source_gradient,
-    evaluate,
-    exact_logits,
-    expected_of,
-    make_head,
-)
+from .cases import assert_matches, assert_source_gradient, evaluate, FORWARD
 from .helpers import assert_close
+from .sources import exact_logits, expected_of, make_head
 
 
 pytestmark = pytest.mark.slow

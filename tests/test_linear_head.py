@@ -15,119 +15,17 @@ import jaxkl
 from jaxkl import distillation_loss, LinearHead
 
 from . import oracle
-from .cases import FORWARD, over, over_all, rarely, REVERSE, rounded
-from .heads import (
+from .cases import (
     assert_matches,
     assert_source_gradient,
     evaluate,
-    exact_logits,
-    expected_of,
-    make_head,
+    FORWARD,
+    over,
+    REVERSE,
+    rounded,
 )
 from .helpers import assert_close
-
-
-# Value and gradients.
-
-
-@over_all
-def test_every_divergence(rng, divergence, reference):
-    student = make_head(rng, (7,), 5, 1001, bias=True, scale=0.7)
-    teacher = make_head(rng, (7,), 3, 1001, softcap=2.5)
-    assert_matches(
-        student,
-        teacher,
-        (divergence, reference),
-        temperature=jnp.asarray(rng.uniform(0.5, 3, size=7), jnp.float32),
-        teacher_temperature=jnp.float32(1.5),
-        tile=3,
-    )
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", *rarely("float32", "float16")])
-@over("forward", slow=["js"])
-def test_dtypes(rng, divergence, reference, dtype):
-    settings = dict(bias=True, softcap=3.0, scale=1.5)
-    student = make_head(rng, (2, 5), 6, 37, dtype, **settings)
-    teacher = make_head(rng, (2, 5), 4, 37, dtype, **settings)
-    assert_matches(student, teacher, (divergence, reference), temperature=2.0, tile=4)
-
-
-def test_dtypes_that_differ(rng):
-    student = make_head(rng, (5,), 6, 37, "float32", bias=True)
-    student = dataclasses.replace(student, hidden=student.hidden.astype("bfloat16"))
-    teacher = make_head(rng, (5,), 4, 37, "float16")
-    assert_matches(student, teacher, FORWARD)
-
-
-def test_float64_under_x64(rng):
-    with jax.enable_x64(True):
-        student = make_head(rng, (5,), 6, 37, "float64", bias=True, softcap=3.0)
-        teacher = make_head(rng, (5,), 4, 37, "float32")
-        value, grads = evaluate(student, teacher, tile=2)
-    expected = expected_of(student, teacher)
-    assert value.dtype == jnp.float64 and grads["teacher"].kernel.dtype == jnp.float32
-    assert_close(value, expected.loss, 1e-12)
-    assert_source_gradient(student, grads["student"], expected.student, "", 1e-11)
-    assert_source_gradient(teacher, grads["teacher"], expected.teacher, "", 1e-6)
-
-
-@pytest.mark.parametrize(
-    "tokens, vocab", [(7, 1001), *rarely((1, 1), (1, 1001), (7, 1), (130, 700))]
-)
-def test_odd_sizes(rng, tokens, vocab):
-    student = make_head(rng, (tokens,), 5, vocab)
-    teacher = make_head(rng, (tokens,), 3, vocab)
-    assert_matches(student, teacher, FORWARD)
-
-
-@pytest.mark.parametrize(
-    "tile, reduction, beside",
-    [
-        (3, "none", "head"),
-        (3, "mean", "logits"),
-        *rarely((1, "mean", "head"), (64, "mean", "head")),
-        *rarely((64, "none", "logits"), (200, "none", "head")),
-    ],
-)
-def test_any_tile_gives_the_same_answer(rng, tile, reduction, beside):
-    # Strided tiles for two heads, blocks beside logits.
-    student = make_head(rng, (130,), 5, 7, bias=True)
-    teacher = make_head(rng, (130,), 3, 7, bias=True)
-    if beside == "logits":
-        teacher = rounded(rng, (130, 7))
-    g = rng.normal(size=130) if reduction == "none" else 1.7
-    arguments = dict(
-        temperature=jnp.asarray(rng.uniform(0.5, 3, size=130), jnp.float32),
-        weights=jnp.asarray(rng.uniform(0, 2, size=130), jnp.float32),
-        where=jnp.asarray(rng.random(130) < 0.7),
-        labels=jnp.asarray(rng.integers(0, 7, size=130)),
-        alpha=0.5,
-        reduction=reduction,
-        cotangent=np.asarray(g, np.float32),
-        tile=tile,
-    )
-    assert_matches(student, teacher, FORWARD, **arguments)
-
-
-@pytest.mark.parametrize(
-    "shape, reduction", [((), "none"), ((), "mean"), ((6,), "none"), ((2, 3), "none")]
-)
-def test_batch_shapes(rng, shape, reduction):
-    student = make_head(rng, shape, 4, 11, bias=True)
-    teacher = make_head(rng, shape, 3, 11)
-    value, _ = assert_matches(
-        student, teacher, FORWARD, reduction=reduction, tile=4, value_tol=1e-5
-    )
-    assert value.shape == (shape if reduction == "none" else ())
-
-
-@over("reverse", slow=["user"])
-def test_beside_dense_logits(rng, divergence, reference):
-    head = make_head(rng, (2, 5), 4, 11, bias=True, softcap=2.0)
-    logits = rounded(rng, (2, 5, 11))
-    for student, teacher in ((head, logits), (logits, head)):
-        assert_matches(student, teacher, (divergence, reference), tile=3)
+from .sources import exact_logits, expected_of, make_head
 
 
 def test_one_head_as_both_models(rng):
@@ -135,27 +33,6 @@ def test_one_head_as_both_models(rng):
     f = lambda head: distillation_loss(head, head, divergence=jaxkl.ReverseKL())
     value, grad = jax.value_and_grad(f)(head)
     assert value == 0 and not any(x.any() for x in jax.tree.leaves(grad))
-
-
-@over("js_normalized", slow=["forward"])
-def test_every_argument_at_once(rng, divergence, reference):
-    student = make_head(rng, (3, 5), 6, 14, bias=True, softcap=4.0)
-    teacher = make_head(rng, (3, 5), 4, 12, bias=True, scale=2.0)
-    assert_matches(
-        student,
-        teacher,
-        (divergence, reference),
-        temperature=jnp.asarray(rng.uniform(0.5, 3, size=(3, 5)), jnp.float32),
-        teacher_temperature=jnp.float32(1.5),
-        weights=jnp.asarray(rng.uniform(0, 2, size=(3, 5)), jnp.float32),
-        where=jnp.asarray(rng.random((3, 5)) < 0.7),
-        labels=jnp.asarray(rng.choice([-100, 0, 3, 10], size=(3, 5))),
-        alpha=0.3,
-        label_smoothing=0.1,
-        z_loss=1e-2,
-        vocab_size=11,
-        tile=4,
-    )
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
@@ -190,30 +67,6 @@ def test_a_masked_vocabulary(rng, divergence, reference):
         assert not grad.kernel[:, 3:6].any() and not grad.bias[3:6].any()
     if divergence != jaxkl.ReverseKL():
         assert_matches(student, mask(teacher), (divergence, reference), **arguments)
-
-
-@pytest.mark.parametrize("junk", [np.nan, *rarely(np.inf, 1e30)])
-@over("forward", "user")
-def test_padding_columns_may_hold_anything(rng, divergence, reference, junk):
-    student = make_head(rng, (5,), 4, 16, bias=True, softcap=5.0)
-    teacher = make_head(rng, (5,), 3, 20, bias=True)
-    spoil = lambda head: dataclasses.replace(
-        head,
-        kernel=head.kernel.at[:, 11:].set(junk),
-        bias=head.bias.at[11:].set(junk),
-    )
-    _, grads = assert_matches(
-        spoil(student),
-        spoil(teacher),
-        (divergence, reference),
-        vocab_size=11,
-        tile=2,
-        labels=jnp.array([0, 10, 3, -100, 2]),
-        label_smoothing=0.1,
-        alpha=0.5,
-    )
-    for grad in (grads["student"], grads["teacher"]):
-        assert not grad.kernel[:, 11:].any() and not grad.bias[11:].any()
 
 
 @pytest.mark.parametrize("reduction, tile", [("none", 2), ("mean", None)])

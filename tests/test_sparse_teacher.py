@@ -13,9 +13,9 @@ from jaxkl import distillation_loss, sampled_teacher, SparseTeacher, top_k_teach
 from jaxkl._sparse_from_logits import _draw
 
 from . import oracle
-from .cases import ALL, assert_gradient, rarely, rounded
-from .heads import assert_source_gradient, exact_logits, make_head
+from .cases import ALL, assert_gradient, assert_source_gradient, rarely, rounded
 from .helpers import assert_close
+from .sources import exact_logits, make_head
 
 
 TAILS = ("renormalize", "drop", "bucket", "uniform")
