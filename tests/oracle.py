@@ -306,7 +306,10 @@ def metrics(
     weights=None,
     vocab_size=None,
 ) -> Metrics:
-    """Weighted means over the counted tokens; 0 where nothing counts."""
+    """Weighted means over the counted tokens; 0 where nothing counts.
+
+    A list that is no distribution over the vocabulary has neither entropy nor top 1.
+    """
     tokens = _Tokens(student, teacher, vocab_size, where, weights)
     T = tokens.per_token(temperature)
     Tt = T if teacher_temperature is None else tokens.per_token(teacher_temperature)
@@ -315,10 +318,10 @@ def metrics(
         return np.sum(w * x) / w.sum() if w.sum() > 0 else np.longdouble(0)
 
     with np.errstate(all="ignore"):
-        s, t = tokens.student, tokens.teacher
+        s, log_p = tokens.student, tokens.teacher_log_probs()
         D, _, _ = tokens.divergence_and_grad(divergence, T, Tt)
         kl, _, _ = tokens.divergence_and_grad(forward_kl, *np.ones_like([T, Tt]))
-        log_p, log_q = log_softmax(t), log_softmax(s)
+        log_q, top1 = log_softmax(s), np.argmax(s, -1)
         cross_entropy = None
         if labels is not None:
             labels = tokens.integer(labels)
@@ -329,8 +332,8 @@ def metrics(
             mean(kl),
             cross_entropy,
             mean(-np.sum(_times(np.exp(log_q), log_q), -1)),
-            mean(-np.sum(_times(np.exp(log_p), log_p), -1)),
-            mean((np.argmax(s, -1) == np.argmax(t, -1)).astype(np.longdouble)),
+            None if log_p is None else mean(-np.sum(_times(np.exp(log_p), log_p), -1)),
+            None if log_p is None else mean(1.0 * (top1 == np.argmax(log_p, -1))),
             tokens.weights.sum(),
         )
 
@@ -425,6 +428,14 @@ class _Tokens:
             return _listed_divergence_and_grad(divergence, student, *lists)
         teacher = self.teacher / teacher_temperature[:, None]
         return _divergence_and_grad(divergence, student, teacher)
+
+    def teacher_log_probs(self):
+        if self.list is None:
+            return log_softmax(self.teacher)
+        if self.list.tail in ("drop", "bucket"):
+            return None
+        rows = zip(self.student, self.integer(self.list.indices), self.teacher)  # noqa: B905
+        return np.stack([_outcomes(*row, self.list.tail)[0] for row in rows])
 
     def rows(self, x, vocab_size):
         return _real(x)[self.kept][:, :vocab_size]

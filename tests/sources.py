@@ -1,5 +1,7 @@
 """What logits come from: arrays, heads and lists, drawn, and in float64."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -86,10 +88,11 @@ def exact_logits(source, vocab_size=None):
             d, ((0, 0),) * (d.ndim - 1) + ((0, width - d.shape[-1]),)
         )
         flat = hidden.reshape(-1, hidden.shape[-1])
-        return LinearHead(
-            source.scale * (d_x @ kernel.T),
-            source.scale * wide(flat.T @ rows),
-            None if source.bias is None else wide(rows.sum(0)),
+        return replace(
+            source,
+            hidden=source.scale * (d_x @ kernel.T),
+            kernel=source.scale * wide(flat.T @ rows),
+            bias=None if source.bias is None else wide(rows.sum(0)),
         )
 
     return logits, pull

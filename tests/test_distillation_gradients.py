@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 from jax.test_util import check_grads
 
 import jaxkl
+import jaxkl.reference
 
 from . import oracle
 from .cases import (
@@ -17,12 +19,14 @@ from .cases import (
     assert_matches,
     evaluate,
     FORWARD,
+    JENSEN_SHANNON,
     over,
     over_kinds,
     rarely,
     rounded,
 )
 from .helpers import assert_close
+from .sources import expected_of, make_models
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
@@ -150,20 +154,55 @@ def _assert_hessians(rng, divergence, reference, reduction):
         assert_close(reverse_reverse, expected, 1e-8, "reverse over reverse")
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-def test_mixed_derivatives_at_a_weight_of_zero(rng, reduction):
+@pytest.mark.parametrize(
+    "source, reduction",
+    [*(("logits", x) for x in ("none", "sum", "mean")), ("head", "sum")],
+)
+def test_mixed_derivatives_at_a_weight_of_zero(rng, source, reduction):
     # As in learning to reweight examples (Ren et al., 2018), which starts at zero.
-    s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
+    student, teacher = make_models(rng, source, (3,), 5, softcap=None)
+    # Reverse over reverse, and forward over reverse.
+    jacobian, tile = (jax.jacfwd, 2) if source == "head" else (jax.jacrev, None)
     arguments = dict(temperature=2.0, reduction=reduction)
+    flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
 
-    def step(weights):
-        f = lambda s: jaxkl.distillation_loss(s, t, weights=weights, **arguments).sum()
-        return jax.grad(f)(s)
+    @jax.jit
+    def slopes(student, teacher, weights):
+        f = lambda s, w: jaxkl.distillation_loss(
+            s, teacher, weights=w, tile=tile, **arguments
+        ).sum()
+        return jacobian(lambda w: ravel_pytree(jax.grad(f)(student, w))[0])(weights)
 
-    gradient = lambda w: oracle.distillation_loss(s, t, weights=w, **arguments).student
     weights = jnp.array([0.0, 1.0, 2.0])
-    expected = oracle.jacobian(gradient, weights)
-    assert_close(jax.jit(jax.jacrev(step))(weights), expected, 1e-5)
+    expected = oracle.jacobian(
+        lambda w: flat(expected_of(student, teacher, weights=w, **arguments).student),
+        weights,
+    )
+    assert_close(slopes(student, teacher, weights), expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "source, divergence, reduction",
+    [
+        ("bucket", FORWARD, "mean"),
+        *rarely(("renormalize", FORWARD, "mean")),
+        *rarely(*(("head", JENSEN_SHANNON, x) for x in ("mean", "none"))),
+    ],
+)
+def test_hessians_are_those_of_the_reference(rng, source, divergence, reduction):
+    student, teacher = make_models(rng, source, (3,), 5)
+    flat, unravel = ravel_pytree(student)
+
+    def squared(x, loss, **options):
+        options |= dict(divergence=divergence[0], reduction=reduction)
+        return jnp.sum(loss(unravel(x), teacher, **options) ** 2)
+
+    plain = partial(squared, loss=jaxkl.reference.distillation_loss)
+    fused = partial(squared, loss=jaxkl.distillation_loss, tile=2)
+    hessian = jax.jit(jax.hessian(plain))(flat)
+    assert_close(jax.jit(jax.hessian(fused))(flat), hessian, 1e-5)
+    if source == "head":
+        assert_close(jax.jit(jax.jacrev(jax.grad(fused)))(flat), hessian, 1e-5)
 
 
 def test_hessian_of_a_masked_tiled_batch_in_float32(rng):

@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.flatten_util import ravel_pytree
-from jax.sharding import AxisType, PartitionSpec as P
 
 import jaxkl
 from jaxkl import distillation_loss, LinearHead
@@ -236,99 +234,6 @@ def test_plain_jax_breaks_the_memory_bound():
     assert _memory(4096, loss=jaxkl.reference.distillation_loss) > 4096 * VOCAB * 4
 
 
-# Transformations.
-
-
-def test_vmap(rng):
-    student = make_head(rng, (3, 5), 4, 11, bias=True)
-    teacher = make_head(rng, (5,), 3, 11)
-    axes = LinearHead(0, None, None), None  # a kernel for all
-    f = lambda s, t: distillation_loss(s, t, tile=2)
-    value, grads = jax.jit(jax.vmap(jax.value_and_grad(f), axes))(student, teacher)
-    for i in range(3):
-        one = dataclasses.replace(student, hidden=student.hidden[i])
-        expected = expected_of(one, teacher)
-        assert_close(value[i], expected.loss, 5e-6)
-        got = jax.tree.map(lambda x: x[i], grads)  # noqa: B023
-        assert_source_gradient(one, got, expected.student, str(i))
-    total = lambda s: jax.vmap(f, axes)(s, teacher).sum()
-    d_kernel = jax.jit(jax.grad(total))(student).kernel
-    assert_close(d_kernel, grads.kernel.sum(0), 1e-5)
-
-
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["", "checkpoint"])
-def test_grad_of_scan_and_checkpoint(rng, wrap):
-    student, teacher = (make_head(rng, (3, 5), 4, 11) for _ in range(2))
-
-    @wrap
-    def body(hidden, other, kernel):
-        student, target = LinearHead(hidden, kernel), LinearHead(other, teacher.kernel)
-        return distillation_loss(student, target, reduction="sum", tile=2)
-
-    def loss(hidden, kernel):
-        step = lambda total, x: (total + body(*x, kernel), None)
-        return jax.lax.scan(step, jnp.float32(0), (hidden, teacher.hidden))[0]
-
-    grads = jax.jit(jax.grad(loss, (0, 1)))(student.hidden, student.kernel)
-    expected = expected_of(student, teacher, reduction="sum")
-    assert_source_gradient(student, LinearHead(*grads), expected.student, "")
-
-
-def test_scan_of_grad(rng):
-    student, teacher = (make_head(rng, (5,), 4, 11) for _ in range(2))
-    f = lambda s: distillation_loss(s, teacher, tile=2)
-
-    def step(head, _):
-        value, grad = jax.value_and_grad(f)(head)
-        return jax.tree.map(lambda x, d: x - 0.5 * d, head, grad), value
-
-    _, losses = jax.jit(lambda s: jax.lax.scan(step, s, length=4))(student)
-    exact, expected = jax.tree.map(lambda x: np.asarray(x, np.float64), student), []
-    for _ in range(4):
-        result = expected_of(exact, teacher)
-        expected.append(result.loss)
-        exact = jax.tree.map(lambda x, d: x - 0.5 * d, exact, result.student)
-    assert_close(losses, expected, 5e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@over("js")
-def test_second_order(rng, divergence, reference, reduction):
-    student = make_head(rng, (3,), 2, 5, bias=True, softcap=2.0)
-    teacher = make_head(rng, (3,), 2, 5)
-
-    def loss(student, of=distillation_loss, **options):
-        value = of(
-            student, teacher, divergence=divergence, reduction=reduction, **options
-        )
-        return jnp.sum(value**2)
-
-    flat, unravel = ravel_pytree(student)
-    plain = lambda x: loss(unravel(x), jaxkl.reference.distillation_loss)
-    fused = lambda x: loss(unravel(x), tile=2)
-    hessian = jax.jit(jax.hessian(plain))(flat)
-    # Forward over the reverse rule, and reverse over it.
-    assert_close(jax.jit(jax.hessian(fused))(flat), hessian, 1e-5)
-    assert_close(jax.jit(jax.jacrev(jax.grad(fused)))(flat), hessian, 1e-5)
-
-
-def test_mixed_derivatives_at_a_weight_of_zero(rng):
-    student, teacher = (make_head(rng, (3,), 2, 5, bias=True) for _ in range(2))
-
-    @jax.jit
-    def slope(student, teacher, *weights):
-        of = partial(distillation_loss, tile=2, reduction="sum")
-        grad = lambda w: jax.grad(lambda head: of(head, teacher, weights=w))(student)
-        return jax.jvp(grad, *([w] for w in weights))[1]
-
-    # Gradients are linear in weights: their slope is the gradient of one token.
-    weights, one = jnp.array([0.0, 1.0, 2.0]), jnp.array([1.0, 0.0, 0.0])
-    expected = expected_of(student, teacher, weights=one, reduction="sum").student
-    actual = slope(student, teacher, weights, one)
-    assert_source_gradient(student, actual, expected, "student")
-
-
 @pytest.mark.parametrize("bad", [0.0, np.nan])
 @pytest.mark.parametrize("tile", [None, 2])
 def test_a_token_without_weight_needs_no_temperature(rng, bad, tile):
@@ -344,53 +249,6 @@ def test_a_token_without_weight_needs_no_temperature(rng, bad, tile):
     good = jnp.full(5, 2.0)
     actual = grad(student, good.at[1].set(bad))
     assert_source_gradient(student, actual, grad(student, good), "student")
-
-
-def test_one_trace_for_repeated_calls(rng):
-    traces = 0
-
-    @jax.jit
-    def step(student, teacher):
-        nonlocal traces
-        traces += 1
-        return jax.grad(distillation_loss)(student, teacher)
-
-    for _ in range(3):
-        student = make_head(rng, (3,), 4, 11, softcap=2.0)
-        step(student, make_head(rng, (3,), 2, 11))
-    assert traces == 1
-
-
-@pytest.mark.parametrize("inside, tile", [(False, 2), (True, None)])
-def test_shard_map_over_tokens(rng, inside, tile):
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    student = make_head(rng, (24,), 4, 11, bias=True)
-    teacher = make_head(rng, (24,), 3, 11)
-    where = jnp.asarray(rng.random(24) < 0.7).at[:3].set(False)  # nothing on device 0
-    head = LinearHead(P("data"), P(), P())
-    other = LinearHead(P("data"), P())
-
-    def local(student, teacher, where):
-        count = jax.lax.psum(where.sum(dtype=jnp.float32), "data")
-        value = distillation_loss(
-            student, teacher, where=where, normalizer=count, tile=tile,
-            differentiate_teacher=True,
-        )  # fmt: skip
-        return jax.lax.psum(value, "data")
-
-    grad = partial(jax.value_and_grad, argnums=(0, 1))
-    shard = partial(
-        jax.shard_map, mesh=mesh, in_specs=(head, other, P("data")), check_vma=True
-    )
-    if inside:
-        f = shard(grad(local), out_specs=(P(), (head, other)))
-    else:
-        f = grad(shard(local, out_specs=P()))
-    value, grads = jax.jit(f)(student, teacher, where)
-    expected = expected_of(student, teacher, where=np.asarray(where))
-    assert_close(value, expected.loss, 5e-6)
-    assert_source_gradient(student, grads[0], expected.student, "student")
-    assert_source_gradient(teacher, grads[1], expected.teacher, "teacher")
 
 
 # A pytree.
@@ -443,50 +301,6 @@ def test_tied_embedding(rng):
     f = lambda e: distillation_loss(LinearHead(e[tokens], e.T), teacher, tile=2)
     plain = lambda e: jaxkl.reference.distillation_loss(e[tokens] @ e.T, teacher)
     assert_close(jax.grad(f)(embedding), jax.grad(plain)(embedding), 1e-5)
-
-
-# Metrics and the reference.
-
-
-@over("js")
-def test_metrics(rng, divergence, reference):
-    student = make_head(rng, (3, 5), 6, 14, bias=True, softcap=4.0)
-    teacher = make_head(rng, (3, 5), 4, 12, scale=2.0)
-    shared = dict(
-        temperature=1.5,
-        teacher_temperature=2.0,
-        vocab_size=11,
-        weights=jnp.asarray(rng.uniform(0, 2, size=(3, 5)), jnp.float32),
-        where=jnp.asarray(rng.random((3, 5)) < 0.7),
-        labels=jnp.asarray(rng.choice([-100, 0, 3, 10], size=(3, 5))),
-    )
-    f = partial(jaxkl.distillation_loss_with_metrics, divergence=divergence, tile=4)
-    grad = jax.jit(
-        lambda s, t: jax.value_and_grad(f, has_aux=True)(s, t, alpha=0.5, **shared)
-    )
-    (value, metrics), d_student = grad(student, teacher)
-    (s, _), (t, _) = exact_logits(student, 11), exact_logits(teacher, 11)
-    expected = oracle.metrics(s, t, divergence=reference, **shared)
-    for name, want in expected._asdict().items():
-        assert_close(getattr(metrics, name), want, 5e-6, name)
-    loss = expected_of(student, teacher, divergence=reference, alpha=0.5, **shared)
-    assert_close(value, loss.loss, 5e-6)
-    assert_source_gradient(student, d_student, loss.student, "")
-
-
-@over("js", slow=["forward"])
-def test_the_reference_agrees(rng, divergence, reference):
-    student = make_head(rng, (5,), 4, 11, bias=True, softcap=2.0, scale=0.5)
-    teacher = make_head(rng, (5,), 3, 11)
-    assert_matches(
-        student,
-        teacher,
-        (divergence, reference),
-        loss=jaxkl.reference.distillation_loss,
-        temperature=1.5,
-        value_tol=1e-5,
-        tol=2e-5,
-    )
 
 
 # Errors name the argument.
