@@ -62,6 +62,19 @@ def make_models(rng, source, shape, vocab, dtype="float32", *, pad=(0, 0), **set
     return made
 
 
+def per_token(rng, shape, *names, vocab=11):
+    """Arguments of these names with an entry for each token, some weights being 0."""
+    uniform = lambda *ends: jnp.asarray(rng.uniform(*ends, size=shape), jnp.float32)
+    draw = dict(
+        temperature=lambda: uniform(0.5, 3),
+        teacher_temperature=lambda: uniform(0.5, 3),
+        weights=lambda: jnp.where(rng.random(shape) < 0.8, uniform(0.1, 2), 0),
+        where=lambda: jnp.asarray(rng.random(shape) < 0.7),
+        labels=lambda: jnp.asarray(rng.choice([-100, 0, vocab // 2, vocab - 1], shape)),
+    )
+    return {name: draw[name]() for name in names}
+
+
 def exact_logits(source, vocab_size=None):
     """Logits in float64, and the function that pulls a gradient back to the source.
 

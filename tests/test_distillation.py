@@ -28,20 +28,19 @@ from .cases import (
     USER,
 )
 from .helpers import assert_close, TOLERANCE
-from .sources import make_models, TAILS
+from .sources import make_models, per_token, TAILS
 
 
 VOCABULARIES = (1, 2, 700, 1001)
 
 
 def _temperatures(kind, rng, shape):
-    per_token = lambda: jnp.asarray(rng.uniform(0.5, 3, size=shape), jnp.float32)
-    return {
-        "one": {},
-        "scalar": dict(temperature=jnp.float32(1.7)),
-        "token": dict(temperature=per_token()),
-        "separate": dict(temperature=jnp.float32(3), teacher_temperature=per_token()),
-    }[kind]
+    if kind == "separate":
+        of_teacher = per_token(rng, shape, "teacher_temperature")
+        return dict(temperature=jnp.float32(3), **of_teacher)
+    if kind == "token":
+        return per_token(rng, shape, "temperature")
+    return {} if kind == "one" else dict(temperature=jnp.float32(1.7))
 
 
 @pytest.mark.parametrize(
@@ -78,17 +77,12 @@ def test_value_and_gradients_match_the_oracle(
     ),
 )
 def test_every_divergence(rng, source, divergence):
-    per_token = lambda: jnp.asarray(rng.uniform(0.5, 3, size=7), jnp.float32)
-    vocab, tile, arguments = 1001, 3, dict(temperature=per_token())
-    if source in TAILS:
-        vocab = 13
-    elif source == "head":
+    arguments = _temperatures("separate" if source == "logits" else "token", rng, (7,))
+    if source == "head":
         arguments["teacher_temperature"] = jnp.float32(1.5)
-    else:
-        tile = None
-        arguments = _temperatures("separate", rng, (7,))
-    student, teacher = make_models(rng, source, (7,), vocab)
-    assert_matches(student, teacher, divergence, tile=tile, **arguments)
+    models = make_models(rng, source, (7,), 13 if source in TAILS else 1001)
+    tile = None if source == "logits" else 3
+    assert_matches(*models, divergence, tile=tile, **arguments)
 
 
 @over_sources(
@@ -97,14 +91,13 @@ def test_every_divergence(rng, source, divergence):
     slow=("head, logits user", "logits, head user"),
 )
 def test_two_sources(rng, source, divergence):
-    student, teacher = make_models(rng, source, (2, 5), 11)
-    assert_matches(student, teacher, divergence, tile=3)
+    assert_matches(*make_models(rng, source, (2, 5), 11), divergence, tile=3)
 
 
 @pytest.mark.parametrize("tail", ["bucket", *rarely("renormalize", "drop", "uniform")])
 def test_a_head_beside_a_list_in_bfloat16(rng, tail):
-    student, teacher = make_models(rng, f"head, {tail}", (2, 5), 701, "bfloat16")
-    assert_matches(student, teacher, FORWARD, temperature=2.0, tile=3)
+    models = make_models(rng, f"head, {tail}", (2, 5), 701, "bfloat16")
+    assert_matches(*models, FORWARD, temperature=2.0, tile=3)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -118,8 +111,8 @@ def test_temperature_as_a_python_number(rng, dtype, arguments):
 @over("forward", slow=["js"])
 def test_dtypes_of_heads(rng, divergence, reference, dtype):
     settings = dict(bias=True, softcap=3.0, scale=1.5)
-    student, teacher = make_models(rng, "head", (2, 5), 37, dtype, **settings)
-    assert_matches(student, teacher, (divergence, reference), temperature=2.0, tile=4)
+    models = make_models(rng, "head", (2, 5), 37, dtype, **settings)
+    assert_matches(*models, (divergence, reference), temperature=2.0, tile=4)
 
 
 @over_sources(
@@ -129,26 +122,12 @@ def test_dtypes_of_heads(rng, divergence, reference, dtype):
     slow=(*each("logits", KINDS), "head forward"),
 )
 def test_every_argument_at_once(rng, source, divergence):
-    student, teacher = make_models(rng, source, (3, 5), 11, pad=(3, 1))
-    arguments = dict(
-        temperature=jnp.asarray(rng.uniform(0.5, 3, size=(3, 5)), jnp.float32),
-        weights=jnp.asarray(rng.choice([0, 0.5, 1, 2], size=(3, 5)), jnp.float32),
-        where=jnp.asarray(rng.random((3, 5)) < 0.7),
-        labels=jnp.asarray(rng.choice([-100, 0, 3, 10], size=(3, 5))),
-    )
+    models = make_models(rng, source, (3, 5), 11, pad=(3, 1))
+    arrays = per_token(rng, (3, 5), "temperature", "weights", "where", "labels")
     if source not in TAILS:
-        arguments["teacher_temperature"] = jnp.float32(1.5)
-    assert_matches(
-        student,
-        teacher,
-        divergence,
-        alpha=0.3,
-        label_smoothing=0.1,
-        z_loss=1e-2,
-        vocab_size=11,
-        tile=4,
-        **arguments,
-    )
+        arrays["teacher_temperature"] = jnp.float32(1.5)
+    numbers = dict(alpha=0.3, label_smoothing=0.1, z_loss=1e-2, vocab_size=11, tile=4)
+    assert_matches(*models, divergence, **arrays, **numbers)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +158,7 @@ def test_float64_under_x64(rng, source, divergence):
             student,
             teacher,
             divergence,
-            temperature=jnp.asarray(rng.uniform(0.5, 3, size=(3, 5))),
+            temperature=jnp.asarray(rng.uniform(0.5, 3, size=(3, 5)), jnp.float64),
             labels=jnp.asarray(rng.integers(0, 11, size=(3, 5))),
             alpha=0.5,
             z_loss=0.01,
@@ -238,8 +217,7 @@ def test_numpy_inputs_and_scalars(rng, temperature):
     ],
 )
 def test_odd_sizes(rng, source, tokens, vocab):
-    student, teacher = make_models(rng, source, (tokens,), vocab)
-    assert_matches(student, teacher, FORWARD)
+    assert_matches(*make_models(rng, source, (tokens,), vocab), FORWARD)
 
 
 @pytest.mark.parametrize(
@@ -255,21 +233,12 @@ def test_odd_sizes(rng, source, tokens, vocab):
     ],
 )
 def test_any_tile_gives_the_same_answer(rng, source, tile, reduction):
-    student, teacher = make_models(rng, source, (130,), 7)
-    g = rng.normal(size=130) if reduction == "none" else 1.7
-    assert_matches(
-        student,
-        teacher,
-        FORWARD,
-        temperature=jnp.asarray(rng.uniform(0.5, 3, size=130), jnp.float32),
-        weights=jnp.asarray(rng.uniform(0, 2, size=130), jnp.float32),
-        where=jnp.asarray(rng.random(130) < 0.7),
-        labels=jnp.asarray(rng.integers(0, 7, size=130)),
-        alpha=0.5,
-        reduction=reduction,
-        cotangent=np.asarray(g, np.float32),
-        tile=tile,
-    )
+    models, g = make_models(rng, source, (130,), 7), 1.7
+    names = "temperature", "weights", "where", "labels"
+    if reduction == "none":
+        g = rng.normal(size=130).astype(np.float32)
+    options = dict(alpha=0.5, reduction=reduction, cotangent=g, tile=tile)
+    assert_matches(*models, FORWARD, **per_token(rng, 130, *names, vocab=7), **options)
 
 
 @pytest.mark.parametrize(
@@ -285,17 +254,11 @@ def test_any_tile_gives_the_same_answer(rng, source, tile, reduction):
     ],
 )
 def test_batch_shapes(rng, source, shape, reduction):
-    student, teacher = make_models(rng, source, shape, 11)
-    g = rng.normal(size=shape if reduction == "none" else ()).astype(np.float32)
-    value, _ = assert_matches(
-        student,
-        teacher,
-        FORWARD,
-        weights=jnp.asarray(rng.uniform(1, 2, size=shape), jnp.float32),
-        reduction=reduction,
-        cotangent=g,
-        tile=4 if source == "head" else None,
-    )
+    models = make_models(rng, source, shape, 11)
+    options = dict(reduction=reduction, tile=4 if source == "head" else None)
+    options["weights"] = jnp.asarray(rng.uniform(1, 2, size=shape), jnp.float32)
+    g = np.float32(rng.normal(size=shape if reduction == "none" else ()))
+    value, _ = assert_matches(*models, FORWARD, cotangent=g, **options)
     assert value.shape == (shape if reduction == "none" else ())
 
 

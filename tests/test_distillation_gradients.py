@@ -26,7 +26,7 @@ from .cases import (
     rounded,
 )
 from .helpers import assert_close
-from .sources import expected_of, make_models
+from .sources import expected_of, make_models, per_token
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
@@ -34,19 +34,10 @@ from .sources import expected_of, make_models
 def test_cotangents_scale_the_gradients(rng, divergence, reference, reduction):
     s, t = rounded(rng, (3, 5, 7)), rounded(rng, (3, 5, 7))
     g = rng.normal(size=(3, 5)) if reduction == "none" else np.array(-3.7)
-    assert_matches(
-        s,
-        t,
-        (divergence, reference),
-        cotangent=g.astype(np.float32),
-        reduction=reduction,
-        temperature=jnp.asarray(rng.uniform(0.5, 3, size=(3, 5)), jnp.float32),
-        teacher_temperature=jnp.float32(1.5),
-        weights=jnp.asarray(rng.uniform(0, 2, size=(3, 5)), jnp.float32),
-        labels=jnp.asarray(rng.choice([-100, 0, 6], size=(3, 5))),
-        alpha=0.5,
-        z_loss=0.01,
-    )
+    arrays = per_token(rng, (3, 5), "temperature", "weights", "labels", vocab=7)
+    arrays["teacher_temperature"] = jnp.float32(1.5)
+    options = dict(cotangent=np.float32(g), reduction=reduction, alpha=0.5, z_loss=0.01)
+    assert_matches(s, t, (divergence, reference), **arrays, **options)
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])

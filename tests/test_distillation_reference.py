@@ -22,7 +22,7 @@ from .cases import (
     rounded,
 )
 from .helpers import assert_close
-from .sources import make_models, TAILS
+from .sources import make_models, per_token, TAILS
 
 
 reference_loss = jaxkl.reference.distillation_loss
@@ -50,29 +50,15 @@ REDUCTIONS = ("none", "sum", "mean")
     ],
 )
 def test_matches_the_oracle(rng, source, divergence, reduction):
-    student, teacher = make_models(rng, source, (3, 5), 11, pad=(3, 1))
-    arguments = dict(
-        temperature=jnp.asarray(rng.uniform(0.5, 3, size=(3, 5)), jnp.float32),
-        weights=jnp.asarray(rng.uniform(0, 2, size=(3, 5)), jnp.float32),
-        where=jnp.asarray(rng.random((3, 5)) < 0.7),
-        labels=jnp.asarray(rng.choice([-100, 0, 10], size=(3, 5))),
-    )
+    models = make_models(rng, source, (3, 5), 11, pad=(3, 1))
+    arrays = per_token(rng, (3, 5), "temperature", "weights", "where", "labels")
     if source not in TAILS:
-        arguments["teacher_temperature"] = jnp.float32(1.5)
-    if source == "head":  # rounds the products of the head as it likes
-        arguments |= dict(value_tol=1e-5, tol=2e-5)
-    assert_matches(
-        student,
-        teacher,
-        divergence,
-        loss=reference_loss,
-        reduction=reduction,
-        alpha=0.3,
-        label_smoothing=0.1,
-        z_loss=1e-2,
-        vocab_size=11,
-        **arguments,
-    )
+        arrays["teacher_temperature"] = jnp.float32(1.5)
+    numbers = dict(alpha=0.3, label_smoothing=0.1, z_loss=1e-2, vocab_size=11)
+    options = dict(loss=reference_loss, reduction=reduction)
+    if source == "head":
+        options |= dict(value_tol=1e-5, tol=2e-5)
+    assert_matches(*models, divergence, **arrays, **numbers, **options)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])

@@ -22,6 +22,7 @@ from .cases import (
     USER,
 )
 from .helpers import assert_close, TOLERANCE
+from .sources import per_token
 
 
 inf = np.inf
@@ -218,23 +219,12 @@ def test_where_drops_a_token_whatever_it_holds(rng, divergence, reference, reduc
     dropped = np.arange(4 * n) % 4 != 0
     s = s.at[1::4].set(junk).at[3::4].set(junk)
     t = t.at[2::4].set(junk).at[3::4].set(junk)
-    scalars = jnp.asarray(rng.uniform(0.5, 2, size=(3, 4 * n)), jnp.float32)
-    temperature, teacher_temperature, weights = scalars
-    g = rng.normal(size=4 * n) if reduction == "none" else np.array(1.0)
-    value, grads = assert_matches(
-        s,
-        t,
-        (divergence, reference),
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        weights=weights,
-        where=jnp.asarray(~dropped),
-        labels=jnp.asarray(rng.choice([-100, 0, 4], size=4 * n)),
-        alpha=0.5,
-        z_loss=0.1,
-        reduction=reduction,
-        cotangent=g.astype(np.float32),
-    )
+    names = "temperature", "teacher_temperature", "weights", "labels"
+    arguments = per_token(rng, 4 * n, *names, vocab=5)
+    arguments |= dict(where=jnp.asarray(~dropped), alpha=0.5, z_loss=0.1)
+    g = np.float32(rng.normal(size=4 * n) if reduction == "none" else 1)
+    options = dict(reduction=reduction, cotangent=g)
+    value, grads = assert_matches(s, t, (divergence, reference), **arguments, **options)
     for name, grad in grads.items():
         assert not grad[dropped].any(), name
     if reduction == "none":

@@ -26,7 +26,7 @@ from .cases import (
     rounded,
 )
 from .helpers import assert_close
-from .sources import expected_of, make_models, TAILS
+from .sources import expected_of, make_models, per_token, TAILS
 
 
 VALUE_TOL = {"logits": 1e-6}  # and 5e-6 of any other source
@@ -47,8 +47,7 @@ def test_vmap(rng, source):
     # Students with hidden states of their own share a kernel and a teacher.
     student, _ = make_models(rng, source, (3, 5), 11)
     _, teacher = make_models(rng, source, (5,), 11)
-    temperature = jnp.asarray(rng.uniform(1, 2, size=(3, 5)), jnp.float32)
-    where = jnp.asarray(rng.random((3, 5)) < 0.6)
+    temperature, where = per_token(rng, (3, 5), "temperature", "where").values()
     tile = 2 if source == "head" else None
 
     def f(s, t, temperature, where):
@@ -293,9 +292,10 @@ def test_shard_map_over_tokens(rng, source, inside, tile):
         student=student,
         teacher=teacher,
         temperature=jnp.float32(1.7),
-        weights=jnp.asarray(rng.uniform(0, 2, size=24), jnp.float32),
+        **per_token(rng, 24, "weights"),
     )
-    where = jnp.asarray(rng.random(24) < 0.7).at[:3].set(False)  # nothing on device 0
+    where = per_token(rng, 24, "where")["where"]
+    where = where.at[:3].set(False)  # device 0 has nothing to count
 
     def local(floats, where):
         total = jnp.sum(jnp.where(where, floats["weights"], 0))

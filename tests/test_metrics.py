@@ -18,7 +18,7 @@ from .cases import (
     rounded,
 )
 from .helpers import assert_close
-from .sources import exact_logits, expected_of, make_models
+from .sources import exact_logits, expected_of, make_models, per_token
 
 
 FIELDS = oracle.Metrics._fields
@@ -40,13 +40,9 @@ def _assert_metrics(actual, expected, tol=1e-6):
 @over_kinds
 def test_metrics_match_the_oracle(rng, divergence, reference, reduction, dtype):
     s, t = rounded(rng, (2, 9, 5), dtype), rounded(rng, (2, 9, 5), dtype)
-    counted = dict(
-        where=jnp.asarray(rng.random((2, 9)) < 0.7),
-        weights=jnp.asarray(rng.uniform(0, 2, size=(2, 9)), jnp.float32),
-        labels=jnp.asarray(rng.choice([-100, 0, 4], size=(2, 9))),
-        temperature=jnp.asarray(rng.uniform(0.5, 3, size=(2, 9)), jnp.float32),
-        teacher_temperature=jnp.float32(2),
-    )
+    names = "where", "weights", "labels", "temperature"
+    counted = per_token(rng, (2, 9), *names, vocab=5)
+    counted["teacher_temperature"] = jnp.float32(2)
     rest = dict(divergence=divergence, reduction=reduction, alpha=0.5, z_loss=0.1)
     f = jax.jit(
         lambda s, t, counted: jaxkl.distillation_loss_with_metrics(
@@ -66,16 +62,12 @@ def test_metrics_match_the_oracle(rng, divergence, reference, reduction, dtype):
 @pytest.mark.parametrize("source", ["head", "renormalize", "bucket", "uniform"])
 def test_metrics_of_heads_and_lists(rng, source):
     student, teacher = make_models(rng, source, (3, 5), 11, pad=(3, 1))
-    shared = dict(
-        temperature=1.5,
-        vocab_size=11,
-        weights=jnp.asarray(rng.uniform(0, 2, size=(3, 5)), jnp.float32),
-        where=jnp.asarray(rng.random((3, 5)) < 0.7),
-    )
+    shared = per_token(rng, (3, 5), "weights", "where")
+    shared |= dict(temperature=1.5, vocab_size=11)
     alpha = None
     if source == "head":
         alpha, shared["teacher_temperature"] = 0.5, 2.0
-        shared["labels"] = jnp.asarray(rng.choice([-100, 0, 3, 10], size=(3, 5)))
+        shared |= per_token(rng, (3, 5), "labels")
     mine, theirs = JENSEN_SHANNON
     f = partial(jaxkl.distillation_loss_with_metrics, divergence=mine, tile=4)
     grad = lambda s, t: jax.value_and_grad(f, has_aux=True)(s, t, alpha=alpha, **shared)
