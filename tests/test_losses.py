@@ -6,8 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
-from jax import export
-from jax.sharding import AxisType, PartitionSpec as P
 from jax.test_util import check_grads
 from scipy.special import xlogy
 
@@ -351,41 +349,6 @@ def test_check_grads(rng, name):
         check_grads(masked, args, order=1, modes=["fwd", "rev"])
 
 
-@pytest.mark.parametrize("name", [PLAIN[0], *rarely(*PLAIN[1:])])
-def test_transforms(rng, name):
-    f = getattr(losses, name)
-    x, y = draw(rng, name, (4, 3, 5))
-    where = jnp.asarray(rng.random((4, 3, 5)) < 0.7)
-    total = lambda x, y, where: jnp.sum(jnp.sin(f(x, y, where=where)))
-    body = lambda carry, xs: (carry + total(*xs), None)
-    scanned = lambda x, y: jax.lax.scan(body, jnp.zeros(()), (x, y, where))[0]
-    body_of_grads = lambda _, xs: (None, jax.grad(total, (0, 1))(*xs))
-    checkpointed = jax.checkpoint(lambda x, y: total(x, y, where))
-
-    # One program, to compile once.
-    @jax.jit
-    def all_grads(x, y):
-        return (
-            jax.grad(total, (0, 1))(x, y, where),
-            jax.grad(scanned, (0, 1))(x, y),
-            jax.lax.scan(body_of_grads, None, (x, y, where))[1],
-            jax.grad(checkpointed, (0, 1))(x, y),
-            jax.vmap(jax.grad(total, (0, 1)))(x, y, where),
-        )
-
-    value, grads = jax.value_and_grad(total, (0, 1))(x, y, where)
-    # The value is the same number whether or not a gradient is asked for.
-    np.testing.assert_array_equal(value, total(x, y, where))
-    for other in all_grads(x, y):
-        chex.assert_trees_all_close(other, grads, rtol=GRAD_TOL)
-
-    np.testing.assert_array_equal(f(x, y), jax.vmap(jax.vmap(f))(x, y))
-    jacobian = jax.jacrev(f)(x[0], y[0])
-    np.testing.assert_array_equal(jacobian, jax.jacfwd(f)(x[0], y[0]))
-    linear = jax.linearize(lambda x: total(x, y, where), x)[1]
-    assert_close(linear(jnp.ones_like(x)), jnp.sum(grads[0]), GRAD_TOL)
-
-
 def test_a_second_call_compiles_nothing(rng):
     x, y = draw(rng, "kl_divergence", (2, 31))
     losses.kl_divergence(x, y)
@@ -394,69 +357,6 @@ def test_a_second_call_compiles_nothing(rng):
     assert _elementwise._sum._cache_size() == size
     losses.kl_divergence(x, y, axis=0)
     assert _elementwise._sum._cache_size() == size + 1
-
-
-@pytest.mark.parametrize("name", PLAIN)
-def test_export_for_all_platforms_and_any_shape(rng, name):
-    f = lambda x, y, where: getattr(losses, name)(x, y, where=where).sum()
-    grad = jax.jit(jax.value_and_grad(f, (0, 1)))
-    b, v = export.symbolic_shape("b, v")
-    float_ = jax.ShapeDtypeStruct((b, v), jnp.bfloat16)
-    bool_ = jax.ShapeDtypeStruct((b, v), jnp.bool)
-    platforms = ["cpu", "tpu", "cuda"]
-    exported = export.export(grad, platforms=platforms)(float_, float_, bool_)
-    args = *draw(rng, name, (3, 5), "bfloat16"), jnp.asarray(rng.random((3, 5)) < 0.7)
-    chex.assert_trees_all_close(exported.call(*args), grad(*args), rtol=1e-2)
-
-
-@pytest.mark.parametrize("replicated", ["targets", *rarely("neither", "predictions")])
-@pytest.mark.parametrize("name", PLAIN)
-def test_shard_map_over_the_batch(rng, name, replicated):
-    x, y = draw(rng, name, (16, 5))
-    x = x[:1] if replicated == "predictions" else x
-    y = y[:1] if replicated == "targets" else y
-    where = jnp.asarray(rng.random((16, 5)) < 0.7)
-    weights = jnp.asarray(rng.normal(size=16), jnp.float32)
-
-    def total(x, y, where, weights):
-        loss = getattr(losses, name)(x, y, where=where)
-        return jnp.sum(loss * weights)
-
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    specs = tuple(P() if len(a) == 1 else P("data") for a in (x, y, where, weights))
-    local = lambda *args: jax.lax.psum(total(*args), "data")
-    # The transpose of the replicated argument's broadcast is the one psum there is.
-    local_grad = jax.grad(total, (0, 1))
-    args = x, y, where, weights
-    expected = jax.value_and_grad(total, (0, 1))(*args)
-    sharded = jax.shard_map(
-        local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=True
-    )
-    actual = jax.jit(jax.value_and_grad(sharded, (0, 1)))(*args)
-    chex.assert_trees_all_close(actual, expected, rtol=GRAD_TOL, atol=1e-5)
-    inside = jax.shard_map(
-        local_grad, mesh=mesh, in_specs=specs, out_specs=specs[:2], check_vma=True
-    )
-    actual = jax.jit(inside)(*args)
-    chex.assert_trees_all_close(actual, expected[1], rtol=GRAD_TOL, atol=1e-5)
-
-
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("name", PLAIN)
-def test_sharded_batch_under_jit(rng, name, axis_type):
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
-    x, y = draw(rng, name, (16, 5))
-    f = lambda x, y: jnp.mean(getattr(losses, name)(x, y))
-    expected = jax.value_and_grad(f, (0, 1))(x, y)
-    with jax.set_mesh(mesh):
-        sharding = jax.sharding.NamedSharding(mesh, P("data"))
-        args = jax.device_put((x, y), sharding)
-        step = jax.jit(jax.value_and_grad(f, (0, 1)))
-        actual = step(*args)
-        hlo = step.lower(*args).compile().as_text()
-    assert actual[1][0].sharding.is_equivalent_to(sharding, 2)
-    assert "all-gather" not in hlo
-    chex.assert_trees_all_close(jax.device_get(actual), expected, rtol=GRAD_TOL)
 
 
 elements = st.one_of(

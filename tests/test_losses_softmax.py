@@ -6,8 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
-from jax import export
-from jax.sharding import AxisType, PartitionSpec as P
 from jax.test_util import check_grads
 from scipy.special import log_softmax
 
@@ -278,74 +276,6 @@ def test_float64_and_second_order(rng):
         assert nothing.dtype == jnp.float32
         nothing = losses.softmax_kl_divergence(s[:0].astype(float), t[:0], axis=0)
         assert nothing.dtype == jnp.float64
-
-
-@pytest.mark.slow
-def test_transforms(rng):
-    s, t = draw(rng, (4, 3, 5))
-    where = jnp.asarray(rng.random((4, 3, 5)) < 0.6)
-
-    def total(s, t, where):
-        loss = losses.softmax_divergence(s, t, hellinger, 0, where, temperature=2.0)
-        return jnp.sum(jnp.sin(loss))
-
-    grad = jax.grad(total, (0, 1))
-    body = lambda carry, xs: (carry + total(*xs), None)
-    scanned = lambda s, t: jax.lax.scan(body, jnp.zeros(()), (s, t, where))[0]
-
-    @jax.jit
-    def all_grads(s, t):
-        return (
-            jax.grad(scanned, (0, 1))(s, t),
-            jax.lax.scan(lambda _, xs: (None, grad(*xs)), None, (s, t, where))[1],
-            jax.vmap(grad)(s, t, where),
-            jax.vmap(jax.grad(jax.checkpoint(total), (0, 1)))(s, t, where),
-        )
-
-    single = [
-        jax.value_and_grad(total, (0, 1))(*x) for x in zip(s, t, where, strict=True)
-    ]
-    expected = jax.tree.map(lambda *x: jnp.stack(x), *(g for _, g in single))
-    for actual in all_grads(s, t):
-        chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(single[0][0], total(s[0], t[0], where[0]), rtol=1e-6)
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(lambda s: total(s, t, where), (s,), (s,))
-
-
-def test_export_for_all_platforms(rng):
-    f = lambda *args: losses.softmax_kl_divergence(*args, temperature=2.0).sum()
-    grad = jax.jit(jax.value_and_grad(lambda s, t, w: f(s, t, -1, w), (0, 1)))
-    s, t = draw(rng, (3, 5))
-    args = s, t, jnp.asarray(rng.random((3, 5)) < 0.7)
-    exported = export.export(grad, platforms=["cpu", "tpu", "cuda"])(*args)
-    chex.assert_trees_all_close(exported.call(*args), grad(*args), rtol=1e-5)
-
-
-@pytest.mark.slow
-def test_shard_map_over_the_batch(rng):
-    s, t = draw(rng, (16, 5))
-    t = t[:1]
-    where = jnp.asarray(rng.random((16, 5)) < 0.7)
-    weights = jnp.asarray(rng.normal(size=16), jnp.float32)
-
-    def total(s, t, where, weights):
-        loss = losses.softmax_kl_divergence(s, t, where=where, temperature=2.0)
-        return jnp.sum(loss * weights)
-
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    specs = P("data"), P(), P("data"), P("data")
-    sharded = jax.shard_map(
-        lambda *args: jax.lax.psum(total(*args), "data"),
-        mesh=mesh,
-        in_specs=specs,
-        out_specs=P(),
-        check_vma=True,
-    )
-    args = s, t, where, weights
-    actual = jax.jit(jax.value_and_grad(sharded, (0, 1)))(*args)
-    expected = jax.jit(jax.value_and_grad(total, (0, 1)))(*args)
-    chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-6)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
