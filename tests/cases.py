@@ -20,7 +20,7 @@ def squared_error(log_p, log_q):
     return (jnp.exp(log_p) - jnp.exp(log_q)) ** 2
 
 
-# Each of jaxkl's own beside its oracle, and a user's.
+# Each divergence of jaxkl beside its oracle.
 CATALOGUE = {
     "forward": (jaxkl.ForwardKL(), oracle.forward_kl),
     "reverse": (jaxkl.ReverseKL(), oracle.reverse_kl),
@@ -182,7 +182,7 @@ def _gradient_tolerance(dtype, x64=False):
 def assert_source_gradient(
     source, grad, expected, name, tol=None, x64=False, tiny=False
 ):
-    """Of logits, or of each array of a head; `tiny` allows for a dtype's last steps."""
+    """Compares logits, or each array of a head; `tiny` allows a dtype's last steps."""
     leaves = zip(
         jax.tree.leaves_with_path(source),
         jax.tree.leaves(grad),
@@ -197,15 +197,16 @@ def assert_source_gradient(
 
 
 def _last_steps(dtype):
-    """Float16's steps near 0, and the oracle's rounding of a true 0."""
+    """The size of float16's steps near 0, and of the oracle's rounding of a true 0."""
     return float(jnp.finfo(dtype).smallest_subnormal) + oracle.ROUNDING
 
 
 def assert_gradient(name, grad, expected, tol, cotangent=1.0, rounding=0.0):
-    """To `tol` of the largest entry; for temperature and weights, also of the loss.
+    """Compares to `tol` of the largest entry, or of the loss if that is larger.
 
-    `T² D` hardly depends on T, nor a mean on a weight: the slope is a difference of two
-    terms of the size of the loss itself, and no better known than these.
+    That is for temperature and weights alone. `T² D` hardly depends on T, and a mean
+    hardly depends on a weight: the slope is the difference of two terms as large as the
+    loss, and has their rounding.
     """
     want = np.asarray(getattr(expected, name), np.float64)
     scale = np.max(np.abs(want), where=np.isfinite(want), initial=0.0)

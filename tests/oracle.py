@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 
-# What may be left of a true 0 where numbers of order one are added up.
+# A sum of numbers of order one may leave this much of a true 0.
 ROUNDING = 1e-17
 
 
@@ -24,7 +24,7 @@ def _real(x):
 
 
 def _at_top(logits):
-    """Whether an entry is the largest of its row: the first one of equals."""
+    """Whether an entry is the largest of its row, or the first of several."""
     top = np.argmax(logits, -1, keepdims=True)
     return np.arange(logits.shape[-1]) == top
 
@@ -32,7 +32,7 @@ def _at_top(logits):
 def _shifted_and_log_sum(logits):
     """Logits less the largest, and the log of the sum of their exponentials."""
     shifted = logits - np.max(logits, -1, keepdims=True)
-    # The largest itself is 0 here, or NaN where it is infinite.
+    # The largest entry is 0 here, or NaN where it is infinite.
     others = np.where(_at_top(logits), shifted, np.exp(shifted))
     return shifted, np.log1p(np.sum(others, -1, keepdims=True))
 
@@ -64,12 +64,12 @@ def _difference(log_p, log_q):
     return -np.sign(x) * larger * np.expm1(-np.abs(x))
 
 
-# Divergences: `(log_p, log_q) -> f, ∂f/∂log p, ∂f/∂log q`, elementwise. To a term, a
-# multiple of `q - p` is added that makes it non-negative: over a row it adds up to 0.
+# A divergence maps `(log_p, log_q)` to `f, ∂f/∂log p, ∂f/∂log q`, elementwise. Each
+# term has a multiple of `q - p` added, which makes it non-negative and sums to 0.
 
 
 def _power_series(x, c):
-    """`Σ xᵏ/k! · (1 + c + … + cᵏ⁻²)`, k ≥ 2: to full precision where x is small."""
+    """`Σ xᵏ/k! · (1 + c + … + cᵏ⁻²)` for k ≥ 2, to full precision where x is small."""
     total, power, slope = np.zeros_like(x), x, np.longdouble(0)
     for k in range(2, 26):
         power, slope = power * x / k, 1 + c * slope
@@ -103,7 +103,7 @@ reverse_kl = _swap(forward_kl)
 def symmetric_kl(weight=0.5):
     def divergence(log_p, log_q):
         forward, reverse = forward_kl(log_p, log_q), reverse_kl(log_p, log_q)
-        # A side with no weight is absent, even where it is infinite.
+        # A side without weight plays no part, even where it is infinite.
         return tuple(
             (weight * a if weight > 0 else 0) + ((1 - weight) * b if weight < 1 else 0)
             for a, b in zip(forward, reverse, strict=True)
@@ -186,7 +186,7 @@ def alpha_divergence(alpha):
 
 
 def squared_error(log_p, log_q):
-    """`(p - q)²`: stands for a user's own divergence."""
+    """`(p - q)²` stands for a user's own divergence."""
     d = _difference(log_p, log_q)
     return d**2, 2 * d * np.exp(log_p), -2 * d * np.exp(log_q)
 
@@ -383,10 +383,10 @@ def _listed_divergence_and_grad(divergence, student_logits, indices, log_probs, 
 
 
 def _to_logits(log_probs, slopes):
-    """`slopes - probs Σ slopes`, to which a multiple of `probs` can be added freely.
+    """`slopes - probs Σ slopes`, which is the same for `slopes + c probs`.
 
-    It is taken such that the likeliest entry has no slope: its gradient, which may be
-    all that its probability lacks to 1, is then a sum over the others.
+    The c is chosen that leaves the likeliest entry no slope. Its gradient may be as
+    small as what its probability lacks to 1, and is then a sum over the other entries.
     """
     probs, top = np.exp(log_probs), _at_top(log_probs)
     total = lambda x: np.sum(x, -1, keepdims=True)
@@ -396,20 +396,20 @@ def _to_logits(log_probs, slopes):
 
 
 def _cross_entropy(logits, labels, label_smoothing):
-    """Zero, with zero gradient, where the label is -100."""
+    """The loss and its gradient, both 0 where the label is -100."""
     log_probs, labelled = log_softmax(logits), (labels != -100)[:, None]
     vocab, epsilon = logits.shape[-1], np.longdouble(label_smoothing)
     is_label = np.arange(vocab) == labels[:, None]
     target = (1 - epsilon) * is_label + epsilon / vocab
     ce = -np.sum(_times(target, log_probs), -1, keepdims=True)
-    # Of the label, `probs - 1` of a probability that may be nearly 1.
+    # The label's slope is `probs - 1`, and its probability may be nearly 1.
     d_ce = np.where(is_label, np.expm1(log_probs) + epsilon, np.exp(log_probs))
     d_ce = d_ce - epsilon / vocab
     return np.where(labelled, ce, 0)[:, 0], np.where(labelled, d_ce, 0)
 
 
 class _Tokens:
-    """The counted tokens as rows: what `where` drops is sliced away, as are columns."""
+    """The tokens that count, as rows: masked tokens and padding are sliced away."""
 
     def __init__(self, student, teacher, vocab_size, where, weights):
         self.shape = np.shape(student)[:-1]

@@ -1,4 +1,4 @@
-"""What logits come from: arrays, heads and lists, drawn, and in float64."""
+"""Random arrays, heads and lists, and their logits in float64."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ TAILS = ("renormalize", "drop", "bucket", "uniform")
 
 
 def rounded(rng, shape, dtype="float32", scale=1.0):
-    """Logits of order one: a saturated softmax hides missing mass and wrong padding."""
+    """Logits of order one: a saturated softmax hides missing mass and bad padding."""
     return jnp.asarray(scale * rng.normal(size=shape), dtype)
 
 

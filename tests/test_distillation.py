@@ -202,7 +202,7 @@ def test_numpy_inputs_and_scalars(rng, temperature):
     assert_close(value, oracle.distillation_loss(s, t, temperature=2).loss, 1e-6)
 
 
-# Sizes, batch shapes, tiles.
+# Sizes, batch shapes and tiles.
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_odd_sizes(rng, source, tokens, vocab):
     "source, tile, reduction",
     [
         *(("logits", n, reduction) for n in (3, 64) for reduction in ("none", "mean")),
-        # Tiles of two heads are strided, and blocks beside logits.
+        # The tiles of two heads are strided; beside logits they are blocks.
         ("head", 3, "none"),
         ("head, logits", 3, "mean"),
         *rarely(*(("logits", n, x) for n in (1, 16, 200) for x in ("none", "mean"))),
@@ -262,7 +262,7 @@ def test_batch_shapes(rng, source, shape, reduction):
     assert value.shape == (shape if reduction == "none" else ())
 
 
-# Temperature and its square.
+# The square of the temperature.
 
 
 @pytest.mark.parametrize("divergence", [FORWARD, USER], ids=["forward", "user"])
@@ -274,7 +274,7 @@ def test_t_squared_is_the_students_and_optional(rng, divergence):
     assert_close(with_square, 9 * np.float64(without), 1e-6)
 
 
-# Labels, label smoothing, z-loss.
+# Labels, label smoothing and z-loss.
 
 
 @pytest.mark.parametrize("alpha", [0.3, *rarely(0.0, 1.0)])
@@ -306,7 +306,7 @@ def test_cross_entropy_matches_torch(rng, dtype, label_smoothing):
         t,
         labels=jnp.asarray(labels),
         alpha=0.0,
-        temperature=4.0,  # has no part in the cross-entropy
+        temperature=4.0,  # the cross-entropy does not use it
         label_smoothing=label_smoothing,
         reduction="none",
     )
@@ -329,7 +329,7 @@ def test_a_label_of_minus_100_drops_only_its_cross_entropy(rng):
     got = f(labels=jnp.array([2, -100, 3]), alpha=0.25)
     lse = jax.nn.logsumexp(s, -1) ** 2 / 10
     assert_close(got[1], 0.25 * (f() - lse)[1] + lse[1], 1e-6)
-    # and it still counts in the mean
+    # The token still counts in the mean.
     arguments = dict(labels=jnp.array([2, -100, 3]), alpha=0.25, z_loss=0.1)
     assert_close(evaluate(s, t, **arguments)[0], got.mean(), 1e-6)
 
@@ -342,7 +342,7 @@ def test_z_loss_is_of_the_student_at_temperature_one(rng):
     plain = lambda s: 0.5 * jnp.sum(jax.nn.logsumexp(s, -1) ** 2)
     value, grad = jax.value_and_grad(f)(s)
     assert_close(value, plain(s), 1e-6)
-    # The teacher is the same array here: its own gradient must not leak in.
+    # The teacher is the same array, and its own gradient must not leak in.
     assert_close(grad, jax.grad(plain)(s), 1e-5)
 
 
@@ -354,7 +354,7 @@ def test_traced_alpha_smoothing_and_z_loss(rng):
     assert_matches(s, t, FORWARD, labels=labels, expect=numbers, **traced)
 
 
-# Reduction, where, weights, normalizer, vocab_size.
+# Reductions, masks, weights, normalizers and padding.
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
@@ -455,8 +455,8 @@ def test_vocab_size_may_equal_a_width(rng):
 @over("forward", "reverse", "js_normalized", slow=("symmetric", "skew_reverse"))
 @pytest.mark.parametrize("tile", [None, 8])
 def test_confident_rows_have_gradients_too(rng, divergence, reference, tile):
-    # A normaliser near 1 has no digits for the other outcomes, whose mass is all of the
-    # likely one's gradient: in each row that is far from nothing.
+    # A normaliser near 1 has no digits left for unlikely outcomes. Their mass is all of
+    # the likely one's gradient, and must be right in every row.
     t = rounded(rng, (65, 7), scale=12.0)
     s = t + rounded(rng, (65, 7), scale=0.3)
     arguments = dict(reduction="none")
@@ -515,7 +515,7 @@ def test_jensen_shannon_is_symmetric_at_a_half_only(rng):
 
 @over_kinds
 def test_a_shift_of_the_logits_changes_nothing(rng, divergence, reference):
-    # A grid on which the shifted logits are exact in float32.
+    # On this grid the shifted logits are exact in float32.
     s, t = (jnp.round(rounded(rng, (4, 7)) * 1024) / 1024 for _ in range(2))
     shift = jnp.array([[64.0], [-32.0], [0.0], [8.0]])
     s, t = jnp.stack([s, s + shift, s]), jnp.stack([t, t, t - shift])

@@ -1,4 +1,4 @@
-"""Gradients of `distillation_loss`: of every float argument, and of second order."""
+"""Gradients of `distillation_loss` to every float argument, and second derivatives."""
 
 from functools import partial
 
@@ -47,7 +47,7 @@ def test_value_is_the_same_under_grad(rng, divergence, reference, reduction):
     arguments = dict(divergence=divergence, reduction=reduction)
     plain = jax.jit(partial(jaxkl.distillation_loss, **arguments))(s, t)
     under_grad, _ = evaluate(s, t, **arguments)
-    # The same sums in the same order: at most the compiler's last bits apart.
+    # The same sums in the same order differ by no more than a compiler's last bits.
     plain, under_grad = np.asarray(plain), np.asarray(under_grad)
     np.testing.assert_array_max_ulp(plain, under_grad, maxulp=8)
 
@@ -106,7 +106,7 @@ def test_hessians_of_the_other_reductions(rng, divergence, reference, reduction)
 
 
 def _assert_hessians(rng, divergence, reference, reduction):
-    # Both logits, temperature and weights at once, so mixed derivatives count too.
+    # Both logits, temperature and weights vary at once: mixed derivatives count too.
     names = ("student", "teacher", "temperature", "weights")
     split, traced_split, size = _flat([(2, 3), (2, 3), (2,), (2,)])
     x = rng.uniform(0.5, 1.5, size=size)
@@ -150,9 +150,8 @@ def _assert_hessians(rng, divergence, reference, reduction):
     [*(("logits", x) for x in ("none", "sum", "mean")), ("head", "sum")],
 )
 def test_mixed_derivatives_at_a_weight_of_zero(rng, source, reduction):
-    # As in learning to reweight examples (Ren et al., 2018), which starts at zero.
+    # Learning to reweight examples (Ren et al., 2018) starts with weights of zero.
     student, teacher = make_models(rng, source, (3,), 5, softcap=None)
-    # Reverse over reverse, and forward over reverse.
     jacobian, tile = (jax.jacfwd, 2) if source == "head" else (jax.jacrev, None)
     arguments = dict(temperature=2.0, reduction=reduction)
     flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
@@ -207,7 +206,7 @@ def test_hessian_of_a_masked_tiled_batch_in_float32(rng):
     assert_close(hessian, oracle.jacobian(gradient, s), 1e-5)
 
 
-# Every float argument.
+# Float arguments and constants.
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
@@ -235,7 +234,7 @@ def test_teacher_is_a_constant_unless_differentiated(
     rng, divergence, reference, reduction
 ):
     s, t = rounded(rng, (4, 7)), rounded(rng, (4, 7), "bfloat16")
-    # The gradient to the shared temperature is true: it passes through both models.
+    # The gradient to a shared temperature still passes through both models.
     arguments = dict(
         divergence=divergence,
         reduction=reduction,
@@ -287,7 +286,7 @@ def test_a_weight_of_zero_has_a_gradient(rng, reduction):
 
 @over_kinds
 def test_descending_the_gradient_reaches_the_teacher(divergence, reference):
-    # The sign and the direction: the minimum is at student = teacher.
+    # This tests the sign and the direction: the minimum is at student = teacher.
     rng = np.random.default_rng(1)
     s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
     f = lambda s: jaxkl.distillation_loss(s, t, divergence=divergence, reduction="sum")

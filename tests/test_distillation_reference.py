@@ -1,4 +1,4 @@
-"""`jaxkl.reference.distillation_loss`: the same in plain JAX, and forward mode."""
+"""`jaxkl.reference.distillation_loss` has the same values, and forward mode."""
 
 import inspect
 

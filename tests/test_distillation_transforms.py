@@ -29,12 +29,12 @@ from .helpers import assert_close
 from .sources import expected_of, make_models, per_token, TAILS
 
 
-VALUE_TOL = {"logits": 1e-6}  # and 5e-6 of any other source
+VALUE_TOL = {"logits": 1e-6}  # other sources have 5e-6
 CHECKPOINTS = {"": lambda f: f, "checkpoint": jax.checkpoint}
 
 
 def tokens_of(source):
-    """What a source has a row of for each token."""
+    """The arrays of a source that have a row for each token."""
     return source.hidden if isinstance(source, LinearHead) else source
 
 
@@ -70,7 +70,7 @@ def test_vmap(rng, source):
         assert_source_gradient(one, d_student, expected.student, "student")
         assert_source_gradient(teacher, d_teacher, expected.teacher, "teacher")
         assert_gradient("temperature", d_T, expected, 1e-5)
-    # The transpose of a broadcast: the gradient of a vmap, not the vmap of a gradient.
+    # The gradient of a vmap transposes its broadcasts; the vmap of a gradient does not.
     total = lambda s, t: jax.vmap(f, in_axes)(s, t, temperature, where).sum()
     d_student, d_teacher = jax.jit(jax.grad(total, (0, 1)))(student, teacher)
     once = jax.tree.map(lambda x: x.sum(0), grads)
@@ -171,7 +171,7 @@ def test_cond_and_while(rng):
 
 
 def test_forward_mode_is_refused_by_jax(rng):
-    # A fact of `custom_vjp`, here so that it is known. `jaxkl.reference` has it.
+    # `custom_vjp` has no forward mode; `jaxkl.reference` has.
     s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
     f = lambda s: jaxkl.distillation_loss(s, t)
     with pytest.raises(TypeError, match="forward-mode"):
@@ -222,7 +222,7 @@ def test_a_call_in_a_loop_does_not_trace_the_divergence_again(rng):
     assert traces == first
 
 
-# Export: one artefact for three platforms, for any number of tokens.
+# One exported artefact serves three platforms and any number of tokens.
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_export(rng, source, dtype, tile):
         assert_gradient("temperature", d_T, expected, 1e-5)
 
 
-# Many devices: tokens over a mesh.
+# Tokens are spread over the devices of a mesh.
 
 
 def _mesh(**axes):
@@ -285,7 +285,7 @@ def _mesh(**axes):
     ],
 )
 def test_shard_map_over_tokens(rng, source, inside, tile):
-    # The gradient is taken inside of shard_map, or outside.
+    # The gradient is taken inside or outside of shard_map.
     student, teacher = make_models(rng, source, (24,), 11)
     listed = isinstance(teacher, SparseTeacher)
     floats = dict(
@@ -366,7 +366,7 @@ def test_jit_with_a_sharded_batch(rng, reduction):
     assert_close(grads["teacher"], expected.teacher, 1e-5)
 
 
-# Memory. Compiled for shapes, never run.
+# Memory is read off programs that are compiled for shapes and never run.
 
 TOKENS, VOCAB = 4096, 32000
 
@@ -408,9 +408,9 @@ def test_no_temporary_of_the_size_of_the_logits(static, others):
 
 
 def test_slopes_are_evaluated_again_and_not_kept():
-    """In bfloat16 all tokens are one tile on CPU, and its arrays are float32."""
+    """In bfloat16 all tokens are one tile on a CPU, whose arrays are float32."""
     loss = partial(jaxkl.distillation_loss, divergence=jaxkl.JensenShannon(0.5))
-    assert _temporaries(loss, "bfloat16") / 2 < 6.5  # arrays; with the slopes it is 7
+    assert _temporaries(loss, "bfloat16") / 2 < 6.5  # arrays; slopes make it 7
 
 
 def test_plain_jax_breaks_the_memory_bound():

@@ -59,7 +59,7 @@ def run(program, *options, patch=None, code=0):
 
 
 def losses_of(lines):
-    """The table of losses: step, loss of the example, the same by other means, time."""
+    """The printed table of steps: its number, two losses that must agree, and time."""
     return np.array([x.split() for x in lines if x[:4].strip().isdigit()], float)
 
 
@@ -119,9 +119,11 @@ def check_picture(path, colours):
     picture = imread(path)[..., :3]
     height, width, _ = picture.shape
     assert height >= 300 and width >= 800
-    assert 0.5 < np.mean(np.all(picture == 1, -1)) < 0.95  # neither blank nor covered
+    assert (
+        0.5 < np.mean(np.all(picture == 1, -1)) < 0.95
+    )  # it is neither blank nor covered
     for half in np.array_split(picture, 2, axis=1):
-        for colour in colours:  # every curve is there, in both panels
+        for colour in colours:  # both panels have every curve
             near = np.all(np.abs(half - np.array(to_rgb(colour))) < 0.02, -1)
             assert near.sum() > 50, colour
 

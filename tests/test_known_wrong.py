@@ -1,6 +1,6 @@
 """Mistakes seen in other libraries: each test has their formula, and shows it fail.
 
-The disease and the cure, so that a test that no longer tells them apart is noticed.
+A test that no longer tells the wrong formula from the right one fails too.
 """
 
 import jax
@@ -23,7 +23,7 @@ def _error(actual, expected):
 
 
 def test_vocabulary_padded_with_zeros_in_the_normaliser(rng):
-    # tokamax `chunked_xla`: V = 700 in blocks of 512 gives an lse of 6.94 for 6.56.
+    # tokamax `chunked_xla` with V = 700 in blocks of 512 has an lse of 6.94, not 6.56.
     s = rounded(rng, (3, 700), scale=0.2)
     lse = jax.nn.logsumexp(s, -1)
     theirs = jax.nn.logsumexp(jnp.pad(s, ((0, 0), (0, 324))), -1)
@@ -45,7 +45,7 @@ def test_vocabulary_padded_with_zeros_in_the_normaliser(rng):
 
 
 def test_student_padded_with_zeros_beside_a_wider_teacher(rng):
-    # Liger's chunked distillation: identical models, KL 3.64.
+    # In Liger's chunked distillation, identical models have a KL of 3.64.
     t = rounded(rng, (3, 700), scale=2.0).at[:, 100:].set(-np.inf)
     s = t[:, :100]
     padded = jnp.pad(s, ((0, 0), (0, 600)))
@@ -57,14 +57,14 @@ def test_student_padded_with_zeros_beside_a_wider_teacher(rng):
 
 
 def test_a_wider_teacher_is_not_cut_in_silence(rng):
-    # TRL's tiled loss: a warning, and the teacher's last columns are gone.
+    # TRL's tiled loss warns, and drops the teacher's last columns.
     s, t = rounded(rng, (3, 5)), rounded(rng, (3, 6))
     with pytest.raises(ValueError, match="`vocab_size`"):
         jaxkl.distillation_loss(s, t)
 
 
 def test_cross_entropy_under_the_name_of_forward_kl(rng):
-    # torchtune, DistiLLM: not 0 at student = teacher, though the gradient is the same.
+    # torchtune and DistiLLM are not 0 at student = teacher, with the same gradient.
     s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
     theirs = lambda s: -jnp.mean(jnp.sum(jax.nn.softmax(t) * jax.nn.log_softmax(s), -1))
     ours = lambda s: jaxkl.distillation_loss(s, t)
@@ -74,7 +74,7 @@ def test_cross_entropy_under_the_name_of_forward_kl(rng):
 
 
 def test_reverse_kl_where_the_teacher_has_minus_inf(rng):
-    # torchtune, DistiLLM: the masked product is finite, and its gradient all NaN.
+    # In torchtune and DistiLLM the masked product is finite, and its gradient all NaN.
     s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
     s, t = s.at[:, 2].set(-np.inf), t.at[:, 2].set(-np.inf)
 
@@ -93,7 +93,7 @@ def test_reverse_kl_where_the_teacher_has_minus_inf(rng):
 
 @pytest.mark.torch
 def test_minus_inf_in_both_models(rng):
-    # All but torchtune: a NaN value with a finite gradient, so that training goes on.
+    # All but torchtune have a NaN value with a finite gradient, so training goes on.
     import torch
 
     s, t = rng.normal(size=(2, 3, 5))
@@ -133,7 +133,7 @@ def test_jensen_shannon_jumps_at_its_ends(rng):
         for beta in (0.0, 0.001)
     ]
     assert _error(*normalized) < 0.02
-    # Between the ends, the plain form is theirs.
+    # Between the ends, the plain form is the same as theirs.
     for beta in (0.001, 0.3, 0.9):
         ours = jaxkl.distillation_loss(s, t, divergence=jaxkl.JensenShannon(beta))
         assert_close(ours, _trl_jsd(s, t, beta), 1e-3 if beta == 0.001 else 1e-5)
@@ -149,8 +149,8 @@ def test_beta_is_the_teachers_weight(rng):
 
 
 def test_log_softmax_in_bfloat16(rng):
-    # TRL, Liger: 11 % off at a KL of 5e-3 and single tokens below zero.
-    # EasyDeL: a KL of 1.25e-3 comes out as exactly 0.
+    # TRL and Liger are 11 % off at a KL of 5e-3, and some tokens are below zero.
+    # In EasyDeL a KL of 1.25e-3 comes out as exactly 0.
     t = rounded(rng, (64, 1000), "bfloat16")
     s = (t.astype(jnp.float32) + rounded(rng, t.shape, scale=0.1)).astype("bfloat16")
 
@@ -180,7 +180,7 @@ def _entropies(s, t):
 
 @pytest.mark.parametrize("noise, kl, wrong", [(1e-4, 5e-9, 1), (3e-3, 4.5e-6, 3e-3)])
 def test_cancellation_near_the_teacher(rng, noise, kl, wrong):
-    # Plain JAX: 57 times the truth and negative, then 5 % off. EasyDeL is worse.
+    # Plain JAX is 57 times the truth and negative, then 5 % off. EasyDeL is worse.
     t = rounded(rng, (4, 32000))
     s = t + rounded(rng, t.shape, scale=noise)
     expected = oracle.distillation_loss(s, t, reduction="none").loss
@@ -193,7 +193,7 @@ def test_cancellation_near_the_teacher(rng, noise, kl, wrong):
 
 @pytest.mark.torch
 def test_mean_also_over_the_vocabulary(rng):
-    # ModelOpt, and PyTorch's `kl_div(reduction="mean")`, the default.
+    # ModelOpt does so, and PyTorch's `kl_div(reduction="mean")`, which is the default.
     import torch
 
     s, t = rounded(rng, (3, 50)), rounded(rng, (3, 50))
@@ -210,7 +210,7 @@ def test_mean_also_over_the_vocabulary(rng):
 
 
 def test_value_under_vjp_differs_from_the_plain_value(rng):
-    # ott's `logsumexp`: the rule recomputes the value by another formula.
+    # The rule of ott's `logsumexp` recomputes the value by another formula.
     s, t = rounded(rng, (40, 700), scale=3.0), rounded(rng, (40, 700), scale=3.0)
     for reduction in ("none", "mean"):
         f = lambda s: jaxkl.distillation_loss(s, t, reduction=reduction, z_loss=0.1)  # noqa: B023
@@ -219,7 +219,7 @@ def test_value_under_vjp_differs_from_the_plain_value(rng):
 
 
 def test_a_saturated_softmax_and_a_tolerance_that_zero_passes(rng):
-    # tokamax's own tests: ours must be able to fail.
+    # tokamax's own tests do so. Ours must be able to fail.
     s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
     grad = jax.grad(jaxkl.distillation_loss)(s, t)
     expected = oracle.distillation_loss(s, t).student
@@ -230,7 +230,7 @@ def test_a_saturated_softmax_and_a_tolerance_that_zero_passes(rng):
 
 
 def test_accumulators_that_start_as_zero_times_the_input(rng):
-    # `W * 0`: one inf, in a row that does not count, and all is NaN.
+    # With `W * 0`, one inf in a row that does not count makes everything NaN.
     s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
     s = s.at[1, 2].set(np.inf)
     assert np.isnan((s * 0).sum())
@@ -243,7 +243,7 @@ def test_accumulators_that_start_as_zero_times_the_input(rng):
 
 
 def test_no_temperature_squared(rng):
-    # TRL, Liger: the gradient shrinks as 1/T². `t_squared=False` is their convention.
+    # In TRL and Liger the gradient shrinks as 1/T², as it does with `t_squared=False`.
     s, t = rounded(rng, (3, 50)), rounded(rng, (3, 50))
     theirs = lambda s, T: _cancelling(s / T, t / T).mean()
     size = lambda f, *args, **kw: float(jnp.linalg.norm(jax.grad(f)(s, *args, **kw)))

@@ -22,7 +22,7 @@ def _kl(log_p, log_q):
 
 
 def test_a_vocabulary_padded_to_whole_blocks(rng):
-    # tokamax `chunked_xla`: V = 700 in blocks of 512, the last one full of zeros.
+    # tokamax `chunked_xla` splits V = 700 into blocks of 512, and fills up with zeros.
     head = make_head(rng, (6,), 5, 700)
     logits, _ = exact_logits(head)
     lse = np.log(np.exp(logits).sum(-1))
@@ -35,7 +35,7 @@ def test_a_vocabulary_padded_to_whole_blocks(rng):
 
 
 def test_a_student_padded_with_zeros_to_the_teachers_width(rng):
-    # Liger's chunked distillation: identical models, KL 3.64.
+    # In Liger's chunked distillation, identical models have a KL of 3.64.
     student = make_head(rng, (6,), 5, 100)
     widen = lambda head, value: dataclasses.replace(
         head,
@@ -54,7 +54,7 @@ def test_a_student_padded_with_zeros_to_the_teachers_width(rng):
 
 @pytest.mark.parametrize("junk", [np.inf, np.nan])
 def test_zero_times_the_head_as_an_accumulator(rng, junk):
-    # `W * 0`: one inf anywhere in the head and all of `d kernel` is NaN.
+    # With `W * 0`, one inf anywhere in the head makes all of `d kernel` NaN.
     student = make_head(rng, (6,), 5, 12)
     teacher = make_head(rng, (6,), 5, 11)
     spoilt = dataclasses.replace(student, kernel=student.kernel.at[2, 11].set(junk))
@@ -67,7 +67,7 @@ def test_zero_times_the_head_as_an_accumulator(rng, junk):
 
 
 def test_a_chunk_that_is_nearly_twice_as_large(rng):
-    # Liger: `chunk(max(1, tokens // 1024))` of 2047 rows is one chunk of 2047.
+    # Liger's `chunk(max(1, tokens // 1024))` makes one chunk of 2047 rows.
     tokens, size = 2047, 1024
     theirs = np.array_split(np.arange(tokens), max(1, tokens // size))
     assert max(map(len, theirs)) == 2047
@@ -76,7 +76,7 @@ def test_a_chunk_that_is_nearly_twice_as_large(rng):
     is_jaxpr = lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
 
     def rows(jaxpr):
-        """Those of all logits in the program, whose vocabulary is 7."""
+        """The numbers of rows of all logits in the program, whose vocabulary is 7."""
         for eqn in jaxpr.eqns:
             for x in eqn.outvars:
                 if len(x.aval.shape) == 2 and x.aval.shape[1] == 7:
@@ -91,7 +91,7 @@ def test_a_chunk_that_is_nearly_twice_as_large(rng):
 
 
 def test_a_wider_teacher_is_not_cut_in_silence(rng):
-    # TRL's tiled loss: a warning, and the mass of the teacher's last columns is gone.
+    # TRL's tiled loss warns, and drops the mass of the teacher's last columns.
     student = make_head(rng, (6,), 5, 11)
     teacher = make_head(rng, (6,), 4, 14)
     cut = LinearHead(teacher.hidden, teacher.kernel[:, :11])
@@ -99,7 +99,7 @@ def test_a_wider_teacher_is_not_cut_in_silence(rng):
         distillation_loss(student, teacher)
     lost = np.exp(exact_logits(teacher)[0])[:, 11:].sum()
     assert lost > 1
-    # Said aloud, the columns are padding, in value and gradient.
+    # With `vocab_size` these columns are padding, in value and gradient.
     _, grads = assert_matches(student, teacher, FORWARD, vocab_size=11, tile=4)
     assert not grads["teacher"].kernel[:, 11:].any()
     assert_close(

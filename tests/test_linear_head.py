@@ -1,4 +1,4 @@
-"""Losses of heads: hidden states and a kernel in place of logits."""
+"""`LinearHead`: hidden states and a kernel in place of logits."""
 
 import dataclasses
 import re
@@ -49,7 +49,7 @@ def test_only_cross_entropy(rng, reduction):
     assert not grads["teacher"].hidden.any() and not grads["teacher"].kernel.any()
 
 
-# What must not leak.
+# Masks and dropped tokens.
 
 
 @over("js", slow=["forward", "reverse"])
@@ -108,10 +108,10 @@ def test_no_tokens(rng):
 
 
 def test_d_kernel_is_accumulated_in_float32(rng):
-    # 4096 tokens, 8 at a time: a bfloat16 sum of 512 tiles stalls.
+    # With 4096 tokens, 8 at a time, a bfloat16 sum over 512 tiles stalls.
     tokens, vocab, tile = 4096, 32, 8
     student = make_head(rng, (tokens,), 8, vocab, "bfloat16")
-    # A constant part, so that the sum grows: a feature and a column of the same sign.
+    # A feature and a column of constant sign make the sum grow.
     hidden = student.hidden.at[:, 0].set(1)
     student = dataclasses.replace(student, hidden=hidden)
     teacher = rounded(rng, (tokens, vocab)).at[:, 5].add(2)
@@ -150,7 +150,8 @@ def test_a_small_gradient_is_no_float16_operand(rng):
     student, teacher = (make_head(rng, (64,), 4, 11, "float16") for _ in range(2))
     hidden, kernel = 256 * student.hidden, student.kernel / 256
     student = dataclasses.replace(student, hidden=hidden, kernel=kernel)
-    # That to the logits is below float16's smallest step; that to the kernel is not.
+    # The gradient to the logits is below float16's smallest step, but not that to the
+    # kernel.
     arguments = dict(weights=jnp.full(64, 1e-7), reduction="sum")
     _, grads = evaluate(student, teacher, **arguments)
     expected = expected_of(student, teacher, **arguments).student.kernel
@@ -158,8 +159,8 @@ def test_a_small_gradient_is_no_float16_operand(rng):
 
 
 def test_a_small_loss_scale_survives_float16(rng):
-    # The gradient of a mean over many tokens is below float16's range; the scale that
-    # the caller applies must come first.
+    # The gradient of a mean over many tokens is below float16's range, so the caller's
+    # loss scale must be applied before the gradient is rounded.
     student = make_head(rng, (4,), 5, 11, "float16")
     teacher = make_head(rng, (4,), 5, 11, "float16")
     scale = 2.0**16
@@ -178,7 +179,7 @@ def test_a_small_loss_scale_survives_float16(rng):
         )
 
 
-# Cost: matrix products, memory.
+# Matrix products and memory.
 
 
 def _dots(f, *args):
@@ -201,7 +202,7 @@ def test_products_are_computed_once(rng):
     assert _dots(jax.value_and_grad(partial(loss, tile=16), (0, 1)), *args) == 4
     frozen = lambda h, k, b, t: loss(h, jax.lax.stop_gradient(k), b, t)
     assert _dots(jax.value_and_grad(frozen, (0, 1, 2)), *args) == 3
-    # The teacher is a constant unless asked for.
+    # The teacher is a constant by default.
     both = partial(loss, differentiate_teacher=True)
     assert _dots(jax.value_and_grad(loss, (0, 1, 3)), *args) == 4
     assert _dots(jax.value_and_grad(both, (0, 1, 3)), *args) == 6
@@ -226,7 +227,7 @@ def test_temporaries_are_those_of_a_tile(options):
     few, many = (_memory(x, tile=TILE, **options) for x in (tokens, 2 * tokens))
     heads = 4 * HIDDEN * VOCAB * 4
     assert few < 12 * TILE * VOCAB * 4 + heads < 0.3 * tokens * VOCAB * 4
-    # No more than what is per token: hidden states, their gradients, weights.
+    # More tokens only add hidden states, their gradients and weights.
     assert many - few < 8 * tokens * HIDDEN * 4
 
 
@@ -251,7 +252,7 @@ def test_a_token_without_weight_needs_no_temperature(rng, bad, tile):
     assert_source_gradient(student, actual, grad(student, good), "student")
 
 
-# A pytree.
+# Heads as pytrees.
 
 
 def test_is_a_pytree_of_its_arrays(rng):
@@ -303,7 +304,7 @@ def test_tied_embedding(rng):
     assert_close(jax.grad(f)(embedding), jax.grad(plain)(embedding), 1e-5)
 
 
-# Errors name the argument.
+# Errors, which name the argument.
 
 HIDDEN_4 = np.ones((5, 4), np.float32)
 KERNEL = np.ones((4, 11), np.float32)

@@ -38,7 +38,7 @@ def oracle(name, x, y):
 
 
 def draw(rng, name, shape, dtype="float32"):
-    """Inputs of order 1, normalised by nothing."""
+    """Inputs of order 1, which are not normalised."""
     x, y = rng.normal(size=shape), rng.normal(size=shape)
     if name != "kl_divergence_with_log_targets":
         y = np.exp(y)
@@ -64,7 +64,7 @@ def test_value_and_grads_match_oracle(rng, name, shape, dtype):
     value, grads = value_and_vjp(name, (x, y), g)
     term, dx, dy = oracle(name, x, y)
     assert value.dtype == jnp.float32 and value.shape == shape[:-1]
-    # Half precision too: the inputs are rounded, the loss is not.
+    # In half precision the inputs are rounded, but the loss is not.
     assert_close(value, term.sum(-1), VALUE_TOL, "value")
     for actual, slope in zip(grads, (dx, dy), strict=True):
         assert actual.dtype == dtype
@@ -73,7 +73,7 @@ def test_value_and_grads_match_oracle(rng, name, shape, dtype):
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_half_precision_accumulates_in_float32(rng, name):
-    # 4096 terms: a bfloat16 sum of them is off by percents.
+    # A bfloat16 sum of 4096 terms is off by percents.
     x, y = draw(rng, name, (2, 4096), "bfloat16")
     assert_close(getattr(losses, name)(x, y), oracle(name, x, y)[0].sum(-1), VALUE_TOL)
 
@@ -114,7 +114,7 @@ def test_inputs_broadcast(rng, name):
     term, dx_, dy_ = oracle(name, x_, y_)
     assert_close(value, term.sum(-1), VALUE_TOL)
     assert_close(dx, (g[..., None] * dx_).sum(1, keepdims=True), 1e-2)
-    # Summed over 300 rows in float32, rounded to bfloat16 once.
+    # The sum over 300 rows is in float32, and is rounded to bfloat16 once.
     assert_close(dy, (g[..., None] * dy_).sum(0), 2**-8)
 
 
@@ -166,7 +166,7 @@ def test_where_broadcasts(rng, name):
     assert_close(f(x, y, -1, columns), (term * columns).sum(-1), VALUE_TOL)
     assert_close(f(x, y, 0, columns), (term * columns).sum(0), VALUE_TOL)
     assert_close(f(x, y, where=True), term.sum(-1), VALUE_TOL)
-    # An axis of size 1 grows to that of `where`, as in optax.
+    # An axis of size 1 grows to the size of `where`, as in optax.
     term = oracle(name, x[:1], y[:1])[0]
     assert_close(f(x[:1], y[:1], where=rows), (term * rows).sum(-1), VALUE_TOL)
 
@@ -215,7 +215,7 @@ SINGULAR = [
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("name, x, y, value, dx, dy", SINGULAR)
 def test_singular_points(name, x, y, value, dx, dy, dtype):
-    # Beside an ordinary element, to which nothing may happen.
+    # The ordinary element beside it must stay as it is.
     args = jnp.array([x, -1], dtype), jnp.array([y, 0.25], dtype)
     f = getattr(losses, name)
     term, dx_, dy_ = oracle(name, -1.0, 0.25)
@@ -224,7 +224,7 @@ def test_singular_points(name, x, y, value, dx, dy, dtype):
     value, grads = value_and_vjp(name, args, np.ones(()))
     for a, e in zip((value, *grads), expected, strict=True):
         np.testing.assert_allclose(np.asarray(a, float), e, rtol=tol, atol=tol)
-    # To one input alone, it must not meet the other's infinite slope.
+    # The gradient to one input must not meet the other's infinite slope.
     if dtype == "float32":
         for i in (0, 1):
             np.testing.assert_array_equal(jax.grad(f, i)(*args), grads[i])
@@ -272,7 +272,7 @@ def test_derivatives_at_singular_points_are_not_nan(name):
 
 
 def test_generalized_does_not_cancel(rng):
-    # Predictions and targets 1e-4 apart: the plain formula is all rounding.
+    # With predictions and targets 1e-4 apart, the plain formula is all rounding.
     y = rng.dirichlet(np.ones(1000)).astype(np.float32)
     x = (np.log(y) * (1 + 1e-4 * rng.normal(size=1000))).astype(np.float32)
     r = x.astype(np.longdouble) - np.log(y.astype(np.longdouble))
@@ -281,7 +281,7 @@ def test_generalized_does_not_cancel(rng):
     plain = np.sum(y * (np.log(y) - x) - y + np.exp(x))
     assert abs(plain - expected) > 0.1 * expected
     value, (dx, _) = jax.value_and_grad(losses.generalized_kl_divergence, (0, 1))(x, y)
-    # What is left is the rounding of log t, |log t| ε in r.
+    # The rounding of log t is left: |log t| ε in r.
     assert_close(value, expected, 1e-3)
     assert_close(dx, y * np.expm1(r), 1e-3)
 
@@ -299,7 +299,7 @@ def test_generalized_is_never_negative_and_zero_at_equality(rng):
 
 @pytest.mark.parametrize("dtype, tol", [("float32", 1e-6), ("float64", 2e-15)])
 def test_generalized_is_accurate_on_both_sides_of_the_series(dtype, tol):
-    # r from -3 to 3 through the switch at |r| = 1, each term on its own.
+    # r goes from -3 to 3 through the switch at |r| = 1; each term is on its own.
     with jax.enable_x64(True):
         x = jnp.asarray([-3, -1.01, -0.99, -0.5, -0.01, 0.3, 0.99, 1.01, 3], dtype)
         y = jnp.ones_like(x)
@@ -312,7 +312,7 @@ def test_generalized_is_accurate_on_both_sides_of_the_series(dtype, tol):
 
 
 def test_generalized_second_derivative_where_the_ratio_overflows():
-    # q = e^40 is a float32; q / t = e^100 is not.
+    # q = e^40 is within float32's range, and q / t = e^100 is not.
     x, y = jnp.array([40.0]), jnp.exp(jnp.array([-60.0]))
     second = jax.jacrev(jax.jacrev(losses.generalized_kl_divergence))(x, y)
     np.testing.assert_allclose(second, [[np.exp(40.0)]], rtol=1e-5)
@@ -370,7 +370,7 @@ elements = st.one_of(
 @given(st.data())
 @pytest.mark.slow
 def test_property_any_input(name, data):
-    # One shape, so one compilation: what differs is the numbers.
+    # There is one shape, and so one compilation: only the numbers differ.
     draw_array = lambda s: np.array(data.draw(st.lists(s, min_size=12, max_size=12)))
     x = np.asarray(draw_array(elements).reshape(2, 6), np.float32)
     y = np.asarray(draw_array(elements).reshape(2, 6), np.float32)

@@ -39,7 +39,7 @@ def test_transforms(rng, name):
     body_of_grads = lambda _, xs: (None, jax.grad(total, (0, 1))(*xs))
     checkpointed = jax.checkpoint(lambda x, y: total(x, y, where))
 
-    # One program, to compile once.
+    # One program is compiled only once.
     @jax.jit
     def all_grads(x, y):
         return (
@@ -122,7 +122,7 @@ def test_shard_map_over_the_batch(rng, name, replicated):
         else dict(rtol=GRAD_TOL, atol=1e-5)
     )
     chex.assert_trees_all_close(actual, expected, **tol)
-    # The transpose of the replicated argument's broadcast is the one psum there is.
+    # The only psum is the transpose of the replicated argument's broadcast.
     inside = shard(jax.grad(total, (0, 1)), out_specs=specs[:2])
     chex.assert_trees_all_close(jax.jit(inside)(*args), expected[1], **tol)
 

@@ -52,7 +52,7 @@ def test_metrics_match_the_oracle(rng, divergence, reference, reduction, dtype):
     loss, metrics = f(s, t, counted)
     expected = oracle.metrics(s, t, divergence=reference, **counted)
     _assert_metrics(metrics, expected)
-    # The loss is that of the function without metrics.
+    # The loss is the same as without metrics.
     plain = jax.jit(
         lambda s, t, counted: jaxkl.distillation_loss(s, t, **counted, **rest)
     )

@@ -1,4 +1,4 @@
-"""The oracle against central differences, SciPy and decimals: it is itself tested."""
+"""The oracle agrees with central differences, with SciPy and with decimals."""
 
 from decimal import Decimal, localcontext
 
@@ -135,7 +135,7 @@ def test_metrics_match_scipy(rng):
     assert got.divergence < got.kl  # temperature 2 flattens both
 
 
-# Rows that take the digits from a textbook sum, against one in a hundred digits.
+# Rows where a textbook sum loses its digits, against a sum in a hundred digits.
 
 HARD = {
     # student, teacher, temperature
@@ -154,7 +154,7 @@ _mixed = lambda b, p, q: (
     b * (1 - b),
 )
 _power = lambda a, p, q: sum(x**a * y ** (1 - a) for x, y in zip(p, q, strict=True)) - 1
-# The oracle of a parameter, beside the textbook's.
+# Each family of oracles beside the textbook formula.
 FAMILIES = {
     "symmetric": (
         oracle.symmetric_kl,
@@ -186,7 +186,7 @@ def _softmax(logits):
 
 
 def _slopes(f, x, step=Decimal("1e-35")):
-    """Central differences, in the digits of the context."""
+    """Central differences with the digits of the decimal context."""
     moved = lambda i, h: f([v + h * (i == j) for j, v in enumerate(x)])
     return [(moved(i, step) - moved(i, -step)) / (2 * step) for i in range(len(x))]
 
@@ -216,7 +216,7 @@ def test_digits_of_hard_rows(family, row):
             divergence=make(parameter),
             temperature=temperature,
         )
-        # A slope that is 1e-18 of the loss is what its rounding leaves.
+        # Rounding leaves slopes of 1e-18 of the loss.
         rounding = 1e-19 * float(value)
         _assert_digits([got.loss], [value])
         _assert_digits(got.student[0], d_student, rounding)

@@ -1,4 +1,4 @@
-"""Teachers of a few columns a row: lists, top-k and samples."""
+"""Teachers that list a few columns of each row, as top-k or samples."""
 
 from functools import partial
 
@@ -30,7 +30,7 @@ over_tails = pytest.mark.parametrize(
 )
 
 
-# Value and gradient.
+# Values and gradients; test_distillation.py has what lists share with other teachers.
 
 # Divergences that are finite at p = 0 have a meaning on every tail but "drop".
 ANYWHERE = ("forward", "skew_forward", "skew_reverse", "js", "total_variation", "user")
@@ -39,8 +39,8 @@ INFINITE = ("reverse", "symmetric", "alpha_minus_one")
 
 @pytest.mark.parametrize("tail", ["renormalize", "bucket"])
 def test_the_little_that_a_list_leaves_out_is_not_lost(rng, tail):
-    # The list is the student's own: all of the loss is the mass outside it, which one
-    # less the listed mass would not hold in float32.
+    # The list is the student's own, so all of the loss is in the mass outside it. In
+    # float32, one less the listed mass would lose that.
     s = jnp.concatenate([rounded(rng, (9, 3)), rounded(rng, (9, 8)) - 14], axis=-1)
     log_q = np.asarray(oracle.log_softmax(np.asarray(s)), np.float64)
     indices = jnp.broadcast_to(jnp.arange(3), (9, 3))
@@ -57,7 +57,7 @@ def test_the_little_that_a_list_leaves_out_is_not_lost(rng, tail):
 
 @pytest.mark.parametrize("gap", [*rarely(12), 30])
 def test_the_rest_beside_a_nearly_certain_column(rng, gap):
-    # In float32 its probability is 1, and 1 - p is 0: a reverse KL would be infinite.
+    # In float32 its probability is 1 and the rest 0, where a reverse KL is infinite.
     t = rounded(rng, (9, 12)).at[:, 4].add(gap)
     teacher = top_k_teacher(t, 3)
     log_p = np.asarray(oracle.log_softmax(np.asarray(t)), np.float64)
@@ -75,7 +75,7 @@ def test_the_rest_beside_a_nearly_certain_column(rng, gap):
 
 @over_tails
 def test_every_column_listed_is_the_dense_loss(rng, tail):
-    # In float32, 1 - Σp is rounding: it must not become an outcome.
+    # In float32, 1 - Σp is mere rounding, and must not become an outcome.
     s, t = rounded(rng, (5, 700)), rounded(rng, (5, 700), scale=2.0)
     order = np.argsort(rng.random((5, 700)), -1)
     log_probs = jax.nn.log_softmax(t)
@@ -96,7 +96,7 @@ def test_every_column_listed_is_the_dense_loss(rng, tail):
 
 @over_tails
 def test_one_column(rng, tail):
-    # A single column of all the mass: a label, whose loss is a cross-entropy.
+    # A column that has all the mass is a label, and its loss a cross-entropy.
     s, labels = rounded(rng, (5, 11)), jnp.array([0, 10, 3, 3, 7])
     teacher = SparseTeacher(labels[:, None], jnp.zeros((5, 1)), tail=tail)
     value, grads = evaluate(s, teacher)
@@ -139,7 +139,7 @@ def test_a_listed_column_without_mass(rng, tail):
 
 @over_tails
 def test_bfloat16_mass_above_one(rng, tail):
-    # Rounded logarithms of a list with nearly all the mass.
+    # The list has nearly all the mass, and its logarithms are rounded.
     t = rounded(rng, (64, 12), scale=3.0)
     teacher = top_k_teacher(t, 8, tail=tail)
     log_probs = teacher.log_probs.astype(jnp.bfloat16)
@@ -167,7 +167,7 @@ def test_empty_rows_and_junk_that_where_drops(rng, tail):
     "dtype", ["uint8", *rarely("int8", "int16", "uint16", "uint32")]
 )
 def test_any_integer_dtype(rng, dtype):
-    # As on disk: narrow dtypes hold no -1, or not the size of the vocabulary.
+    # Narrow dtypes, as on disk, cannot hold -1 or the size of the vocabulary.
     s = rounded(rng, (3, 70001))
     indices = jnp.array([[3, 90], [5, 7], [0, 101]])
     log_probs = jnp.log(jnp.array([[0.4, 0.3]] * 3))
@@ -189,7 +189,7 @@ def test_temperature_divides_the_student_only(rng):
     assert_gradient("temperature", grads["temperature"], expected, 1e-5)
 
 
-# Refusals.
+# What lists refuse.
 
 
 @pytest.mark.parametrize("name", INFINITE)
@@ -276,7 +276,7 @@ def test_other_errors():
 
 
 def test_a_users_function_is_not_asked_of_what_neither_model_has(rng):
-    # Slots that are empty or repeated, and a rest without columns.
+    # Some slots are empty or repeated, and some rests have no columns.
     textbook = lambda log_p, log_q: jnp.exp(log_p) * (log_p - log_q)
     squared = lambda log_p, log_q: (
         jnp.exp(log_p) * (log_p - log_q) ** 2
@@ -371,7 +371,7 @@ def _counts(indices, vocab):
 
 
 def _chi_square(counts, p):
-    """Standard deviations by which χ² is above its mean."""
+    """How many standard deviations χ² is above its mean."""
     expected = counts.sum() * p
     statistic = np.sum((counts - expected) ** 2 / expected)
     freedom = len(p) - 1
@@ -404,7 +404,7 @@ def test_rows_are_independent_and_have_their_own_temperature(rng):
     for at in np.ndindex(2, 2):
         p = np.exp(oracle.log_softmax(np.asarray(t[at], np.float64) / T[at]))
         assert _chi_square(_counts(indices[at], 5), p.astype(float)) < 4
-    # Two rows of one distribution agree as often as chance has it.
+    # Two rows of one distribution agree as often as by chance.
     p = np.exp(oracle.log_softmax(t[0, 0])).astype(float)
     agree, chance = (indices[0, 1] == indices[1, 0]).mean(), np.sum(p * p)
     assert abs(agree - chance) < 5 * np.sqrt(chance * (1 - chance) / n)
@@ -416,7 +416,7 @@ def test_rows_are_independent_and_have_their_own_temperature(rng):
 
 @pytest.mark.slow
 def test_expected_gradient_is_the_dense_one(rng):
-    # The column that is rare matters: a top-k list never has it.
+    # The rare column matters, as a top-k list never has it.
     rows, vocab = 40_000, 6
     s = rounded(rng, (vocab,))
     t = jnp.log(jnp.array([0.6, 0.2, 0.1, 0.08, 0.019, 0.001]))
@@ -448,8 +448,8 @@ def test_a_column_without_mass_is_never_drawn(rng, vocab):
 
 
 def test_no_step_at_a_column_without_mass(rng):
-    # A parallel cumulative sum of more than 256 rounds one into some of them. Levels at
-    # every step find it, where draws would take 10⁸.
+    # A parallel cumulative sum of more than 256 rounds a step into some of the columns.
+    # Levels at every step find it, where random draws would need 10⁸.
     weights = rng.random((200, 358)) * (rng.random((200, 358)) < 0.5)
     weights = jnp.asarray(weights, jnp.float32)
     total = jnp.cumsum(weights, axis=-1)
@@ -458,8 +458,8 @@ def test_no_step_at_a_column_without_mass(rng):
 
 
 def test_rare_columns_are_not_lost_to_float32(rng):
-    # Half of the columns have 2e-8 each: below the spacing of float32 uniforms, and
-    # of a sum near 1.
+    # Half of the columns have 2e-8 each, which is below the spacing of float32 uniforms
+    # and of a float32 sum near 1.
     vocab, n = 50_000, 200_000
     rare = rng.permutation(vocab) < vocab // 2
     p = np.where(rare, 2e-8, (1 - 2e-8 * rare.sum()) / (~rare).sum())

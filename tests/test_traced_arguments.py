@@ -1,4 +1,4 @@
-"""Values that are known only at run time: NaN where they would have been an error."""
+"""A bad value that is known only at run time makes the loss NaN."""
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +82,7 @@ def test_temperature_out_of_range(rng, loss, name):
     for bad in BAD:
         every, kept = f(s, t, jnp.array([1.0, bad, 2.0]))
         np.testing.assert_allclose(every, expected.at[1].set(jnp.nan), rtol=1e-6)
-        # A token that is dropped has no temperature.
+        # The temperature of a dropped token does not matter.
         np.testing.assert_allclose(kept, expected.at[1].set(0), rtol=1e-6)
     mean = jax.jit(lambda s, t, T: loss(s, t, **{name: T}))
     assert all(np.isnan(mean(s, t, jnp.float32(bad))) for bad in BAD)
@@ -219,7 +219,7 @@ def test_a_number_has_the_digits_of_the_loss(rng, number):
             same(lambda T, loss=loss: loss(s, t, teacher_temperature=T))
         same(lambda T: jaxkl.losses.softmax_kl_divergence(s, t, temperature=T))
         same(lambda T: jaxkl.top_k_teacher(t, 3, temperature=T).log_probs)
-        # And does not widen it.
+        # A Python number does not widen the loss.
         s, t = s.astype(jnp.float32), t.astype(jnp.float32)
         assert jaxkl.distillation_loss(s, t, temperature=number).dtype == jnp.float32
         teacher = jaxkl.top_k_teacher(t, 3, temperature=number)
