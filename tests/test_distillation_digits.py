@@ -164,8 +164,8 @@ def test_a_list_beside_a_confident_student(outside):
     teacher = jaxkl.top_k_teacher(t, 3, tail="bucket")
     loss = lambda s: jaxkl.distillation_loss(s, teacher, divergence=jaxkl.ReverseKL())
     value, grad = jax.jit(jax.value_and_grad(loss))(s)
-    # The columns outside the list are one outcome: this is a model of four outcomes, and
-    # the last logit is the log-sum-exp of theirs.
+    # The columns outside the list are one outcome: this is a model of four. Its last
+    # logit is the log-sum-exp of theirs.
     merge = lambda x: np.append(x[:3], np.logaddexp(x[3], x[4]))
     rows = [merge(np.asarray(x[0], np.longdouble))[None] for x in (s, t)]
     expected = oracle.distillation_loss(*rows, divergence=oracle.reverse_kl)

@@ -9,6 +9,7 @@ from scipy.special import entr, logsumexp, rel_entr, softmax
 
 from . import oracle
 from .helpers import assert_close
+from .sources import make_list, TAILS
 
 
 DIVERGENCES = {
@@ -62,6 +63,26 @@ def test_closed_form_gradients_match_central_differences(
     expected = oracle.jacobian(loss, floats[argument])
     assert np.any(expected != 0)
     assert_close(getattr(grads, argument), expected, 1e-9)
+
+
+@pytest.mark.parametrize("argument", ["student", "temperature", "weights"])
+@pytest.mark.parametrize("tail", TAILS)
+def test_gradients_beside_a_list_match_central_differences(rng, tail, argument):
+    floats = dict(
+        student=rng.normal(size=(3, 9)),
+        temperature=rng.uniform(0.5, 2, size=3),
+        weights=rng.uniform(0, 2, size=3),
+    )
+    teacher = make_list(rng, (3,), 9, 5, tail)
+    divergence = oracle.forward_kl if tail == "drop" else oracle.jensen_shannon(0.3)
+    loss = lambda **floats: oracle.distillation_loss(
+        teacher=teacher, divergence=divergence, **floats
+    )
+    expected = oracle.jacobian(
+        lambda x: loss(**floats | {argument: x}).loss, floats[argument]
+    )
+    assert np.any(expected != 0)
+    assert_close(getattr(loss(**floats), argument), expected, 1e-9)
 
 
 def test_shared_temperature_moves_both_models(rng):
