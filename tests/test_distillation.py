@@ -35,12 +35,13 @@ VOCABULARIES = (1, 2, 700, 1001)
 
 
 def _temperatures(kind, rng, shape):
-    if kind == "separate":
-        of_teacher = per_token(rng, shape, "teacher_temperature")
-        return dict(temperature=jnp.float32(3), **of_teacher)
-    if kind == "token":
-        return per_token(rng, shape, "temperature")
-    return {} if kind == "one" else dict(temperature=jnp.float32(1.7))
+    scalar = lambda number: dict(temperature=jnp.float32(number))
+    return {
+        "one": {},
+        "scalar": scalar(1.7),
+        "token": per_token(rng, shape, "temperature"),
+        "separate": scalar(3) | per_token(rng, shape, "teacher_temperature"),
+    }[kind]
 
 
 @pytest.mark.parametrize(
@@ -86,8 +87,8 @@ def test_every_divergence(rng, source, divergence):
 
 
 @over_sources(
-    *each("head, logits", ["reverse"]),
-    *each("logits, head", ["reverse"]),
+    "head, logits reverse",
+    "logits, head reverse",
     slow=("head, logits user", "logits, head user"),
 )
 def test_two_sources(rng, source, divergence):
@@ -217,14 +218,14 @@ def test_numpy_inputs_and_scalars(rng, temperature):
     ],
 )
 def test_odd_sizes(rng, source, tokens, vocab):
-    assert_matches(*make_models(rng, source, (tokens,), vocab), FORWARD)
+    plain = dict(bias=False, softcap=None, scale=1.0)
+    assert_matches(*make_models(rng, source, (tokens,), vocab, **plain), FORWARD)
 
 
 @pytest.mark.parametrize(
     "source, tile, reduction",
     [
         *(("logits", n, reduction) for n in (3, 64) for reduction in ("none", "mean")),
-        # The tiles of two heads are strided; beside logits they are blocks.
         ("head", 3, "none"),
         ("head, logits", 3, "mean"),
         *rarely(*(("logits", n, x) for n in (1, 16, 200) for x in ("none", "mean"))),

@@ -110,8 +110,7 @@ def test_drawn_inputs(
         [-100, vocab - 1, vocab // 2 if vocab > 2 else vocab - 1], shape
     )
     others = dict(
-        labels=jnp.asarray(labels),
-        where=jnp.asarray(rng.random(shape) < kept),
+        labels=jnp.asarray(labels), where=jnp.asarray(rng.random(shape) < kept)
     )
     g = rng.normal(size=shape if reduction == "none" else ()).astype(np.float32)
     value, grads = _compiled(name, reduction)(

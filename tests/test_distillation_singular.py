@@ -148,10 +148,7 @@ def test_columns_masked_in_both_models_are_as_if_absent(rng, divergence, referen
     kept = np.array([0, 2, 3, 5, 8])
     hide = lambda x: jnp.full_like(x, -inf).at[:, kept].set(x[:, kept])
     arguments = dict(
-        divergence=divergence,
-        temperature=jnp.float32(2),
-        alpha=0.5,
-        z_loss=0.1,
+        divergence=divergence, temperature=jnp.float32(2), alpha=0.5, z_loss=0.1
     )
     value, grads = evaluate(
         hide(s), hide(t), labels=jnp.array([0, 2, 8, -100]), **arguments

@@ -511,10 +511,7 @@ def first_and_second_order_torch(f, *primals):
     )
     # The gradient of `input` does not contain `input`: zero, which PyTorch calls None.
     second = torch.autograd.grad(
-        grads,
-        primals,
-        [torch.ones_like(g) for g in grads],
-        materialize_grads=True,
+        grads, primals, [torch.ones_like(g) for g in grads], materialize_grads=True
     )
     return [x.detach() for x in (value, *grads, *second)]
 

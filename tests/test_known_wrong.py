@@ -28,10 +28,7 @@ def test_vocabulary_padded_with_zeros_in_the_normaliser(rng):
     lse = jax.nn.logsumexp(s, -1)
     theirs = jax.nn.logsumexp(jnp.pad(s, ((0, 0), (0, 324))), -1)
     assert _error(theirs, lse) > 0.05
-    for vocab_size, student in [
-        (None, s),
-        (700, jnp.pad(s, ((0, 0), (0, 324)))),
-    ]:
+    for vocab_size, student in [(None, s), (700, jnp.pad(s, ((0, 0), (0, 324))))]:
         # Student = teacher leaves z_loss · lse² alone.
         ours = jaxkl.distillation_loss(
             student,

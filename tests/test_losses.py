@@ -360,8 +360,7 @@ def test_a_second_call_compiles_nothing(rng):
 
 
 elements = st.one_of(
-    st.floats(-4, 4, width=32),
-    st.sampled_from([-INF, -1e4, -60.0, 0.0, 50.0]),
+    st.floats(-4, 4, width=32), st.sampled_from([-INF, -1e4, -60.0, 0.0, 50.0])
 )
 
 

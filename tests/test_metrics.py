@@ -10,13 +10,7 @@ import pytest
 import jaxkl
 
 from . import oracle
-from .cases import (
-    assert_source_gradient,
-    FORWARD,
-    JENSEN_SHANNON,
-    over_kinds,
-    rounded,
-)
+from .cases import assert_source_gradient, FORWARD, JENSEN_SHANNON, over_kinds, rounded
 from .helpers import assert_close
 from .sources import exact_logits, expected_of, make_models, per_token
 
@@ -34,8 +28,7 @@ def _assert_metrics(actual, expected, tol=1e-6):
 
 
 @pytest.mark.parametrize(
-    "dtype, reduction",
-    [("float32", "mean"), ("bfloat16", "none"), ("float16", "sum")],
+    "dtype, reduction", [("float32", "mean"), ("bfloat16", "none"), ("float16", "sum")]
 )
 @over_kinds
 def test_metrics_match_the_oracle(rng, divergence, reference, reduction, dtype):
