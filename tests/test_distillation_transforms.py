@@ -159,7 +159,7 @@ def test_jacrev(rng):
     assert_close(jax.jit(jax.jacrev(f))(s), expected, 1e-5)
 
 
-def test_cond_and_while(rng):
+def test_cond(rng):
     s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
     f = lambda s: jax.lax.cond(
         s[0, 0] > -jnp.inf,

@@ -3,16 +3,20 @@
 A test that no longer tells the wrong formula from the right one fails too.
 """
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxkl
+from jaxkl import LinearHead
 
 from . import oracle
-from .cases import rounded
+from .cases import assert_matches, assert_source_gradient, evaluate, FORWARD, rounded
 from .helpers import assert_close
+from .sources import exact_logits, expected_of, make_head, make_models
 
 
 pytestmark = pytest.mark.slow
@@ -22,42 +26,73 @@ def _error(actual, expected):
     return float(np.max(np.abs(np.asarray(actual, np.float64) / expected - 1)))
 
 
-def test_vocabulary_padded_with_zeros_in_the_normaliser(rng):
+over_sources = pytest.mark.parametrize("source", ["logits", "head"])
+
+
+def _kl(s, t):
+    log_q, log_p = jax.nn.log_softmax(s), jax.nn.log_softmax(t)
+    return jnp.sum(jnp.where(jnp.isinf(log_p), 0, jnp.exp(log_p) * (log_p - log_q)), -1)
+
+
+def _logits(source):
+    return jnp.asarray(exact_logits(source)[0], jnp.float32)
+
+
+def _wider(source, columns, **bias):
+    """The same model with columns of zeros, or of a bias."""
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, columns)))
+    if isinstance(source, LinearHead):
+        return replace(source, kernel=pad(source.kernel), **bias)
+    return pad(source)
+
+
+@over_sources
+def test_vocabulary_padded_with_zeros_in_the_normaliser(rng, source):
     # tokamax `chunked_xla` with V = 700 in blocks of 512 has an lse of 6.94, not 6.56.
-    s = rounded(rng, (3, 700), scale=0.2)
-    lse = jax.nn.logsumexp(s, -1)
-    theirs = jax.nn.logsumexp(jnp.pad(s, ((0, 0), (0, 324))), -1)
+    s = rounded(rng, (6, 700), scale=0.2)
+    if source == "head":
+        s = make_head(rng, (6,), 5, 700, scale=0.2)
+    lse = jax.nn.logsumexp(_logits(s), -1)
+    theirs = jax.nn.logsumexp(jnp.pad(_logits(s), ((0, 0), (0, 324))), -1)
     assert _error(theirs, lse) > 0.05
-    for vocab_size, student in [(None, s), (700, jnp.pad(s, ((0, 0), (0, 324))))]:
+    for vocab_size, student in [(None, s), (700, _wider(s, 324))]:
         # Student = teacher leaves z_loss · lse² alone.
-        ours = jaxkl.distillation_loss(
-            student,
-            student,
-            z_loss=1.0,
-            vocab_size=vocab_size,
-            reduction="none",
-            tile=2,
-        )
-        assert_close(ours, lse**2, 1e-6)
+        options = dict(z_loss=1.0, vocab_size=vocab_size, reduction="none", tile=2)
+        ours = jaxkl.distillation_loss(student, student, **options)
+        assert_close(ours, lse**2, 1e-6 if source == "logits" else 5e-6)
 
 
-def test_student_padded_with_zeros_beside_a_wider_teacher(rng):
+@over_sources
+def test_student_padded_with_zeros_beside_a_wider_teacher(rng, source):
     # In Liger's chunked distillation, identical models have a KL of 3.64.
-    t = rounded(rng, (3, 700), scale=2.0).at[:, 100:].set(-np.inf)
-    s = t[:, :100]
-    padded = jnp.pad(s, ((0, 0), (0, 600)))
-    log_p, log_q = jax.nn.log_softmax(t), jax.nn.log_softmax(padded)
-    p = jnp.exp(log_p)
-    theirs = jnp.sum(jnp.where(p > 0, p * (log_p - log_q), 0), -1)
-    assert (theirs > 0.5).all()
-    assert not jaxkl.distillation_loss(s, t, vocab_size=100, reduction="none").any()
+    if source == "head":
+        student = make_head(rng, (6,), 5, 100)
+        masked = jnp.zeros(700).at[100:].set(-1e4)
+        teacher = _wider(student, 600, bias=masked)
+    else:
+        teacher = rounded(rng, (6, 700), scale=2.0).at[:, 100:].set(-np.inf)
+        student = teacher[:, :100]
+    padded = jnp.pad(_logits(student), ((0, 0), (0, 600)))
+    assert (_kl(padded, _logits(teacher)) > 0.5).all()
+    value, grads = evaluate(student, teacher, vocab_size=100, tile=4)
+    assert value == 0 if source == "logits" else abs(value) < 1e-12
+    assert all(abs(x).max() < 1e-6 for x in jax.tree.leaves(grads))
 
 
-def test_a_wider_teacher_is_not_cut_in_silence(rng):
-    # TRL's tiled loss warns, and drops the teacher's last columns.
-    s, t = rounded(rng, (3, 5)), rounded(rng, (3, 6))
+@over_sources
+def test_a_wider_teacher_is_not_cut_in_silence(rng, source):
+    # TRL's tiled loss warns, and drops the mass of the teacher's last columns.
+    student, teacher = make_models(rng, source, (6,), 11, pad=(0, 3))
     with pytest.raises(ValueError, match="`vocab_size`"):
-        jaxkl.distillation_loss(s, t)
+        jaxkl.distillation_loss(student, teacher)
+    assert np.exp(_logits(teacher))[:, 11:].sum() > 1
+    # With `vocab_size` these columns are padding, in value and gradient.
+    value, grads = assert_matches(student, teacher, FORWARD, vocab_size=11, tile=4)
+    (of_columns,) = (x for x in jax.tree.leaves(grads) if x.shape[-1] == 14)
+    assert not of_columns[:, 11:].any()
+    head = source == "head"
+    cut = replace(teacher, kernel=teacher.kernel[:, :11]) if head else teacher[:, :11]
+    assert_close(value, jaxkl.distillation_loss(student, cut), 1e-6)
 
 
 def test_cross_entropy_under_the_name_of_forward_kl(rng):
@@ -164,11 +199,6 @@ def test_log_softmax_in_bfloat16(rng):
     assert ours.dtype == jnp.float32
 
 
-def _cancelling(s, t):
-    log_q, log_p = jax.nn.log_softmax(s), jax.nn.log_softmax(t)
-    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1)
-
-
 def _entropies(s, t):
     log_q, log_p = jax.nn.log_softmax(s), jax.nn.log_softmax(t)
     p = jnp.exp(log_p)
@@ -184,7 +214,7 @@ def test_cancellation_near_the_teacher(rng, noise, kl, wrong):
     np.testing.assert_allclose(expected.mean().astype(float), kl, rtol=0.1)
     ours = jaxkl.distillation_loss(s, t, reduction="none")
     assert _error(ours, expected) < (5e-3 if kl < 1e-8 else 1e-4)
-    for theirs in (_cancelling, _entropies):
+    for theirs in (_kl, _entropies):
         assert _error(jax.jit(theirs)(s, t), expected) > wrong
 
 
@@ -242,7 +272,7 @@ def test_accumulators_that_start_as_zero_times_the_input(rng):
 def test_no_temperature_squared(rng):
     # In TRL and Liger the gradient shrinks as 1/T², as it does with `t_squared=False`.
     s, t = rounded(rng, (3, 50)), rounded(rng, (3, 50))
-    theirs = lambda s, T: _cancelling(s / T, t / T).mean()
+    theirs = lambda s, T: _kl(s / T, t / T).mean()
     size = lambda f, *args, **kw: float(jnp.linalg.norm(jax.grad(f)(s, *args, **kw)))
     assert size(theirs, 8.0) < size(theirs, 1.0) / 30
     ours = jaxkl.distillation_loss
@@ -250,3 +280,41 @@ def test_no_temperature_squared(rng):
     assert 0.5 < hot / cold < 2
     flat = ours(s, t, temperature=8.0, t_squared=False)
     assert_close(flat, theirs(s, 8.0), 1e-4)
+
+
+@pytest.mark.parametrize("junk", [np.inf, np.nan])
+def test_zero_times_the_head_as_an_accumulator(rng, junk):
+    # With `W * 0`, one inf anywhere in the head makes all of `d kernel` NaN.
+    student = make_head(rng, (6,), 5, 12)
+    teacher = make_head(rng, (6,), 5, 11)
+    spoilt = replace(student, kernel=student.kernel.at[2, 11].set(junk))
+    assert np.isnan(spoilt.kernel * 0).any()
+    for tile in (2, 6):
+        _, grads = evaluate(spoilt, teacher, vocab_size=11, tile=tile)
+        expected = expected_of(student, teacher, vocab_size=11)
+        assert_source_gradient(student, grads["student"], expected.student, "student")
+        assert_source_gradient(teacher, grads["teacher"], expected.teacher, "teacher")
+
+
+def test_a_chunk_that_is_nearly_twice_as_large(rng):
+    # Liger's `chunk(max(1, tokens // 1024))` makes one chunk of 2047 rows.
+    tokens, size = 2047, 1024
+    theirs = np.array_split(np.arange(tokens), max(1, tokens // size))
+    assert max(map(len, theirs)) == 2047
+    head = make_head(rng, (tokens,), 3, 7)
+
+    is_jaxpr = lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+
+    def rows(jaxpr):
+        """The numbers of rows of all logits in the program, whose vocabulary is 7."""
+        for eqn in jaxpr.eqns:
+            for x in eqn.outvars:
+                if len(x.aval.shape) == 2 and x.aval.shape[1] == 7:
+                    yield x.aval.shape[0]
+            for inner in jax.tree.leaves(eqn.params, is_leaf=is_jaxpr):
+                if is_jaxpr(inner):
+                    yield from rows(getattr(inner, "jaxpr", inner))
+
+    f = jax.value_and_grad(lambda s: jaxkl.distillation_loss(s, head, tile=size))
+    sizes = set(rows(jax.make_jaxpr(f)(head).jaxpr))
+    assert max(sizes) == size
