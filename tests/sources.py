@@ -45,21 +45,20 @@ def make_models(rng, source, shape, vocab, dtype="float32", *, pad=(0, 0), **set
     model has beyond `vocab`, and `settings` are those of both heads.
     """
     student, _, teacher = source.partition(", ")
-    teacher = teacher or student
-    student = "logits" if student in TAILS else student
-    made = []
-    for name, hidden, extra, own in (
-        (student, 5, pad[0], dict(bias=True, softcap=4.0, scale=0.7)),
-        (teacher, 3, pad[1], dict(softcap=2.5)),
-    ):
+
+    def make(name, hidden, extra, **own):
         if name == "logits":
-            made.append(rounded(rng, (*shape, vocab + extra), dtype))
-        elif name == "head":
+            return rounded(rng, (*shape, vocab + extra), dtype)
+        if name == "head":
             own |= settings
-            made.append(make_head(rng, shape, hidden, vocab + extra, dtype, **own))
-        else:
-            made.append(make_list(rng, shape, vocab, 5, name, dtype))
-    return made
+            return make_head(rng, shape, hidden, vocab + extra, dtype, **own)
+        return make_list(rng, shape, vocab, 5, name, dtype)
+
+    first = "logits" if student in TAILS else student
+    return (
+        make(first, 5, pad[0], bias=True, softcap=4.0, scale=0.7),
+        make(teacher or student, 3, pad[1], softcap=2.5),
+    )
 
 
 def per_token(rng, shape, *names, vocab=11):
