@@ -57,22 +57,22 @@ def test_metrics_of_heads_and_lists(rng, source):
     student, teacher = make_models(rng, source, (3, 5), 11, pad=(3, 1))
     shared = per_token(rng, (3, 5), "weights", "where")
     shared |= dict(temperature=1.5, vocab_size=11)
-    alpha = None
+    mine, theirs = JENSEN_SHANNON
+    f = partial(jaxkl.distillation_loss_with_metrics, divergence=mine)
+    run, alpha = f, 1.0
     if source == "head":
         alpha, shared["teacher_temperature"] = 0.5, 2.0
         shared |= per_token(rng, (3, 5), "labels")
-    mine, theirs = JENSEN_SHANNON
-    f = partial(jaxkl.distillation_loss_with_metrics, divergence=mine, tile=4)
-    grad = lambda s, t: jax.value_and_grad(f, has_aux=True)(s, t, alpha=alpha, **shared)
-    (value, metrics), d_student = jax.jit(grad)(student, teacher)
+        run = jax.value_and_grad(partial(f, alpha=alpha, tile=4), has_aux=True)
+    found = jax.jit(partial(run, **shared))(student, teacher)
+    expected = expected_of(student, teacher, divergence=theirs, alpha=alpha, **shared)
+    if source == "head":
+        found, d_student = found
+        assert_source_gradient(student, d_student, expected.student, "student")
+    value, metrics = found
+    assert_close(value, expected.loss, 5e-6)
     (s, _), (t, _) = exact_logits(student, 11), exact_logits(teacher, 11)
     _assert_metrics(metrics, oracle.metrics(s, t, divergence=theirs, **shared), 5e-6)
-    expected = expected_of(
-        student, teacher, divergence=theirs, alpha=1.0 if alpha is None else alpha,
-        **shared,
-    )  # fmt: skip
-    assert_close(value, expected.loss, 5e-6)
-    assert_source_gradient(student, d_student, expected.student, "student")
 
 
 def test_without_labels_there_is_no_cross_entropy(rng):
