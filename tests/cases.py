@@ -1,4 +1,4 @@
-"""What the tests of `distillation_loss` share: divergences, data, an evaluation."""
+"""What the tests of `distillation_loss` share: divergences and an evaluation."""
 
 from functools import cache
 
@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 import jaxkl
+from jaxkl import SparseTeacher
 
 from . import oracle
 from .helpers import assert_close, TOLERANCE
+from .sources import expected_of, rounded as rounded
 
 
 def squared_error(log_p, log_q):
@@ -18,7 +20,7 @@ def squared_error(log_p, log_q):
     return (jnp.exp(log_p) - jnp.exp(log_q)) ** 2
 
 
-# Each of jaxkl's own beside its oracle, and a user's.
+# Each divergence of jaxkl beside its oracle.
 CATALOGUE = {
     "forward": (jaxkl.ForwardKL(), oracle.forward_kl),
     "reverse": (jaxkl.ReverseKL(), oracle.reverse_kl),
@@ -40,37 +42,49 @@ ALL = CATALOGUE | {"user": USER}
 FORWARD, REVERSE, JENSEN_SHANNON = (CATALOGUE[x] for x in ("forward", "reverse", "js"))
 
 
-_QUICK = ("forward", "js_normalized")
-
-
 def rarely(*values):
-    """For `pytest.mark.parametrize`: values of which only CI runs all."""
+    """For `pytest.mark.parametrize`: values that only CI runs."""
     one = lambda x: x if isinstance(x, tuple) else (x,)
     return [pytest.param(*one(x), marks=pytest.mark.slow) for x in values]
 
 
 def over(*names, slow=()):
-    """Parametrises a test over divergences and their oracles; `slow`: in CI only."""
+    """Parametrises a test over divergences and oracles; the `slow` ones run in CI."""
     case = lambda name, *marks: pytest.param(*ALL[name], id=name, marks=marks)
     cases = [case(name) for name in names]
     cases += [case(name, pytest.mark.slow) for name in slow]
     return pytest.mark.parametrize("divergence, reference", cases)
 
 
-# All of the catalogue where the formula of the divergence is what is tested.
-over_all = over("forward", "js_normalized", slow=[x for x in ALL if x not in _QUICK])
+def over_sources(*names, slow=()):
+    """Parametrises a test over "source divergence"; the divergence has its oracle."""
+
+    def case(name, *marks):
+        source, _, divergence = name.rpartition(" ")
+        return pytest.param(source, ALL[divergence], id=name, marks=marks)
+
+    cases = [case(name) for name in names]
+    cases += [case(name, pytest.mark.slow) for name in slow]
+    return pytest.mark.parametrize("source, divergence", cases)
+
+
+def each(source, names):
+    """For `over_sources`: divergences of one source."""
+    return [f"{source} {name}" for name in names]
+
+
+# A test of a formula takes the whole catalogue.
+QUICK = ("forward", "js_normalized")
+OTHERS = tuple(name for name in ALL if name not in QUICK)
+over_all = over(*QUICK, slow=OTHERS)
 over_catalogue = over(*CATALOGUE)
-# Where it is something else: one of each kind (two exponentials, p = 0 infinite, a
-# mixture, a user's own), all but one in CI.
-over_kinds = over("forward", slow=("reverse", "js_normalized", "user"))
+# A test of anything else takes one of each kind: two exponentials, infinite at p = 0, a
+# mixture, and a user's own. All but the first are left to CI.
+KINDS = ("reverse", "js_normalized", "user")
+over_kinds = over("forward", slow=KINDS)
 
-# Arguments that have a gradient.
-FLOATS = ("student", "teacher", "temperature", "teacher_temperature", "weights")
-
-
-def rounded(rng, shape, dtype="float32", scale=1.0):
-    """Logits of order one: a saturated softmax hides missing mass and wrong padding."""
-    return jnp.asarray(scale * rng.normal(size=shape), dtype)
+# Arguments that have a gradient, beside the models.
+FLOATS = ("temperature", "teacher_temperature", "weights")
 
 
 @cache
@@ -92,22 +106,37 @@ def _compiled(loss, static):
 def evaluate(
     student, teacher, *, loss=jaxkl.distillation_loss, cotangent=1.0, **arguments
 ):
-    """The jitted loss, and its gradients to the logits and each float array given."""
-    arguments |= dict(student=student, teacher=teacher)
-    arguments.setdefault("differentiate_teacher", True)
+    """The jitted loss, and its gradients to the models and each float array given.
+
+    The models may come from any source. A list is a constant: it has no gradient.
+    """
     traced = {k: v for k, v in arguments.items() if isinstance(v, jax.Array)}
-    static = frozenset((k, v) for k, v in arguments.items() if k not in traced)
-    floats = {k: v for k, v in traced.items() if k in FLOATS}
+    static = {k: v for k, v in arguments.items() if k not in traced}
+    floats = {k: v for k, v in traced.items() if k in FLOATS} | dict(student=student)
     others = {k: v for k, v in traced.items() if k not in FLOATS}
-    return _compiled(loss, static)(floats, others, cotangent)
+    if isinstance(teacher, SparseTeacher):
+        others["teacher"] = teacher
+    else:
+        floats["teacher"] = teacher
+        static.setdefault("differentiate_teacher", True)
+    return _compiled(loss, frozenset(static.items()))(floats, others, cotangent)
 
 
 def assert_matches(
-    student, teacher, divergence, *, tol=None, expect=None, cotangent=1.0, **arguments
+    student,
+    teacher,
+    divergence,
+    *,
+    value_tol=None,
+    tol=None,
+    expect=None,
+    cotangent=1.0,
+    **arguments,
 ):
     """Value and every gradient against the oracle, which is fed the rounded inputs.
 
-    `expect` holds arguments of the oracle that differ from those of the loss.
+    `tol` is that of the gradients. `expect` holds arguments of the oracle that differ
+    from those of the loss.
     """
     mine, theirs = divergence
     value, grads = evaluate(
@@ -116,43 +145,75 @@ def assert_matches(
     for name in ("loss", "tile", "differentiate_teacher"):
         arguments.pop(name, None)
     arguments |= expect or {}
-    arguments |= dict(student=student, teacher=teacher)
-    expected = oracle.distillation_loss(
-        divergence=theirs, cotangent=cotangent, **arguments
+    expected = expected_of(
+        student, teacher, divergence=theirs, cotangent=cotangent, **arguments
     )
+    models = dict(student=student, teacher=teacher)
     floats = [arguments.get(name) for name in FLOATS]
-    x64 = any(getattr(x, "dtype", None) == jnp.float64 for x in floats)
-    # The loss is float32 whatever the logits are, so its tolerance is float32's.
-    value_tol, _ = tol or ((1e-12, None) if x64 else TOLERANCE["float32"])
+    x64 = any(
+        getattr(x, "dtype", None) == jnp.float64
+        for x in (*jax.tree.leaves(models), *floats)
+    )
+    # The products that make a head's logits have roundings of their own. The loss is
+    # float32 whatever the logits are, so its tolerance is float32's.
+    dense = all(isinstance(x, jax.Array) for x in models.values())
+    if value_tol is None:
+        value_tol = 1e-12 if x64 else TOLERANCE["float32"][0] if dense else 5e-6
     assert value.dtype == (jnp.float64 if x64 else jnp.float32)
     assert_close(value, expected.loss, value_tol, "value")
     for name, grad in grads.items():
-        dtype = arguments[name].dtype
-        assert grad.dtype == dtype, name
-        if tol:
-            grad_tol = tol[1]
-        elif dtype == jnp.float64:
-            grad_tol = 1e-11
+        if name in models:
+            source, want = models[name], getattr(expected, name)
+            assert_source_gradient(source, grad, want, name, tol, x64, tiny=dense)
         else:
-            grad_tol = TOLERANCE[str(dtype)][1]
-        assert_gradient(name, grad, expected, grad_tol, cotangent)
+            assert grad.dtype == arguments[name].dtype, name
+            of = tol or _gradient_tolerance(grad.dtype, x64)
+            assert_gradient(name, grad, expected, of, cotangent)
     return value, grads
 
 
-def assert_gradient(name, grad, expected, tol, cotangent=1.0, rounding=0.0):
-    """To `tol` of the largest entry; for temperature and weights, also of the loss.
+def _gradient_tolerance(dtype, x64=False):
+    if dtype == jnp.float64:
+        return 1e-11
+    # What is computed in float64 is rounded once.
+    return 1e-6 if x64 and dtype == jnp.float32 else TOLERANCE[str(dtype)][1]
 
-    `T² D` hardly depends on T, nor a mean on a weight: the slope is a difference of two
-    terms of the size of the loss itself, and no better known than these.
+
+def assert_source_gradient(
+    source, grad, expected, name, tol=None, x64=False, tiny=False
+):
+    """Compares logits, or each array of a head; `tiny` allows a dtype's last steps."""
+    leaves = zip(
+        jax.tree.leaves_with_path(source),
+        jax.tree.leaves(grad),
+        jax.tree.leaves(expected),
+        strict=True,
+    )
+    for (path, x), actual, want in leaves:
+        where = name + jax.tree_util.keystr(path)
+        assert actual.shape == x.shape and actual.dtype == x.dtype, where
+        of = tol or _gradient_tolerance(x.dtype, x64)
+        assert_close(actual, want, of, where, _last_steps(x.dtype) if tiny else 0.0)
+
+
+def _last_steps(dtype):
+    """The size of float16's steps near 0, and of the oracle's rounding of a true 0."""
+    return float(jnp.finfo(dtype).smallest_subnormal) + oracle.ROUNDING
+
+
+def assert_gradient(name, grad, expected, tol, cotangent=1.0, rounding=0.0):
+    """Compares to `tol` of the largest entry, or of the loss if that is larger.
+
+    That is for temperature and weights alone. `T² D` hardly depends on T, and a mean
+    hardly depends on a weight: the slope is the difference of two terms as large as the
+    loss, and has their rounding.
     """
     want = np.asarray(getattr(expected, name), np.float64)
     scale = np.max(np.abs(want), where=np.isfinite(want), initial=0.0)
     if name in ("temperature", "weights"):
         loss = np.abs(np.asarray(cotangent * expected.loss, np.float64))
         scale = max(scale, np.max(loss, where=np.isfinite(loss), initial=0.0))
-    # Below these are float16's steps near 0, and the oracle's rounding of a true 0.
-    floor = float(jnp.finfo(grad.dtype).smallest_subnormal) + oracle.ROUNDING
-    atol = tol * scale + floor + rounding
+    atol = tol * scale + _last_steps(grad.dtype) + rounding
     np.testing.assert_allclose(
         np.asarray(grad, np.float64), want, rtol=0, atol=atol, err_msg=name
     )

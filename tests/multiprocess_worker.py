@@ -14,8 +14,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import jaxkl
 
-from .cases import FORWARD, JENSEN_SHANNON
-from .heads import evaluate, FLOATS, make_head
+from .cases import evaluate, FLOATS, FORWARD, JENSEN_SHANNON
+from .sources import make_head
 
 
 PROCESSES, DEVICES = 2, 4  # of each process

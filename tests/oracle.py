@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 
-# What may be left of a true 0 where numbers of order one are added up.
+# A sum of numbers of order one may leave this much of a true 0.
 ROUNDING = 1e-17
 
 
@@ -24,7 +24,7 @@ def _real(x):
 
 
 def _at_top(logits):
-    """Whether an entry is the largest of its row: the first one of equals."""
+    """Whether an entry is the largest of its row, or the first of several."""
     top = np.argmax(logits, -1, keepdims=True)
     return np.arange(logits.shape[-1]) == top
 
@@ -32,7 +32,7 @@ def _at_top(logits):
 def _shifted_and_log_sum(logits):
     """Logits less the largest, and the log of the sum of their exponentials."""
     shifted = logits - np.max(logits, -1, keepdims=True)
-    # The largest itself is 0 here, or NaN where it is infinite.
+    # The largest entry is 0 here, or NaN where it is infinite.
     others = np.where(_at_top(logits), shifted, np.exp(shifted))
     return shifted, np.log1p(np.sum(others, -1, keepdims=True))
 
@@ -64,12 +64,12 @@ def _difference(log_p, log_q):
     return -np.sign(x) * larger * np.expm1(-np.abs(x))
 
 
-# Divergences: `(log_p, log_q) -> f, ∂f/∂log p, ∂f/∂log q`, elementwise. To a term, a
-# multiple of `q - p` is added that makes it non-negative: over a row it adds up to 0.
+# A divergence maps `(log_p, log_q)` to `f, ∂f/∂log p, ∂f/∂log q`, elementwise. Each
+# term has a multiple of `q - p` added, which makes it non-negative and sums to 0.
 
 
 def _power_series(x, c):
-    """`Σ xᵏ/k! · (1 + c + … + cᵏ⁻²)`, k ≥ 2: to full precision where x is small."""
+    """`Σ xᵏ/k! · (1 + c + … + cᵏ⁻²)` for k ≥ 2, to full precision where x is small."""
     total, power, slope = np.zeros_like(x), x, np.longdouble(0)
     for k in range(2, 26):
         power, slope = power * x / k, 1 + c * slope
@@ -103,7 +103,7 @@ reverse_kl = _swap(forward_kl)
 def symmetric_kl(weight=0.5):
     def divergence(log_p, log_q):
         forward, reverse = forward_kl(log_p, log_q), reverse_kl(log_p, log_q)
-        # A side with no weight is absent, even where it is infinite.
+        # A side without weight plays no part, even where it is infinite.
         return tuple(
             (weight * a if weight > 0 else 0) + ((1 - weight) * b if weight < 1 else 0)
             for a, b in zip(forward, reverse, strict=True)
@@ -186,7 +186,7 @@ def alpha_divergence(alpha):
 
 
 def squared_error(log_p, log_q):
-    """`(p - q)²`: stands for a user's own divergence."""
+    """`(p - q)²` stands for a user's own divergence."""
     d = _difference(log_p, log_q)
     return d**2, 2 * d * np.exp(log_p), -2 * d * np.exp(log_q)
 
@@ -219,7 +219,10 @@ def distillation_loss(
     normalizer=None,
     cotangent=1.0,
 ) -> Result:
-    """The loss, and `cotangent` pulled back to each float argument."""
+    """The loss, and `cotangent` pulled back to each float argument.
+
+    The teacher is logits, or a list: it has `indices`, `log_probs` and a `tail`.
+    """
     tokens = _Tokens(student, teacher, vocab_size, where, weights)
     T = tokens.per_token(temperature)
     shared = teacher_temperature is None
@@ -231,9 +234,7 @@ def distillation_loss(
             loss = d_T = d_Tt = np.zeros_like(T)
             d_s, d_t = np.zeros_like(tokens.student), np.zeros_like(tokens.teacher)
         else:
-            D, dz, du = _divergence_and_grad(
-                divergence, tokens.student / T[:, None], tokens.teacher / Tt[:, None]
-            )
+            D, dz, du = tokens.divergence_and_grad(divergence, T, Tt)
             scale = alpha * (T**2 if t_squared else np.ones_like(T))
             loss = scale * D
             d_s = scale[:, None] * dz / T[:, None]
@@ -276,7 +277,7 @@ def distillation_loss(
         return Result(
             value,
             tokens.scatter_rows(_times(rows, d_s), np.shape(student)),
-            tokens.scatter_rows(_times(rows, d_t), np.shape(teacher)),
+            tokens.scatter_rows(_times(rows, d_t), tokens.teacher_shape),
             tokens.like(temperature, _times(d_loss, d_T)),
             None if shared else tokens.like(teacher_temperature, _times(d_loss, d_Tt)),
             tokens.scatter(d_w),
@@ -305,7 +306,10 @@ def metrics(
     weights=None,
     vocab_size=None,
 ) -> Metrics:
-    """Weighted means over the counted tokens; 0 where nothing counts."""
+    """Weighted means over the counted tokens; 0 where nothing counts.
+
+    A list that is no distribution over the vocabulary has neither entropy nor top 1.
+    """
     tokens = _Tokens(student, teacher, vocab_size, where, weights)
     T = tokens.per_token(temperature)
     Tt = T if teacher_temperature is None else tokens.per_token(teacher_temperature)
@@ -314,10 +318,10 @@ def metrics(
         return np.sum(w * x) / w.sum() if w.sum() > 0 else np.longdouble(0)
 
     with np.errstate(all="ignore"):
-        s, t = tokens.student, tokens.teacher
-        D, _, _ = _divergence_and_grad(divergence, s / T[:, None], t / Tt[:, None])
-        kl, _, _ = _divergence_and_grad(forward_kl, s, t)
-        log_p, log_q = log_softmax(t), log_softmax(s)
+        s, log_p = tokens.student, tokens.teacher_log_probs()
+        D, _, _ = tokens.divergence_and_grad(divergence, T, Tt)
+        kl, _, _ = tokens.divergence_and_grad(forward_kl, *np.ones_like([T, Tt]))
+        log_q, top1 = log_softmax(s), np.argmax(s, -1)
         cross_entropy = None
         if labels is not None:
             labels = tokens.integer(labels)
@@ -328,8 +332,8 @@ def metrics(
             mean(kl),
             cross_entropy,
             mean(-np.sum(_times(np.exp(log_q), log_q), -1)),
-            mean(-np.sum(_times(np.exp(log_p), log_p), -1)),
-            mean((np.argmax(s, -1) == np.argmax(t, -1)).astype(np.longdouble)),
+            None if log_p is None else mean(-np.sum(_times(np.exp(log_p), log_p), -1)),
+            None if log_p is None else mean(1.0 * (top1 == np.argmax(log_p, -1))),
             tokens.weights.sum(),
         )
 
@@ -340,11 +344,49 @@ def _divergence_and_grad(divergence, student_logits, teacher_logits):
     return np.sum(f, -1), _to_logits(log_q, f_q), _to_logits(log_p, f_p)
 
 
-def _to_logits(log_probs, slopes):
-    """`slopes - probs Σ slopes`, to which a multiple of `probs` can be added freely.
+def _outcomes(log_q, indices, log_probs, tail):
+    """The two distributions that a tail compares in one row, and a matrix.
 
-    It is taken such that the likeliest entry has no slope: its gradient, which may be
-    all that its probability lacks to 1, is then a sum over the others.
+    It sums the columns that make an outcome: `[outcomes, vocab]`, of 0 and 1.
+    """
+    used, p = indices >= 0, np.zeros_like(log_q)
+    np.add.at(p, indices[used], np.exp(log_probs[used]))
+    listed = np.isin(np.arange(len(log_q)), indices[used])
+    rest = 0 if listed.all() else max(1 - p.sum(), 0)
+    columns = np.eye(len(log_q), dtype=log_q.dtype)
+    if tail == "renormalize":
+        p = p / p.sum()
+    elif tail == "uniform":
+        p = np.where(listed, p, rest / max((~listed).sum(), 1))
+        p = p / p.sum()
+    else:
+        p, columns = p[listed], columns[listed]
+        if tail == "bucket" and not listed.all():
+            p = np.append(p, rest)
+            columns = np.concatenate([columns, 1 * ~listed[None]])
+    return np.log(p), np.log(columns @ np.exp(log_q)), columns
+
+
+def _listed_divergence_and_grad(divergence, student_logits, indices, log_probs, tail):
+    losses, grads = np.zeros_like(student_logits[:, 0]), np.zeros_like(student_logits)
+    for i, log_q in enumerate(log_softmax(student_logits)):
+        log_p, log_Q, columns = _outcomes(log_q, indices[i], log_probs[i], tail)
+        f, _, f_Q = divergence(log_p, log_Q)
+        if tail == "drop":  # not a whole sum, over which the oracle's `q - p` is 0
+            f_Q = -np.exp(log_p)
+            f = _times(-f_Q, log_p - log_Q)
+        q, Q = np.exp(log_q), np.exp(log_Q)
+        # ∂ log Q / ∂ log q, where there is any.
+        f_q = f_Q @ (columns * q / np.where(Q > 0, Q, 1)[:, None])
+        losses[i], grads[i] = f.sum(), f_q - q * f_q.sum()
+    return losses, grads, np.zeros_like(log_probs)  # a list is a constant
+
+
+def _to_logits(log_probs, slopes):
+    """`slopes - probs Σ slopes`, which is the same for `slopes + c probs`.
+
+    The c is chosen that leaves the likeliest entry no slope. Its gradient may be as
+    small as what its probability lacks to 1, and is then a sum over the other entries.
     """
     probs, top = np.exp(log_probs), _at_top(log_probs)
     total = lambda x: np.sum(x, -1, keepdims=True)
@@ -354,28 +396,46 @@ def _to_logits(log_probs, slopes):
 
 
 def _cross_entropy(logits, labels, label_smoothing):
-    """Zero, with zero gradient, where the label is -100."""
+    """The loss and its gradient, both 0 where the label is -100."""
     log_probs, labelled = log_softmax(logits), (labels != -100)[:, None]
     vocab, epsilon = logits.shape[-1], np.longdouble(label_smoothing)
     is_label = np.arange(vocab) == labels[:, None]
     target = (1 - epsilon) * is_label + epsilon / vocab
     ce = -np.sum(_times(target, log_probs), -1, keepdims=True)
-    # Of the label, `probs - 1` of a probability that may be nearly 1.
+    # The label's slope is `probs - 1`, and its probability may be nearly 1.
     d_ce = np.where(is_label, np.expm1(log_probs) + epsilon, np.exp(log_probs))
     d_ce = d_ce - epsilon / vocab
     return np.where(labelled, ce, 0)[:, 0], np.where(labelled, d_ce, 0)
 
 
 class _Tokens:
-    """The counted tokens as rows: what `where` drops is sliced away, as are columns."""
+    """The tokens that count, as rows: masked tokens and padding are sliced away."""
 
     def __init__(self, student, teacher, vocab_size, where, weights):
         self.shape = np.shape(student)[:-1]
         self.kept = np.ones(self.shape, bool) if where is None else np.asarray(where)
         self.student = self.rows(student, vocab_size)
-        self.teacher = self.rows(teacher, vocab_size)
+        self.list = teacher if hasattr(teacher, "indices") else None
+        teacher = teacher if self.list is None else self.list.log_probs
+        self.teacher_shape = np.shape(teacher)
+        self.teacher = self.rows(teacher, vocab_size if self.list is None else None)
         self.weights = self.per_token(1.0 if weights is None else weights)
-        self.vocab_size = self.student.shape[-1]
+
+    def divergence_and_grad(self, divergence, temperature, teacher_temperature):
+        student = self.student / temperature[:, None]
+        if self.list is not None:
+            lists = self.integer(self.list.indices), self.teacher, self.list.tail
+            return _listed_divergence_and_grad(divergence, student, *lists)
+        teacher = self.teacher / teacher_temperature[:, None]
+        return _divergence_and_grad(divergence, student, teacher)
+
+    def teacher_log_probs(self):
+        if self.list is None:
+            return log_softmax(self.teacher)
+        if self.list.tail in ("drop", "bucket"):
+            return None
+        rows = zip(self.student, self.integer(self.list.indices), self.teacher)  # noqa: B905
+        return np.stack([_outcomes(*row, self.list.tail)[0] for row in rows])
 
     def rows(self, x, vocab_size):
         return _real(x)[self.kept][:, :vocab_size]
@@ -393,7 +453,7 @@ class _Tokens:
 
     def scatter_rows(self, x, shape):
         full = np.zeros(shape, np.longdouble)
-        full[self.kept, : self.vocab_size] = x
+        full[self.kept, : x.shape[-1]] = x
         return full
 
     def like(self, argument, d_tokens):

@@ -6,9 +6,9 @@ import pytest
 
 import jaxkl
 
-from .cases import over, rarely, rounded
-from .heads import assert_matches, make_head
+from .cases import assert_matches, over, rarely, rounded
 from .helpers import assert_close
+from .sources import make_head
 
 
 TOKENS, VOCAB = 521, 53  # sizes that are in no other test, and that no tile divides

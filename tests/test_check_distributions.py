@@ -1,4 +1,4 @@
-"""`check_distributions`: what it lets through, what it names, and under `checkify`."""
+"""`check_distributions`: what it accepts, what it names, and how `checkify` runs it."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ inf, nan = float("inf"), float("nan")
 LOG_PROBS = np.log([[0.5, 0.5], [0.25, 0.75]])
 PROBS = np.array([[1.0, 0.0], [0.2, 0.8]])
 
-# (input, target, log_target): what is said.
+# (input, target, log_target), and the message they give.
 WRONG = {
     "probabilities": (PROBS, PROBS, False, r"`input`.*row \[0\] has 1\.0"),
     "nan": ([[0, -inf], [nan, 0]], PROBS, False, r"`input`.*row \[1\] has NaN"),
@@ -29,7 +29,7 @@ WRONG = {
     "not logs": (LOG_PROBS, PROBS, True, r"`target`.*log-prob.*row \[0\] has 1\.0"),
     "target nan": (LOG_PROBS, [[0, 1], [1, nan]], False, r"`target`.*\[1\] has NaN"),
     "target inf": (LOG_PROBS, [[0, 1], [1, inf]], False, r"`target`.*\[1\] sums to in"),
-    # The first row that is wrong, whatever is wrong with the others.
+    # The message is about the first wrong row, whatever is wrong with the others.
     "two": (LOG_PROBS, [[1, 1], [nan, 0]], False, r"`target`.*row \[0\] sums to 2\.0"),
 }
 wrong = pytest.mark.parametrize("x, t, log_target, says", WRONG.values(), ids=WRONG)
@@ -106,7 +106,7 @@ def test_shapes():
     with pytest.raises(ValueError, match=r"row \[1, 0\] exponentiates"):
         jaxkl.check_distributions(np.stack([x, x - 1]), t)
     jaxkl.check_distributions(x[:0], t[:0])
-    with pytest.raises(ValueError, match="sum of 0"):  # no outcomes
+    with pytest.raises(ValueError, match="sum of 0"):  # there are no outcomes
         jaxkl.check_distributions(x[:, :0], t[:, :1])
     with pytest.raises(ValueError, match=r"row \[\] sums to 2"):
         jaxkl.check_distributions(x[0], 2 * t[0])

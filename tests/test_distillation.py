@@ -1,4 +1,6 @@
-"""`distillation_loss` on dense logits: value and gradients against the oracle."""
+"""`distillation_loss` of any source: value and gradients against the oracle."""
+
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -9,26 +11,36 @@ import jaxkl
 
 from . import oracle
 from .cases import (
+    ALL,
     assert_matches,
+    each,
     evaluate,
     FORWARD,
+    KINDS,
+    OTHERS,
     over,
     over_all,
     over_kinds,
+    over_sources,
+    QUICK,
     rarely,
     rounded,
     USER,
 )
 from .helpers import assert_close, TOLERANCE
+from .sources import make_models, per_token, TAILS
+
+
+VOCABULARIES = (1, 2, 700, 1001)
 
 
 def _temperatures(kind, rng, shape):
-    per_token = lambda: jnp.asarray(rng.uniform(0.5, 3, size=shape), jnp.float32)
+    scalar = lambda number: dict(temperature=jnp.float32(number))
     return {
         "one": {},
-        "scalar": dict(temperature=jnp.float32(1.7)),
-        "token": dict(temperature=per_token()),
-        "separate": dict(temperature=jnp.float32(3), teacher_temperature=per_token()),
+        "scalar": scalar(1.7),
+        "token": per_token(rng, shape, "temperature"),
+        "separate": scalar(3) | per_token(rng, shape, "teacher_temperature"),
     }[kind]
 
 
@@ -50,6 +62,45 @@ def test_value_and_gradients_match_the_oracle(
     assert_matches(s, t, (divergence, reference), **arguments)
 
 
+@over_sources(
+    *each("logits", QUICK),
+    *each("head", QUICK),
+    *each("renormalize", ("forward", "user")),
+    *each("bucket", ("reverse", "js_normalized")),
+    "drop forward",
+    "uniform reverse",
+    slow=(
+        *each("logits", OTHERS),
+        *each("head", OTHERS),
+        *each("renormalize", ("js", "alpha_half", "total_variation", "skew_reverse")),
+        *each("bucket", ("forward", "user")),
+        *each("uniform", ("forward", "total_variation")),
+    ),
+)
+def test_every_divergence(rng, source, divergence):
+    arguments = _temperatures("separate" if source == "logits" else "token", rng, (7,))
+    if source == "head":
+        arguments["teacher_temperature"] = jnp.float32(1.5)
+    models = make_models(rng, source, (7,), 13 if source in TAILS else 1001)
+    tile = None if source == "logits" else 3
+    assert_matches(*models, divergence, tile=tile, **arguments)
+
+
+@over_sources(
+    "head, logits reverse",
+    "logits, head reverse",
+    slow=("head, logits user", "logits, head user"),
+)
+def test_two_sources(rng, source, divergence):
+    assert_matches(*make_models(rng, source, (2, 5), 11), divergence, tile=3)
+
+
+@pytest.mark.parametrize("tail", ["bucket", *rarely("renormalize", "drop", "uniform")])
+def test_a_head_beside_a_list_in_bfloat16(rng, tail):
+    models = make_models(rng, f"head, {tail}", (2, 5), 701, "bfloat16")
+    assert_matches(*models, FORWARD, temperature=2.0, tile=3)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("arguments", [{}, dict(teacher_temperature=1.25)])
 def test_temperature_as_a_python_number(rng, dtype, arguments):
@@ -57,45 +108,62 @@ def test_temperature_as_a_python_number(rng, dtype, arguments):
     assert_matches(s, t, FORWARD, temperature=0.5, **arguments)
 
 
-@over_kinds
-def test_every_argument_at_once(rng, divergence, reference):
-    s, t = rounded(rng, (3, 5, 14)), rounded(rng, (3, 5, 12))
-    assert_matches(
-        s,
-        t,
-        (divergence, reference),
-        temperature=jnp.asarray(rng.uniform(0.5, 3, size=(3, 5)), jnp.float32),
-        teacher_temperature=jnp.float32(1.5),
-        weights=jnp.asarray(rng.uniform(0, 2, size=(3, 5)), jnp.float32),
-        where=jnp.asarray(rng.random((3, 5)) < 0.7),
-        labels=jnp.asarray(rng.choice([-100, 0, 3, 10], size=(3, 5))),
-        alpha=0.3,
-        label_smoothing=0.1,
-        z_loss=1e-2,
-        vocab_size=11,
-        tile=4,
+@pytest.mark.parametrize("dtype", ["bfloat16", *rarely("float32", "float16")])
+@over("forward", slow=["js"])
+def test_dtypes_of_heads(rng, divergence, reference, dtype):
+    settings = dict(bias=True, softcap=3.0, scale=1.5)
+    models = make_models(rng, "head", (2, 5), 37, dtype, **settings)
+    assert_matches(*models, (divergence, reference), temperature=2.0, tile=4)
+
+
+@over_sources(
+    "logits forward",
+    "head js_normalized",
+    "bucket forward",
+    slow=(*each("logits", KINDS), "head forward"),
+)
+def test_every_argument_at_once(rng, source, divergence):
+    models = make_models(rng, source, (3, 5), 11, pad=(3, 1))
+    arrays = per_token(rng, (3, 5), "temperature", "weights", "where", "labels")
+    if source not in TAILS:
+        arrays["teacher_temperature"] = jnp.float32(1.5)
+    numbers = dict(alpha=0.3, label_smoothing=0.1, z_loss=1e-2, vocab_size=11, tile=4)
+    assert_matches(*models, divergence, **arrays, **numbers)
+
+
+@pytest.mark.parametrize(
+    "source, dtypes",
+    [
+        ("logits", ("bfloat16", "float32")),
+        ("logits", ("float32", "float16")),
+        ("head", ("float32", "float16")),
+    ],
+)
+def test_models_of_different_dtypes(rng, source, dtypes):
+    student, teacher = (
+        make_models(rng, source, (4,), 37, dtype)[i] for i, dtype in enumerate(dtypes)
     )
-
-
-@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "float16")])
-def test_models_of_different_dtypes(rng, dtypes):
-    s, t = (rounded(rng, (4, 7), dtype) for dtype in dtypes)
+    if source == "head":
+        student = replace(student, hidden=student.hidden.astype("bfloat16"))
     weights = jnp.asarray(rng.uniform(0, 2, size=4), jnp.bfloat16)
-    assert_matches(s, t, FORWARD, temperature=2.0, weights=weights)
+    assert_matches(student, teacher, FORWARD, temperature=2.0, weights=weights)
 
 
-@over_kinds
-def test_float64_under_x64(rng, divergence, reference):
+@over_sources("logits forward", "head forward", slow=each("logits", KINDS))
+def test_float64_under_x64(rng, source, divergence):
     with jax.enable_x64(True):
-        s, t = rounded(rng, (3, 5, 11), "float64"), rounded(rng, (3, 5, 11), "float64")
+        student, teacher = make_models(rng, source, (3, 5), 11, "float64")
+        if source == "head":
+            teacher = jax.tree.map(lambda x: x.astype(jnp.float32), teacher)
         value, _ = assert_matches(
-            s,
-            t,
-            (divergence, reference),
-            temperature=jnp.asarray(rng.uniform(0.5, 3, size=(3, 5))),
+            student,
+            teacher,
+            divergence,
+            temperature=jnp.asarray(rng.uniform(0.5, 3, size=(3, 5)), jnp.float64),
             labels=jnp.asarray(rng.integers(0, 11, size=(3, 5))),
             alpha=0.5,
             z_loss=0.01,
+            tile=2 if source == "head" else None,
         )
     assert value.dtype == jnp.float64
 
@@ -135,57 +203,67 @@ def test_numpy_inputs_and_scalars(rng, temperature):
     assert_close(value, oracle.distillation_loss(s, t, temperature=2).loss, 1e-6)
 
 
-# Sizes, batch shapes, tiles.
+# Sizes, batch shapes and tiles.
 
 
-@pytest.mark.parametrize("vocab", [1, 1001, *rarely(2, 700)])
-@pytest.mark.parametrize("tokens", [7, *rarely(1, 130)])
-def test_odd_sizes(rng, tokens, vocab):
-    s, t = rounded(rng, (tokens, vocab)), rounded(rng, (tokens, vocab))
-    assert_matches(s, t, FORWARD)
+@pytest.mark.parametrize(
+    "source, tokens, vocab",
+    [
+        ("logits", 7, 1),
+        ("logits", 7, 1001),
+        ("head", 7, 1001),
+        *rarely(("logits", 7, 2), ("logits", 7, 700)),
+        *rarely(*(("logits", n, vocab) for n in (1, 130) for vocab in VOCABULARIES)),
+        *rarely(("head", 1, 1), ("head", 1, 1001), ("head", 7, 1), ("head", 130, 700)),
+    ],
+)
+def test_odd_sizes(rng, source, tokens, vocab):
+    plain = dict(bias=False, softcap=None, scale=1.0)
+    assert_matches(*make_models(rng, source, (tokens,), vocab, **plain), FORWARD)
 
 
-@over_all
-def test_odd_size_of_every_divergence(rng, divergence, reference):
-    s, t = rounded(rng, (7, 1001)), rounded(rng, (7, 1001))
-    temperatures = _temperatures("separate", rng, (7,))
-    assert_matches(s, t, (divergence, reference), **temperatures)
+@pytest.mark.parametrize(
+    "source, tile, reduction",
+    [
+        *(("logits", n, reduction) for n in (3, 64) for reduction in ("none", "mean")),
+        ("head", 3, "none"),
+        ("head, logits", 3, "mean"),
+        *rarely(*(("logits", n, x) for n in (1, 16, 200) for x in ("none", "mean"))),
+        *rarely(("head", 1, "mean"), ("head", 64, "mean"), ("head", 200, "none")),
+        *rarely(("head, logits", 64, "none")),
+    ],
+)
+def test_any_tile_gives_the_same_answer(rng, source, tile, reduction):
+    models, g = make_models(rng, source, (130,), 7), 1.7
+    names = "temperature", "weights", "where", "labels"
+    if reduction == "none":
+        g = rng.normal(size=130).astype(np.float32)
+    options = dict(alpha=0.5, reduction=reduction, cotangent=g, tile=tile)
+    assert_matches(*models, FORWARD, **per_token(rng, 130, *names, vocab=7), **options)
 
 
-@pytest.mark.parametrize("tile", [3, 64, *rarely(1, 16, 200)])
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_any_tile_gives_the_same_answer(rng, tile, reduction):
-    s, t = rounded(rng, (130, 7)), rounded(rng, (130, 7))
-    arguments = dict(
-        temperature=jnp.asarray(rng.uniform(0.5, 3, size=130), jnp.float32),
-        weights=jnp.asarray(rng.uniform(0, 2, size=130), jnp.float32),
-        where=jnp.asarray(rng.random(130) < 0.7),
-        labels=jnp.asarray(rng.integers(0, 7, size=130)),
-    )
-    g = rng.normal(size=130) if reduction == "none" else 1.0
-    g = np.asarray(g, np.float32)
-    assert_matches(
-        s,
-        t,
-        FORWARD,
-        tile=tile,
-        reduction=reduction,
-        alpha=0.5,
-        cotangent=g,
-        **arguments,
-    )
-
-
-@pytest.mark.parametrize("shape", [(), (2, 1, 3), *rarely(((1,),), ((6,),), ((2, 3),))])
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_batch_shapes(rng, shape, reduction):
-    s, t = rounded(rng, (*shape, 5)), rounded(rng, (*shape, 5))
-    weights = jnp.asarray(rng.uniform(1, 2, size=shape), jnp.float32)
-    value, _ = assert_matches(s, t, FORWARD, weights=weights, reduction=reduction)
+@pytest.mark.parametrize(
+    "source, shape, reduction",
+    [
+        *(("logits", x, y) for x in ((), (2, 1, 3)) for y in ("none", "mean")),
+        *(("head", shape, "none") for shape in ((), (6,), (2, 3))),
+        ("head", (), "mean"),
+        ("bucket", (2, 3), "none"),
+        *rarely(*(("logits", x, "none") for x in ((1,), (6,), (2, 3)))),
+        *rarely(*(("logits", x, "mean") for x in ((1,), (6,), (2, 3)))),
+        *rarely(("bucket", (), "none")),
+    ],
+)
+def test_batch_shapes(rng, source, shape, reduction):
+    models = make_models(rng, source, shape, 11)
+    options = dict(reduction=reduction, tile=4 if source == "head" else None)
+    options["weights"] = jnp.asarray(rng.uniform(1, 2, size=shape), jnp.float32)
+    g = np.float32(rng.normal(size=shape if reduction == "none" else ()))
+    value, _ = assert_matches(*models, FORWARD, cotangent=g, **options)
     assert value.shape == (shape if reduction == "none" else ())
 
 
-# Temperature and its square.
+# The square of the temperature.
 
 
 @pytest.mark.parametrize("divergence", [FORWARD, USER], ids=["forward", "user"])
@@ -197,7 +275,7 @@ def test_t_squared_is_the_students_and_optional(rng, divergence):
     assert_close(with_square, 9 * np.float64(without), 1e-6)
 
 
-# Labels, label smoothing, z-loss.
+# Labels, label smoothing and z-loss.
 
 
 @pytest.mark.parametrize("alpha", [0.3, *rarely(0.0, 1.0)])
@@ -229,7 +307,7 @@ def test_cross_entropy_matches_torch(rng, dtype, label_smoothing):
         t,
         labels=jnp.asarray(labels),
         alpha=0.0,
-        temperature=4.0,  # has no part in the cross-entropy
+        temperature=4.0,  # the cross-entropy does not use it
         label_smoothing=label_smoothing,
         reduction="none",
     )
@@ -252,7 +330,7 @@ def test_a_label_of_minus_100_drops_only_its_cross_entropy(rng):
     got = f(labels=jnp.array([2, -100, 3]), alpha=0.25)
     lse = jax.nn.logsumexp(s, -1) ** 2 / 10
     assert_close(got[1], 0.25 * (f() - lse)[1] + lse[1], 1e-6)
-    # and it still counts in the mean
+    # The token still counts in the mean.
     arguments = dict(labels=jnp.array([2, -100, 3]), alpha=0.25, z_loss=0.1)
     assert_close(evaluate(s, t, **arguments)[0], got.mean(), 1e-6)
 
@@ -265,7 +343,7 @@ def test_z_loss_is_of_the_student_at_temperature_one(rng):
     plain = lambda s: 0.5 * jnp.sum(jax.nn.logsumexp(s, -1) ** 2)
     value, grad = jax.value_and_grad(f)(s)
     assert_close(value, plain(s), 1e-6)
-    # The teacher is the same array here: its own gradient must not leak in.
+    # The teacher is the same array, and its own gradient must not leak in.
     assert_close(grad, jax.grad(plain)(s), 1e-5)
 
 
@@ -277,7 +355,7 @@ def test_traced_alpha_smoothing_and_z_loss(rng):
     assert_matches(s, t, FORWARD, labels=labels, expect=numbers, **traced)
 
 
-# Reduction, where, weights, normalizer, vocab_size.
+# Reductions, masks, weights, normalizers and padding.
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
@@ -331,22 +409,41 @@ def test_the_number_of_tokens_in_a_traced_mask_is_a_normalizer(rng):
     np.testing.assert_allclose(in_halves(where), whole, rtol=1e-6)
 
 
-@over_kinds
-def test_vocab_size_cuts_the_padding_of_both_models(rng, divergence, reference):
-    s, t = rng.normal(size=(4, 16)), rng.normal(size=(4, 20))
-    junk = np.array([np.nan, np.inf, -np.inf, 1e30, 0])
-    s[:, 11:] = junk
-    t[:, 11:16], t[:, 16:] = junk, 50.0
-    s, t = jnp.asarray(s, jnp.float32), jnp.asarray(t, jnp.float32)
-    arguments = dict(
+JUNK = (np.nan, np.inf, -np.inf, 1e30, 0.0, 50.0)
+
+
+@pytest.mark.parametrize(
+    "source, divergence, junk",
+    [
+        ("logits", FORWARD, JUNK),
+        ("bucket", FORWARD, JUNK),
+        *(("head", divergence, np.nan) for divergence in (FORWARD, USER)),
+        *rarely(*(("logits", ALL[name], JUNK) for name in KINDS)),
+        *rarely(*(("head", x, y) for x in (FORWARD, USER) for y in (np.inf, 1e30))),
+    ],
+)
+def test_padding_columns_may_hold_anything(rng, source, divergence, junk):
+    def spoil(x):
+        if isinstance(x, jax.Array):
+            return x.at[..., 11:].set(np.resize(junk, x.shape[-1] - 11))
+        return replace(x, kernel=spoil(x.kernel), bias=spoil(x.bias))
+
+    student, teacher = make_models(rng, source, (4,), 11, pad=(6, 9), bias=True)
+    _, grads = assert_matches(
+        spoil(student),
+        teacher if source in TAILS else spoil(teacher),
+        divergence,
         temperature=jnp.float32(2),
         labels=jnp.array([0, 10, 3, -100]),
         label_smoothing=0.1,
         alpha=0.5,
         z_loss=0.1,
+        vocab_size=11,
+        tile=2 if source == "head" else None,
     )
-    _, grads = assert_matches(s, t, (divergence, reference), vocab_size=11, **arguments)
-    assert not grads["student"][:, 11:].any() and not grads["teacher"][:, 11:].any()
+    wide = [x for x in jax.tree.leaves(grads) if x.shape and x.shape[-1] > 11]
+    assert len(wide) == {"head": 4, "logits": 2, "bucket": 1}[source]
+    assert not any(x[..., 11:].any() for x in wide)
 
 
 def test_vocab_size_may_equal_a_width(rng):
@@ -358,8 +455,8 @@ def test_vocab_size_may_equal_a_width(rng):
 @over("forward", "reverse", "js_normalized", slow=("symmetric", "skew_reverse"))
 @pytest.mark.parametrize("tile", [None, 8])
 def test_confident_rows_have_gradients_too(rng, divergence, reference, tile):
-    # A normaliser near 1 has no digits for the other outcomes, whose mass is all of the
-    # likely one's gradient: in each row that is far from nothing.
+    # A normaliser near 1 has no digits left for unlikely outcomes. Their mass is all of
+    # the likely one's gradient, and must be right in every row.
     t = rounded(rng, (65, 7), scale=12.0)
     s = t + rounded(rng, (65, 7), scale=0.3)
     arguments = dict(reduction="none")
@@ -418,7 +515,7 @@ def test_jensen_shannon_is_symmetric_at_a_half_only(rng):
 
 @over_kinds
 def test_a_shift_of_the_logits_changes_nothing(rng, divergence, reference):
-    # A grid on which the shifted logits are exact in float32.
+    # On this grid the shifted logits are exact in float32.
     s, t = (jnp.round(rounded(rng, (4, 7)) * 1024) / 1024 for _ in range(2))
     shift = jnp.array([[64.0], [-32.0], [0.0], [8.0]])
     s, t = jnp.stack([s, s + shift, s]), jnp.stack([t, t, t - shift])

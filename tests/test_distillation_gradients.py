@@ -1,4 +1,4 @@
-"""Gradients of `distillation_loss`: of every float argument, and of second order."""
+"""Gradients of `distillation_loss` to every float argument, and second derivatives."""
 
 from functools import partial
 
@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 from jax.test_util import check_grads
 
 import jaxkl
+import jaxkl.reference
 
 from . import oracle
 from .cases import (
@@ -17,12 +19,14 @@ from .cases import (
     assert_matches,
     evaluate,
     FORWARD,
+    JENSEN_SHANNON,
     over,
     over_kinds,
     rarely,
     rounded,
 )
 from .helpers import assert_close
+from .sources import expected_of, make_models, per_token
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
@@ -30,19 +34,10 @@ from .helpers import assert_close
 def test_cotangents_scale_the_gradients(rng, divergence, reference, reduction):
     s, t = rounded(rng, (3, 5, 7)), rounded(rng, (3, 5, 7))
     g = rng.normal(size=(3, 5)) if reduction == "none" else np.array(-3.7)
-    assert_matches(
-        s,
-        t,
-        (divergence, reference),
-        cotangent=g.astype(np.float32),
-        reduction=reduction,
-        temperature=jnp.asarray(rng.uniform(0.5, 3, size=(3, 5)), jnp.float32),
-        teacher_temperature=jnp.float32(1.5),
-        weights=jnp.asarray(rng.uniform(0, 2, size=(3, 5)), jnp.float32),
-        labels=jnp.asarray(rng.choice([-100, 0, 6], size=(3, 5))),
-        alpha=0.5,
-        z_loss=0.01,
-    )
+    arrays = per_token(rng, (3, 5), "temperature", "weights", "labels", vocab=7)
+    arrays["teacher_temperature"] = jnp.float32(1.5)
+    options = dict(cotangent=np.float32(g), reduction=reduction, alpha=0.5, z_loss=0.01)
+    assert_matches(s, t, (divergence, reference), **arrays, **options)
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
@@ -52,7 +47,7 @@ def test_value_is_the_same_under_grad(rng, divergence, reference, reduction):
     arguments = dict(divergence=divergence, reduction=reduction)
     plain = jax.jit(partial(jaxkl.distillation_loss, **arguments))(s, t)
     under_grad, _ = evaluate(s, t, **arguments)
-    # The same sums in the same order: at most the compiler's last bits apart.
+    # The same sums in the same order differ by no more than a compiler's last bits.
     plain, under_grad = np.asarray(plain), np.asarray(under_grad)
     np.testing.assert_array_max_ulp(plain, under_grad, maxulp=8)
 
@@ -111,7 +106,7 @@ def test_hessians_of_the_other_reductions(rng, divergence, reference, reduction)
 
 
 def _assert_hessians(rng, divergence, reference, reduction):
-    # Both logits, temperature and weights at once, so mixed derivatives count too.
+    # Both logits, temperature and weights vary at once: mixed derivatives count too.
     names = ("student", "teacher", "temperature", "weights")
     split, traced_split, size = _flat([(2, 3), (2, 3), (2,), (2,)])
     x = rng.uniform(0.5, 1.5, size=size)
@@ -150,20 +145,54 @@ def _assert_hessians(rng, divergence, reference, reduction):
         assert_close(reverse_reverse, expected, 1e-8, "reverse over reverse")
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-def test_mixed_derivatives_at_a_weight_of_zero(rng, reduction):
-    # As in learning to reweight examples (Ren et al., 2018), which starts at zero.
-    s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
+@pytest.mark.parametrize(
+    "source, reduction",
+    [*(("logits", x) for x in ("none", "sum", "mean")), ("head", "sum")],
+)
+def test_mixed_derivatives_at_a_weight_of_zero(rng, source, reduction):
+    # Learning to reweight examples (Ren et al., 2018) starts with weights of zero.
+    student, teacher = make_models(rng, source, (3,), 5, softcap=None)
+    jacobian, tile = (jax.jacfwd, 2) if source == "head" else (jax.jacrev, None)
     arguments = dict(temperature=2.0, reduction=reduction)
+    flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
 
-    def step(weights):
-        f = lambda s: jaxkl.distillation_loss(s, t, weights=weights, **arguments).sum()
-        return jax.grad(f)(s)
+    @jax.jit
+    def slopes(student, teacher, weights):
+        f = lambda s, w: jaxkl.distillation_loss(
+            s, teacher, weights=w, tile=tile, **arguments
+        ).sum()
+        return jacobian(lambda w: ravel_pytree(jax.grad(f)(student, w))[0])(weights)
 
-    gradient = lambda w: oracle.distillation_loss(s, t, weights=w, **arguments).student
     weights = jnp.array([0.0, 1.0, 2.0])
-    expected = oracle.jacobian(gradient, weights)
-    assert_close(jax.jit(jax.jacrev(step))(weights), expected, 1e-5)
+    expected = oracle.jacobian(
+        lambda w: flat(expected_of(student, teacher, weights=w, **arguments).student),
+        weights,
+    )
+    assert_close(slopes(student, teacher, weights), expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "source, divergence, reduction",
+    [
+        ("bucket", FORWARD, "mean"),
+        *rarely(("renormalize", FORWARD, "mean")),
+        *rarely(*(("head", JENSEN_SHANNON, x) for x in ("mean", "none"))),
+    ],
+)
+def test_hessians_are_those_of_the_reference(rng, source, divergence, reduction):
+    student, teacher = make_models(rng, source, (3,), 5)
+    flat, unravel = ravel_pytree(student)
+
+    def squared(x, loss, **options):
+        options |= dict(divergence=divergence[0], reduction=reduction)
+        return jnp.sum(loss(unravel(x), teacher, **options) ** 2)
+
+    plain = partial(squared, loss=jaxkl.reference.distillation_loss)
+    fused = partial(squared, loss=jaxkl.distillation_loss, tile=2)
+    hessian = jax.jit(jax.hessian(plain))(flat)
+    assert_close(jax.jit(jax.hessian(fused))(flat), hessian, 1e-5)
+    if source == "head":
+        assert_close(jax.jit(jax.jacrev(jax.grad(fused)))(flat), hessian, 1e-5)
 
 
 def test_hessian_of_a_masked_tiled_batch_in_float32(rng):
@@ -177,7 +206,7 @@ def test_hessian_of_a_masked_tiled_batch_in_float32(rng):
     assert_close(hessian, oracle.jacobian(gradient, s), 1e-5)
 
 
-# Every float argument.
+# Float arguments and constants.
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
@@ -205,7 +234,7 @@ def test_teacher_is_a_constant_unless_differentiated(
     rng, divergence, reference, reduction
 ):
     s, t = rounded(rng, (4, 7)), rounded(rng, (4, 7), "bfloat16")
-    # The gradient to the shared temperature is true: it passes through both models.
+    # The gradient to a shared temperature still passes through both models.
     arguments = dict(
         divergence=divergence,
         reduction=reduction,
@@ -257,7 +286,7 @@ def test_a_weight_of_zero_has_a_gradient(rng, reduction):
 
 @over_kinds
 def test_descending_the_gradient_reaches_the_teacher(divergence, reference):
-    # The sign and the direction: the minimum is at student = teacher.
+    # This tests the sign and the direction: the minimum is at student = teacher.
     rng = np.random.default_rng(1)
     s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
     f = lambda s: jaxkl.distillation_loss(s, t, divergence=divergence, reduction="sum")

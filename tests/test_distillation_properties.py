@@ -17,7 +17,7 @@ from .helpers import assert_close, TOLERANCE
 
 SHAPES = [((), 3), ((1,), 1), ((5,), 2), ((2, 3), 11)]
 NAMES = ["forward", "reverse", "js_normalized", "user"]
-# Each shape with each divergence, compiled once; everything else is data.
+# Each shape is compiled once with each divergence; everything else is data.
 COMPILED = [
     (
         shape,
@@ -59,7 +59,7 @@ def _draw_logits(rng, shape, vocab, scale, dtype, masked):
 
 
 def _largest_terms(floats, expected, temperature):
-    """The slope is `-Σ_v x ∂L/∂x / T` and no better known than the sum's terms are."""
+    """The slope is `-Σ_v x ∂L/∂x / T`, and is as exact as the terms of this sum."""
     x = np.asarray(floats[TEMPERED[temperature]], np.float64)
     x = np.where(np.isfinite(x), x, 0)
     slope = np.asarray(getattr(expected, TEMPERED[temperature]), np.float64)
@@ -85,8 +85,8 @@ def test_drawn_inputs(
 ):
     (shape, vocab), name, dtype, reduction, smooth = compiled
     rng = np.random.default_rng(seed)
-    # A column that both models mask; never all of them.
-    # Smoothing would put mass on it: infinite.
+    # Both models mask one column, never all of them. Smoothing would put mass on the
+    # masked column, and its loss would be infinite.
     masked = 0 if mask and vocab > 1 and not smooth else None
     t = _draw_logits(rng, shape, vocab, scale, dtype, masked)
     if noise is None:
@@ -110,8 +110,7 @@ def test_drawn_inputs(
         [-100, vocab - 1, vocab // 2 if vocab > 2 else vocab - 1], shape
     )
     others = dict(
-        labels=jnp.asarray(labels),
-        where=jnp.asarray(rng.random(shape) < kept),
+        labels=jnp.asarray(labels), where=jnp.asarray(rng.random(shape) < kept)
     )
     g = rng.normal(size=shape if reduction == "none" else ()).astype(np.float32)
     value, grads = _compiled(name, reduction)(
@@ -123,11 +122,11 @@ def test_drawn_inputs(
     )  # fmt: skip
 
     assert value.dtype == jnp.float32
-    # Log-probabilities are rounded to digits of their own size, not of the small
-    # differences between models or columns that make the loss.
+    # The rounding of log-probabilities has their own size, not that of the small
+    # differences between models or columns that make up the loss.
     conditioned = 1e-6 * (1 + scale) / min(scale, noise or 1.0)
-    # The cross-entropy of a label that is nearly certain is a small difference of
-    # numbers of order one; at student = teacher there is only the oracle's rounding.
+    # The cross-entropy of a nearly certain label is a small difference of numbers of
+    # order one. At student = teacher there is only the oracle's rounding.
     rounding = 1e-17 if alpha == 1.0 else 4e-7 * max(weights)
     assert_close(value, expected.loss, max(5e-6, conditioned), "value", rounding)
     for argument in ARGUMENTS:
@@ -137,7 +136,7 @@ def test_drawn_inputs(
         assert np.isfinite(grad).all()
         tol = max(TOLERANCE[str(grad.dtype)][1], 3e-5, conditioned)
         slope = rounding * (1 + scale) * float(np.max(np.abs(g)))
-        # f_p - p Σ f_p: at a certain outcome, a small difference of two losses.
+        # At a certain outcome, f_p - p Σ f_p is a small difference of two losses.
         slope += 1e-6 * float(np.max(np.abs(g * expected.loss)))
         if argument in TEMPERED:
             slope += tol * _largest_terms(floats, expected, argument)

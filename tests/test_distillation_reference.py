@@ -1,4 +1,4 @@
-"""`jaxkl.reference.distillation_loss`: the same in plain JAX, and forward mode."""
+"""`jaxkl.reference.distillation_loss` has the same values, and forward mode."""
 
 import inspect
 
@@ -11,8 +11,18 @@ import jaxkl
 import jaxkl.reference
 
 from . import oracle
-from .cases import assert_matches, FORWARD, over_kinds, rounded
+from .cases import (
+    ALL,
+    assert_matches,
+    FORWARD,
+    JENSEN_SHANNON,
+    KINDS,
+    over_kinds,
+    rarely,
+    rounded,
+)
 from .helpers import assert_close
+from .sources import make_models, per_token, TAILS
 
 
 reference_loss = jaxkl.reference.distillation_loss
@@ -25,31 +35,30 @@ def test_same_signature():
     assert defaults(theirs) == defaults(mine)
 
 
-def _everything(rng):
-    arrays = dict(
-        temperature=jnp.asarray(rng.uniform(0.5, 3, size=(3, 5)), jnp.float32),
-        teacher_temperature=jnp.float32(1.5),
-        weights=jnp.asarray(rng.uniform(0, 2, size=(3, 5)), jnp.float32),
-        where=jnp.asarray(rng.random((3, 5)) < 0.7),
-        labels=jnp.asarray(rng.choice([-100, 0, 10], size=(3, 5))),
-    )
-    return arrays, dict(alpha=0.3, label_smoothing=0.1, z_loss=1e-2, vocab_size=11)
+REDUCTIONS = ("none", "sum", "mean")
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-@over_kinds
-def test_matches_the_oracle(rng, divergence, reference, reduction):
-    s, t = rounded(rng, (3, 5, 14)), rounded(rng, (3, 5, 12))
-    arrays, numbers = _everything(rng)
-    assert_matches(
-        s,
-        t,
-        (divergence, reference),
-        loss=reference_loss,
-        reduction=reduction,
-        **arrays,
-        **numbers,
-    )
+@pytest.mark.parametrize(
+    "source, divergence, reduction",
+    [
+        *(("logits", FORWARD, x) for x in REDUCTIONS),
+        ("head", JENSEN_SHANNON, "mean"),
+        ("bucket", FORWARD, "mean"),
+        *rarely(*(("logits", ALL[x], y) for x in KINDS for y in REDUCTIONS)),
+        *rarely(("head", FORWARD, "mean")),
+        *rarely(*((x, FORWARD, "mean") for x in TAILS if x != "bucket")),
+    ],
+)
+def test_matches_the_oracle(rng, source, divergence, reduction):
+    models = make_models(rng, source, (3, 5), 11, pad=(3, 1))
+    arrays = per_token(rng, (3, 5), "temperature", "weights", "where", "labels")
+    if source not in TAILS:
+        arrays["teacher_temperature"] = jnp.float32(1.5)
+    numbers = dict(alpha=0.3, label_smoothing=0.1, z_loss=1e-2, vocab_size=11)
+    options = dict(loss=reference_loss, reduction=reduction)
+    if source == "head":
+        options |= dict(value_tol=1e-5, tol=2e-5)
+    assert_matches(*models, divergence, **arrays, **numbers, **options)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])

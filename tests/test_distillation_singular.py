@@ -1,4 +1,4 @@
-"""Zeros, infinities, dropped rows, and student ≈ teacher."""
+"""Zeros, infinities, dropped rows, and a student close to its teacher."""
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from .cases import (
     USER,
 )
 from .helpers import assert_close, TOLERANCE
+from .sources import per_token
 
 
 inf = np.inf
@@ -45,7 +46,7 @@ SINGULAR = {
     "probabilities that underflow": ([0, -300, 1, 0], [-300, 0, 0, 1]),
     "nothing singular": ([0.5, 1, -1, 0], [0, 1, 2, 3]),
 }
-# Where KL(p ‖ q) is infinite, and where KL(q ‖ p) is.
+# KL(p ‖ q) is infinite in the first rows, and KL(q ‖ p) in the second.
 NO_STUDENT = {
     name for name, (s, t) in SINGULAR.items() if np.any(np.isinf(s) & ~np.isinf(t))
 }
@@ -80,14 +81,14 @@ def _assert_singular(divergence, reference, dtype):
     value, grads = evaluate(s, t, divergence=divergence, **arguments)
     expected = oracle.distillation_loss(s, t, divergence=reference, **arguments)
     with np.errstate(over="ignore"):
-        loss = expected.loss.astype(np.float32)  # 1e86 is inf there
+        loss = expected.loss.astype(np.float32)  # where 1e86 is inf
     for i, name in enumerate(SINGULAR):
         assert_close(value[i], loss[i], 1e-6, f"value: {name}", floor=oracle.ROUNDING)
         overflows = np.isfinite(expected.loss[i]) and np.isinf(loss[i])
         for argument, grad in grads.items():
             want = getattr(expected, argument)[i]
             if np.isfinite(want).all() and not overflows:
-                # f is of the size of the loss: where that is 1e4, so is its rounding.
+                # A loss of 1e4 has terms of that size, and their rounding.
                 finite = np.nan_to_num(expected.loss[i], posinf=0)
                 scale = np.max(np.abs(want)) + 1e-2 * finite
                 np.testing.assert_allclose(
@@ -100,7 +101,7 @@ def _assert_singular(divergence, reference, dtype):
 
 
 def test_the_singular_rows_have_the_gradients_to_test():
-    # So that the test above cannot pass by having nothing finite to compare.
+    # Without finite gradients the test above would compare nothing.
     def finite(divergence, argument):
         s, t = _rows()
         grads = oracle.distillation_loss(s, t, divergence=divergence, reduction="none")
@@ -147,10 +148,7 @@ def test_columns_masked_in_both_models_are_as_if_absent(rng, divergence, referen
     kept = np.array([0, 2, 3, 5, 8])
     hide = lambda x: jnp.full_like(x, -inf).at[:, kept].set(x[:, kept])
     arguments = dict(
-        divergence=divergence,
-        temperature=jnp.float32(2),
-        alpha=0.5,
-        z_loss=0.1,
+        divergence=divergence, temperature=jnp.float32(2), alpha=0.5, z_loss=0.1
     )
     value, grads = evaluate(
         hide(s), hide(t), labels=jnp.array([0, 2, 8, -100]), **arguments
@@ -169,9 +167,9 @@ def test_columns_masked_in_both_models_are_as_if_absent(rng, divergence, referen
 def test_terms_with_no_part_in_the_loss_may_be_infinite(rng):
     s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
     s = s.at[:, 2].set(-inf)
-    # alpha = 0: the divergence is infinite, the cross-entropy is not.
+    # At alpha = 0 the divergence is infinite and the cross-entropy is not.
     assert_matches(s, t, FORWARD, labels=jnp.array([0, 1, 3]), alpha=0.0)
-    # alpha = 1, or a label of -100: the other way round.
+    # At alpha = 1, or with a label of -100, it is the other way round.
     t = t.at[:, 2].set(-inf)
     assert_matches(s, t, FORWARD, labels=jnp.array([2, 1, 3]), alpha=1.0)
     assert_matches(s, t, FORWARD, labels=jnp.array([-100, 1, 3]), alpha=0.5)
@@ -180,7 +178,7 @@ def test_terms_with_no_part_in_the_loss_may_be_infinite(rng):
 @pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_weights_of_terms_with_no_part_in_the_loss(rng, alpha, traced):
-    # The gradient of a weight is the loss of its token, without 0 · inf.
+    # The gradient to a weight is the loss of its token, which must not be 0 · inf.
     s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
     s = s.at[:, 2].set(-inf)
     t = t if alpha == 0 else t.at[:, 2].set(-inf)
@@ -213,28 +211,17 @@ JUNK = {
 def test_where_drops_a_token_whatever_it_holds(rng, divergence, reference, reduction):
     junk = jnp.asarray(list(JUNK.values()), jnp.float32)
     n = len(junk)
-    # Junk in the student, in the teacher, and in both, between tokens that count.
+    # The student, the teacher or both hold junk, between tokens that count.
     s, t = rounded(rng, (4 * n, 5)), rounded(rng, (4 * n, 5))
     dropped = np.arange(4 * n) % 4 != 0
     s = s.at[1::4].set(junk).at[3::4].set(junk)
     t = t.at[2::4].set(junk).at[3::4].set(junk)
-    scalars = jnp.asarray(rng.uniform(0.5, 2, size=(3, 4 * n)), jnp.float32)
-    temperature, teacher_temperature, weights = scalars
-    g = rng.normal(size=4 * n) if reduction == "none" else np.array(1.0)
-    value, grads = assert_matches(
-        s,
-        t,
-        (divergence, reference),
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        weights=weights,
-        where=jnp.asarray(~dropped),
-        labels=jnp.asarray(rng.choice([-100, 0, 4], size=4 * n)),
-        alpha=0.5,
-        z_loss=0.1,
-        reduction=reduction,
-        cotangent=g.astype(np.float32),
-    )
+    names = "temperature", "teacher_temperature", "weights", "labels"
+    arguments = per_token(rng, 4 * n, *names, vocab=5)
+    arguments |= dict(where=jnp.asarray(~dropped), alpha=0.5, z_loss=0.1)
+    g = np.float32(rng.normal(size=4 * n) if reduction == "none" else 1)
+    options = dict(reduction=reduction, cotangent=g)
+    value, grads = assert_matches(s, t, (divergence, reference), **arguments, **options)
     for name, grad in grads.items():
         assert not grad[dropped].any(), name
     if reduction == "none":
@@ -303,14 +290,14 @@ def test_no_weight_gives_a_mean_of_zero(rng):
     value, grads = evaluate(s, t, weights=jnp.zeros(4), temperature=jnp.float32(2))
     assert value == 0
     assert all(not grad.any() for grad in grads.values())
-    # Beside a normalizer there is something to divide by, and weights have gradients.
+    # A normalizer gives something to divide by, and then weights have gradients.
     value, grads = assert_matches(
         s, t, FORWARD, weights=jnp.zeros(4), normalizer=jnp.float32(3)
     )
     assert value == 0 and grads["weights"].all()
 
 
-# Student ≈ teacher: no cancellation.
+# A student close to its teacher.
 
 
 @over("forward", slow=[x for x in CATALOGUE if x != "forward"])
@@ -336,7 +323,7 @@ def test_relatively_accurate_near_the_teacher(rng, divergence, reference):
             value[i], expected.loss[i].astype(np.float64), rtol=tol
         )
         if divergence == jaxkl.TotalVariation():
-            continue  # the sign of a difference that is below float32's rounding
+            continue  # its slope is the sign of a difference below float32's rounding
         for j in range(tokens):
             assert_close(grads["student"][i, j], expected.student[i, j], grad_tol)
             assert_close(grads["teacher"][i, j], expected.teacher[i, j], grad_tol)
@@ -348,7 +335,7 @@ def test_half_precision_logits_lose_nothing_more(rng, divergence, reference, dty
     t = rounded(rng, (4, 1001), dtype)
     s = (t.astype(jnp.float32) + rounded(rng, (4, 1001), scale=0.05)).astype(dtype)
     value, _ = assert_matches(
-        s, t, (divergence, reference), reduction="none", tol=(1e-5, 1e-2)
+        s, t, (divergence, reference), reduction="none", value_tol=1e-5, tol=1e-2
     )
     assert value.dtype == jnp.float32
 

@@ -1,5 +1,6 @@
 """`distillation_loss` under JAX's transformations, compilation and export."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -10,36 +11,72 @@ from jax import export
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 import jaxkl
+from jaxkl import LinearHead, SparseTeacher
 
 from . import oracle
-from .cases import assert_gradient, evaluate, over_kinds, rarely, rounded
+from .cases import (
+    assert_gradient,
+    assert_source_gradient,
+    each,
+    evaluate,
+    KINDS,
+    over_kinds,
+    over_sources,
+    rarely,
+    rounded,
+)
 from .helpers import assert_close
+from .sources import expected_of, make_models, per_token, TAILS
 
 
-def test_vmap(rng):
-    s, t = rounded(rng, (3, 5, 7)), rounded(rng, (5, 7))
-    temperature = jnp.asarray(rng.uniform(1, 2, size=(3, 5)), jnp.float32)
-    where = jnp.asarray(rng.random((3, 5)) < 0.6)
+VALUE_TOL = {"logits": 1e-6}  # other sources have 5e-6
+CHECKPOINTS = {"": lambda f: f, "checkpoint": jax.checkpoint}
+
+
+def tokens_of(source):
+    """The arrays of a source that have a row for each token."""
+    return source.hidden if isinstance(source, LinearHead) else source
+
+
+def with_tokens(source, rows):
+    return replace(source, hidden=rows) if isinstance(source, LinearHead) else rows
+
+
+@pytest.mark.parametrize("source", ["logits", "head"])
+def test_vmap(rng, source):
+    # Students with hidden states of their own share a kernel and a teacher.
+    student, _ = make_models(rng, source, (3, 5), 11)
+    _, teacher = make_models(rng, source, (5,), 11)
+    temperature, where = per_token(rng, (3, 5), "temperature", "where").values()
+    tile = 2 if source == "head" else None
 
     def f(s, t, temperature, where):
         return jaxkl.distillation_loss(
-            s, t, temperature=temperature, where=where, differentiate_teacher=True
-        )
+            s, t, temperature=temperature, where=where, differentiate_teacher=True,
+            tile=tile,
+        )  # fmt: skip
 
     grad = jax.value_and_grad(f, argnums=(0, 1, 2))
-    in_axes = (0, None, 0, 0)
-    value, grads = jax.jit(jax.vmap(grad, in_axes))(s, t, temperature, where)
+    shared = jax.tree.map(lambda _: None, student)
+    in_axes = with_tokens(shared, 0), None, 0, 0
+    value, grads = jax.jit(jax.vmap(grad, in_axes))(
+        student, teacher, temperature, where
+    )
     for i in range(3):
-        expected = oracle.distillation_loss(
-            s[i], t, temperature=temperature[i], where=where[i]
-        )
-        assert_close(value[i], expected.loss, 1e-6)
-        assert_close(grads[0][i], expected.student, 1e-5)
-        assert_close(grads[1][i], expected.teacher, 1e-5)
-        assert_gradient("temperature", grads[2][i], expected, 1e-5)
-    # The transpose of a broadcast: the gradient of a vmap, not the vmap of a gradient.
-    total = lambda t: jax.vmap(f, in_axes)(s, t, temperature, where).sum()
-    assert_close(jax.jit(jax.grad(total))(t), grads[1].sum(0), 1e-5)
+        one = with_tokens(student, tokens_of(student)[i])
+        expected = expected_of(one, teacher, temperature=temperature[i], where=where[i])
+        assert_close(value[i], expected.loss, VALUE_TOL.get(source, 5e-6))
+        d_student, d_teacher, d_T = jax.tree.map(lambda x: x[i], grads)  # noqa: B023
+        assert_source_gradient(one, d_student, expected.student, "student")
+        assert_source_gradient(teacher, d_teacher, expected.teacher, "teacher")
+        assert_gradient("temperature", d_T, expected, 1e-5)
+    # The gradient of a vmap transposes its broadcasts; the vmap of a gradient does not.
+    total = lambda s, t: jax.vmap(f, in_axes)(s, t, temperature, where).sum()
+    d_student, d_teacher = jax.jit(jax.grad(total, (0, 1)))(student, teacher)
+    once = jax.tree.map(lambda x: x.sum(0), grads)
+    assert_source_gradient(teacher, d_teacher, once[1], "teacher")
+    shared = with_tokens(once[0], tokens_of(grads[0]))
+    assert_source_gradient(student, d_student, shared, "student")
 
 
 def test_vmap_over_the_tokens_of_the_loss(rng):
@@ -48,32 +85,61 @@ def test_vmap_over_the_tokens_of_the_loss(rng):
     assert_close(value, jaxkl.distillation_loss(s, t, reduction="none"), 1e-6)
 
 
-def test_scan_of_grad(rng):
-    s, t = rounded(rng, (4, 7)), rounded(rng, (4, 7))
-    f = lambda s: jaxkl.distillation_loss(s, t, temperature=2.0)
-    step = lambda s, _: (s - 0.5 * jax.grad(f)(s), f(s))
-    _, losses = jax.jit(lambda s: jax.lax.scan(step, s, length=5))(s)
-    x, expected = np.asarray(s, np.longdouble), []
+@pytest.mark.parametrize("source", ["logits", "head"])
+def test_scan_of_grad(rng, source):
+    student, teacher = make_models(rng, source, (5,), 11)
+    tile = 2 if source == "head" else None
+    f = lambda s: jaxkl.distillation_loss(s, teacher, temperature=2.0, tile=tile)
+    descend = lambda x, d: x - 0.5 * d
+
+    def step(s, _):
+        value, grad = jax.value_and_grad(f)(s)
+        return jax.tree.map(descend, s, grad), value
+
+    _, losses = jax.jit(lambda s: jax.lax.scan(step, s, length=5))(student)
+    exact, expected = jax.tree.map(lambda x: np.asarray(x, np.float64), student), []
     for _ in range(5):
-        result = oracle.distillation_loss(x, t, temperature=2.0)
+        result = expected_of(exact, teacher, temperature=2.0)
         expected.append(result.loss)
-        x = x - 0.5 * result.student
-    assert_close(losses, expected, 1e-6)
+        exact = jax.tree.map(descend, exact, result.student)
+    assert_close(losses, expected, VALUE_TOL.get(source, 5e-6))
 
 
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["", "checkpoint"])
-def test_grad_of_scan(rng, wrap):
-    s, t = rounded(rng, (3, 5, 7)), rounded(rng, (3, 5, 7))
-    body = wrap(partial(jaxkl.distillation_loss, temperature=2.0, reduction="sum"))
+@pytest.mark.parametrize(
+    "source, wrap",
+    [
+        *(("logits", wrap) for wrap in CHECKPOINTS),
+        *(("head", wrap) for wrap in CHECKPOINTS),
+        ("bucket", "checkpoint"),
+        *rarely(("renormalize", "checkpoint")),
+    ],
+)
+def test_grad_of_scan(rng, source, wrap):
+    student, teacher = make_models(rng, source, (3, 5), 11)
+    tile = None if source == "logits" else 2
+    body = partial(jaxkl.distillation_loss, temperature=2.0, reduction="sum", tile=tile)
+    body = CHECKPOINTS[wrap](body)
 
     @jax.jit
     @jax.grad
-    def grad(s):
-        step = lambda total, st: (total + body(*st), None)
-        return jax.lax.scan(step, jnp.float32(0), (s, t))[0]
+    def grad(student):
+        def step(total, rows):
+            s, t = map(with_tokens, (student, teacher), rows)
+            return total + body(s, t), None
 
-    expected = oracle.distillation_loss(s, t, temperature=2.0, reduction="sum")
-    assert_close(grad(s), expected.student, 1e-5)
+        rows = tokens_of(student), tokens_of(teacher)
+        return jax.lax.scan(step, jnp.float32(0), rows)[0]
+
+    expected = expected_of(student, teacher, temperature=2.0, reduction="sum")
+    assert_source_gradient(student, grad(student), expected.student, "student")
+
+
+@pytest.mark.parametrize("tail", ["bucket", *rarely("renormalize")])
+def test_vmap_over_lists(rng, tail):
+    s, teacher = make_models(rng, tail, (3, 4), 11)
+    f = partial(jaxkl.distillation_loss, tile=2)
+    expected = 3 * expected_of(s, teacher).student
+    assert_close(jax.jit(jax.vmap(jax.grad(f)))(s, teacher), expected, 1e-5)
 
 
 def test_checkpoint(rng):
@@ -93,7 +159,7 @@ def test_jacrev(rng):
     assert_close(jax.jit(jax.jacrev(f))(s), expected, 1e-5)
 
 
-def test_cond_and_while(rng):
+def test_cond(rng):
     s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
     f = lambda s: jax.lax.cond(
         s[0, 0] > -jnp.inf,
@@ -105,7 +171,7 @@ def test_cond_and_while(rng):
 
 
 def test_forward_mode_is_refused_by_jax(rng):
-    # A fact of `custom_vjp`, here so that it is known. `jaxkl.reference` has it.
+    # `custom_vjp` has no forward mode; `jaxkl.reference` has.
     s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
     f = lambda s: jaxkl.distillation_loss(s, t)
     with pytest.raises(TypeError, match="forward-mode"):
@@ -114,8 +180,9 @@ def test_forward_mode_is_refused_by_jax(rng):
         jax.jacfwd(f)(s)
 
 
-@over_kinds
-def test_one_trace_for_repeated_calls(rng, divergence, reference):
+@over_sources("logits forward", "head forward", slow=each("logits", KINDS))
+def test_one_trace_for_repeated_calls(rng, source, divergence):
+    divergence, _ = divergence
     traces = 0
 
     @partial(jax.jit, static_argnames="divergence")
@@ -127,11 +194,11 @@ def test_one_trace_for_repeated_calls(rng, divergence, reference):
         )
 
     for temperature in (1.0, 2.0, 3.0):
-        s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
+        student, teacher = make_models(rng, source, (3,), 11)
         # A new instance is the same divergence, wherever it has parameters.
         fields = getattr(divergence, "__dict__", None)
         again = type(divergence)(**fields) if fields else divergence
-        f(s, t, temperature, divergence=again)
+        f(student, teacher, temperature, divergence=again)
     assert traces == 1
 
 
@@ -155,39 +222,52 @@ def test_a_call_in_a_loop_does_not_trace_the_divergence_again(rng):
     assert traces == first
 
 
-# Export: one artefact for three platforms, for any number of tokens.
+# One exported artefact serves three platforms and any number of tokens.
 
 
-@pytest.mark.parametrize("tile", [None, 4])
-@pytest.mark.parametrize("dtype", ["float32", *rarely("bfloat16")])
-def test_export(rng, dtype, tile):
-    def f(s, t, temperature, where):
+@pytest.mark.parametrize(
+    "source, dtype, tile",
+    [
+        *(("logits", "float32", tile) for tile in (None, 4)),
+        ("bucket", "float32", None),
+        *rarely(*(("logits", "bfloat16", tile) for tile in (None, 4))),
+        *rarely(*((x, "float32", None) for x in TAILS if x != "bucket")),
+    ],
+)
+def test_export(rng, source, dtype, tile):
+    draw = lambda *tokens: make_models(rng, source, tokens, 11, dtype)
+    structure = jax.tree.structure(draw(1, 1)[1])
+
+    def f(s, arrays, temperature, where):
+        teacher = structure.unflatten(arrays)
         return jaxkl.distillation_loss(
-            s, t, temperature=temperature, where=where, tile=tile
+            s, teacher, temperature=temperature, where=where, tile=tile
         )
 
     n, b = export.symbolic_shape("n, b")
-    shapes = (
-        jax.ShapeDtypeStruct((b, n, 11), dtype),
-        jax.ShapeDtypeStruct((b, n, 11), dtype),
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((b, n, x.shape[-1]), x.dtype), draw(1, 1)
+    )
+    grad = jax.jit(jax.value_and_grad(f, argnums=(0, 2)))
+    exported = export.export(grad, platforms=("cpu", "tpu", "cuda"))(
+        shapes[0],
+        jax.tree.leaves(shapes[1]),
         jax.ShapeDtypeStruct((), jnp.float32),
         jax.ShapeDtypeStruct((b, n), bool),
     )
-    grad = jax.jit(jax.value_and_grad(f, argnums=(0, 2)))
-    exported = export.export(grad, platforms=("cpu", "tpu", "cuda"))(*shapes)
     again = export.deserialize(exported.serialize())
     assert set(again.platforms) == {"cpu", "tpu", "cuda"}
     for tokens in ((1, 1), (2, 9)):
-        s, t = rounded(rng, (*tokens, 11), dtype), rounded(rng, (*tokens, 11), dtype)
+        s, teacher = draw(*tokens)
         temperature, where = jnp.float32(1.5), jnp.asarray(rng.random(tokens) < 0.8)
-        value, (d_s, d_T) = again.call(s, t, temperature, where)
-        expected = oracle.distillation_loss(s, t, temperature=1.5, where=where)
-        assert_close(value, expected.loss, 1e-6)
-        assert_close(d_s, expected.student, 1e-5 if dtype == "float32" else 1e-2)
+        value, (d_s, d_T) = again.call(s, jax.tree.leaves(teacher), temperature, where)
+        expected = expected_of(s, teacher, temperature=1.5, where=where)
+        assert_close(value, expected.loss, VALUE_TOL.get(source, 5e-6))
+        assert_source_gradient(s, d_s, expected.student, "student")
         assert_gradient("temperature", d_T, expected, 1e-5)
 
 
-# Many devices: tokens over a mesh.
+# Tokens are spread over the devices of a mesh.
 
 
 def _mesh(**axes):
@@ -195,41 +275,64 @@ def _mesh(**axes):
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=auto)
 
 
-@pytest.mark.parametrize("tile", [None, 2])
-@pytest.mark.parametrize("inside", [False, True], ids=["grad outside", "grad inside"])
-def test_shard_map_over_tokens(rng, inside, tile):
-    mesh = _mesh(data=8)
-    s, t = rounded(rng, (24, 7)), rounded(rng, (24, 7))
-    weights = jnp.asarray(rng.uniform(0, 2, size=24), jnp.float32)
-    where = jnp.asarray(rng.random(24) < 0.7).at[:3].set(False)  # nothing on device 0
-    temperature = jnp.float32(1.7)
-    total = jnp.sum(jnp.where(where, weights, 0))
+@pytest.mark.parametrize(
+    "source, inside, tile",
+    [
+        *(("logits", inside, tile) for inside in (False, True) for tile in (None, 2)),
+        ("head", False, 2),
+        ("head", True, None),
+        ("head, bucket", False, 1),
+    ],
+)
+def test_shard_map_over_tokens(rng, source, inside, tile):
+    # The gradient is taken inside or outside of shard_map.
+    student, teacher = make_models(rng, source, (24,), 11)
+    listed = isinstance(teacher, SparseTeacher)
+    floats = dict(
+        student=student,
+        teacher=teacher,
+        temperature=jnp.float32(1.7),
+        **per_token(rng, 24, "weights"),
+    )
+    where = per_token(rng, 24, "where")["where"]
+    where = where.at[:3].set(False)  # device 0 has nothing to count
 
-    def local(s, temperature, weights, t, where):
+    def local(floats, where):
+        total = jnp.sum(jnp.where(where, floats["weights"], 0))
         value = jaxkl.distillation_loss(
-            s, t, temperature=temperature, weights=weights, where=where,
-            normalizer=total, tile=tile,
+            **floats, where=where, normalizer=jax.lax.psum(total, "data"), tile=tile,
+            differentiate_teacher=not listed,
         )  # fmt: skip
         return jax.lax.psum(value, "data")
 
-    grads = jax.value_and_grad(local, argnums=(0, 1, 2))
     rows = P("data")
+    specs = dict(student=rows, teacher=rows, temperature=P(), weights=rows)
+    for name in ("student", "teacher"):
+        if isinstance(floats[name], LinearHead):
+            specs[name] = replace(
+                jax.tree.map(lambda _: P(), floats[name]), hidden=rows
+            )
+    grad = partial(jax.value_and_grad, allow_int=listed)
     shard = partial(
-        jax.shard_map, mesh=mesh, in_specs=(rows, P(), rows, rows, rows), check_vma=True
+        jax.shard_map, mesh=_mesh(data=8), in_specs=(specs, rows), check_vma=True
     )
     if inside:
-        f = shard(grads, out_specs=(P(), (rows, P(), rows)))
+        f = shard(grad(local), out_specs=(P(), specs))
     else:
-        f = jax.value_and_grad(shard(local, out_specs=P()), argnums=(0, 1, 2))
-    value, (d_s, d_T, d_w) = jax.jit(f)(s, temperature, weights, t, where)
-    expected = oracle.distillation_loss(
-        s, t, temperature=temperature, weights=weights, where=where,
-        normalizer=float(total),
-    )  # fmt: skip
-    assert_close(value, expected.loss, 1e-6)
-    assert_close(d_s, expected.student, 1e-5)
-    assert_gradient("temperature", d_T, expected, 1e-5)
-    assert_close(d_w, expected.weights, 1e-5)
+        f = grad(shard(local, out_specs=P()))
+    value, grads = jax.jit(f)(floats, where)
+    weights = floats["weights"]
+    expected = expected_of(
+        **floats, where=where, normalizer=float(weights[where].sum())
+    )
+    assert_close(value, expected.loss, VALUE_TOL.get(source, 5e-6))
+    assert_source_gradient(student, grads["student"], expected.student, "student")
+    if listed:
+        assert not grads["teacher"].log_probs.any()  # constants, as documented
+    else:
+        assert_source_gradient(teacher, grads["teacher"], expected.teacher, "teacher")
+    assert_gradient("temperature", grads["temperature"], expected, 1e-5)
+    assert_close(grads["weights"], expected.weights, 1e-5)
 
 
 @over_kinds
@@ -263,7 +366,7 @@ def test_jit_with_a_sharded_batch(rng, reduction):
     assert_close(grads["teacher"], expected.teacher, 1e-5)
 
 
-# Memory. Compiled for shapes, never run.
+# Memory is read off programs that are compiled for shapes and never run.
 
 TOKENS, VOCAB = 4096, 32000
 
@@ -305,9 +408,9 @@ def test_no_temporary_of_the_size_of_the_logits(static, others):
 
 
 def test_slopes_are_evaluated_again_and_not_kept():
-    """In bfloat16 all tokens are one tile on CPU, and its arrays are float32."""
+    """In bfloat16 all tokens are one tile on a CPU, whose arrays are float32."""
     loss = partial(jaxkl.distillation_loss, divergence=jaxkl.JensenShannon(0.5))
-    assert _temporaries(loss, "bfloat16") / 2 < 6.5  # arrays; with the slopes it is 7
+    assert _temporaries(loss, "bfloat16") / 2 < 6.5  # arrays; slopes make it 7
 
 
 def test_plain_jax_breaks_the_memory_bound():

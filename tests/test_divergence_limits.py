@@ -1,4 +1,4 @@
-"""The catalogue by elements: derivatives, ends of parameters, singular points."""
+"""Derivatives of the catalogue, ends of its parameters, and singular points."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from .helpers import assert_close
 
 pytestmark = pytest.mark.slow
 
-# Ends of the parameters, beside what they must be.
+# The ends of each parameter, beside the divergence they must give.
 LIMITS = {
     "alpha_zero": (jaxkl.AlphaDivergence(0), oracle.reverse_kl),
     "alpha_one": (jaxkl.AlphaDivergence(1), oracle.forward_kl),
@@ -74,7 +74,7 @@ def test_near_the_teacher(rng, divergence, reference):
         exact = (oracle.log_softmax(x) for x in (t, s))
         expected = reference(*exact)[0].sum(-1).astype(np.float64)
         assert (divergence(log_p, log_q) >= 0).all()
-        # What the rounding of the logarithms, about 1e-7, is of the noise.
+        # The rounding of the logarithms, about 1e-7, relative to the noise.
         tol = 0.02 if noise == 1e-4 else 2e-4
         np.testing.assert_allclose(total, expected, rtol=tol)
 

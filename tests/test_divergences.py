@@ -1,4 +1,4 @@
-"""The catalogue itself: elementwise functions of log-probabilities."""
+"""The catalogue's elementwise functions of log-probabilities."""
 
 import dataclasses
 import pickle
@@ -24,7 +24,7 @@ def test_a_divergence_is_the_sum_of_its_terms(rng, divergence, reference):
     log_p, log_q = _log_probs(rng), _log_probs(rng)
     terms = divergence(log_p, log_q)
     assert terms.shape == log_p.shape and terms.dtype == log_p.dtype
-    # Each term is non-negative, which is what keeps the sum from cancelling.
+    # A sum of non-negative terms does not cancel.
     assert (terms >= 0).all()
     expected, _, _ = reference(*(np.asarray(x, np.longdouble) for x in (log_p, log_q)))
     assert_close(terms.sum(-1), expected.sum(-1), 2e-6)

@@ -1,4 +1,4 @@
-"""The code of the site and of the README runs, and the reference leaves nothing out."""
+"""The code of the site and of the README runs, and the reference is complete."""
 
 import contextlib
 import io
@@ -6,15 +6,17 @@ import pathlib
 import re
 
 import jax
+import numpy as np
 import pytest
 
 import jaxkl
 
 
 ROOT = pathlib.Path(__file__).parent.parent
+README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-READ_IN_PLACE = [ROOT / "README.md", ROOT / "examples/smollm2/README.md", *PAGES]
+READ_IN_PLACE = [README, ROOT / "examples/smollm2/README.md", *PAGES]
 FENCE = re.compile(r"^( *)(`{3,}|~{3,})(.*)$")
 LANGUAGES = {"python", "bash", "console", "text"}
 
@@ -40,29 +42,27 @@ def blocks(page):
 
 
 def programs():
-    """README first; what takes long is left to CI."""
-    found = [page for page in PAGES if "```python" in page.read_text()]
-    return [ROOT / "README.md", *(pytest.param(x, marks=marks(x)) for x in found)]
-
-
-def marks(page):
-    with_torch = "\nimport torch\n" in page.read_text()
-    return [pytest.mark.slow, pytest.mark.torch if with_torch else pytest.mark.newest]
+    for page in PAGES:
+        text = page.read_text()
+        mark = pytest.mark.torch if "\nimport torch\n" in text else pytest.mark.newest
+        if "```python" in text:
+            yield pytest.param(page, marks=[pytest.mark.slow, mark])
 
 
 @pytest.fixture
 def as_users_have_it():
-    """JAX's defaults, where other tests are stricter; compiled in less time."""
+    """JAX's defaults, as other tests are stricter, and quick compilation."""
     jax.config.update("jax_disable_most_optimizations", True)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.mark.usefixtures("as_users_have_it")
-@pytest.mark.parametrize("page", programs(), ids=name)
-def test_the_code_runs(page):
-    """In order, as one program; what it asserts holds, and what it prints is shown."""
+def run(page):
+    """Runs the blocks of a page as one program, and returns what it defines.
+
+    What the page asserts must hold, and what it prints must be what it shows.
+    """
     names = {"__name__": "page"}
     printed = None
     for line, language, text in blocks(page):
@@ -74,6 +74,28 @@ def test_the_code_runs(page):
         elif language == "text":
             assert printed == text, f"{name(page)}:{line}: other output"
             printed = None
+    return names
+
+
+@pytest.mark.usefixtures("as_users_have_it")
+@pytest.mark.parametrize("page", [*programs()], ids=name)
+def test_the_code_of_a_page_runs(page):
+    assert len(run(page)) > 1
+
+
+@pytest.mark.usefixtures("as_users_have_it")
+def test_the_code_of_the_readme_runs_and_is_right():
+    names = run(README)
+    s, t = (
+        np.asarray(names[name], np.float64) / names["T"]
+        for name in ("student_logits", "teacher_logits")
+    )
+    log_q, log_p = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (s, t))
+    kl = np.sum(np.exp(log_p) * (log_p - log_q), -1).mean()
+    np.testing.assert_allclose(names["same"], names["T"] ** 2 * kl, rtol=1e-5)
+    assert names["gradient"].shape == names["student_logits"].shape
+    assert names["d_hidden"].shape == names["hidden"].shape
+    assert names["d_kernel"].shape == names["kernel"].shape
 
 
 @pytest.mark.parametrize("page", [ROOT / "CONTRIBUTING.md", *PAGES], ids=name)
@@ -84,7 +106,7 @@ def test_every_block_has_a_language(page):
 
 @pytest.mark.parametrize("page", READ_IN_PLACE, ids=name)
 def test_links_lead_to_files_of_the_repository(page):
-    """As they are read there; the site checks its own."""
+    """These pages are read in place; the site checks its own links."""
     prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     links = re.findall(r"\]\(([^)\s#]+)", prose)
     absent = () if (DOCS / "images").exists() else (".png",)  # from the sdist
@@ -103,7 +125,7 @@ def test_a_block_without_a_language_is_seen(tmp_path, monkeypatch):
 
 
 def public(module):
-    """Full names of what a user may call: no modules, nothing from elsewhere."""
+    """Full names of what a user may call, without modules and other packages."""
     return {
         f"{module.__name__}.{key}"
         for key, value in vars(module).items()

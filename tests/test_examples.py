@@ -1,4 +1,4 @@
-"""The examples as a user runs them: exit codes, and that what they say is true."""
+"""The examples as a user runs them: they exit as they should, and tell the truth."""
 
 import argparse
 import importlib.util
@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from .cases import rarely
+from .helpers import run_python
+
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 WAYS = ("labels alone", "distilled, same images", "distilled, all images")
 ROWS = ("teacher", *WAYS)
-
-
 PROGRAMS = [x for x in EXAMPLES.rglob("*.py") if "__main__" in x.read_text()]
 
 
@@ -30,7 +31,7 @@ def test_first_line_says_how_to_run_it(program):
     assert command, first
     make, *arguments = shlex.split(command[1])
     assert shutil.which(make)
-    # Not as part of the `make` that may run these tests, whose ARGS it would take.
+    # If `make` runs these tests, the inner `make` must not take the outer one's ARGS.
     outer = "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS", "ARGS", "PYTHON"
     environment = {k: v for k, v in os.environ.items() if k not in outer}
     dry = [make, "--dry-run", *arguments]
@@ -45,9 +46,21 @@ def test_first_line_says_how_to_run_it(program):
         assert python.split("/")[0] in first
 
 
-def run(*arguments):
-    command = [sys.executable, "-W", "error", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300)
+def run(program, *options, patch=None, code=0):
+    """Runs an example that must exit with `code`, after a line of Python if given."""
+    path = EXAMPLES / program
+    start = [path]
+    if patch:
+        then = f"import runpy; runpy.run_path({str(path)!r}, run_name='__main__')"
+        start = ["-c", f"{patch}; {then}"]
+    result = run_python(*start, *options)
+    assert result.returncode == code, result.stdout + result.stderr
+    return result
+
+
+def losses_of(lines):
+    """The printed table of steps: its number, two losses that must agree, and time."""
+    return np.array([x.split() for x in lines if x[:4].strip().isdigit()], float)
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +72,7 @@ def digits():
 
 
 def check_digits(result, out):
-    """Checks the files against the printed table; returns the numbers."""
-    assert result.returncode == 0, result.stderr
+    """Checks the files against the printed table, and returns the numbers."""
     assert "\x1b" not in result.stdout  # piped: no control characters, no wide lines
     table = result.stdout.split(" held-out images;")[1].split("Wrote")[0]
     assert max(map(len, table.splitlines())) <= 80
@@ -107,9 +119,11 @@ def check_picture(path, colours):
     picture = imread(path)[..., :3]
     height, width, _ = picture.shape
     assert height >= 300 and width >= 800
-    assert 0.5 < np.mean(np.all(picture == 1, -1)) < 0.95  # neither blank nor covered
+    assert (
+        0.5 < np.mean(np.all(picture == 1, -1)) < 0.95
+    )  # it is neither blank nor covered
     for half in np.array_split(picture, 2, axis=1):
-        for colour in colours:  # every curve is there, in both panels
+        for colour in colours:  # both panels have every curve
             near = np.all(np.abs(half - np.array(to_rgb(colour))) < 0.02, -1)
             assert near.sum() > 50, colour
 
@@ -119,7 +133,7 @@ def check_picture(path, colours):
 def test_digits_small(tmp_path, digits):
     out = tmp_path / "deep" / "out"
     options = "--steps 30 --seeds 2 --seed 7 --labels 60".split()
-    numbers = check_digits(run(EXAMPLES / "digits.py", *options, "--output", out), out)
+    numbers = check_digits(run("digits.py", *options, "--output", out), out)
     assert numbers["settings"]["labels"] == 60 and numbers["settings"]["seed"] == 7
     assert [row["labels"] for row in numbers["rows"].values()] == [1297, 60, 60, 60]
     assert [row["images"] for row in numbers["rows"].values()] == [1297, 60, 60, 1297]
@@ -130,8 +144,7 @@ def test_digits_small(tmp_path, digits):
 @pytest.mark.slow
 @pytest.mark.parametrize("divergence", ["forward-kl", "reverse-kl", "jensen-shannon"])
 def test_digits_shows_the_known_effect(tmp_path, divergence):
-    options = ("--divergence", divergence, "--output", tmp_path)
-    result = run(EXAMPLES / "digits.py", *options)
+    result = run("digits.py", "--divergence", divergence, "--output", tmp_path)
     numbers = check_digits(result, tmp_path)
     difference = numbers["differences"]["distilled, all images - labels alone"]
     assert difference["accuracy"]["mean"] > 3
@@ -142,7 +155,7 @@ def test_digits_shows_the_known_effect(tmp_path, divergence):
 @pytest.mark.slow
 def test_digits_without_weight_for_the_teacher_is_labels_alone(tmp_path):
     options = "--alpha 0 --steps 30 --seeds 2".split()
-    result = run(EXAMPLES / "digits.py", *options, "--output", tmp_path)
+    result = run("digits.py", *options, "--output", tmp_path)
     rows = check_digits(result, tmp_path)["rows"]
     assert rows["labels alone"]["kl"] == rows["distilled, same images"]["kl"]
     assert "distillation did NOT beat labels alone" in result.stdout
@@ -201,16 +214,14 @@ def test_digits_bad_option(digits, monkeypatch, capsys, tmp_path, option, value)
 
 def test_digits_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
-    result = run(EXAMPLES / "digits.py", "--output", tmp_path / "file" / "out")
-    assert result.returncode == 2
+    result = run("digits.py", "--output", tmp_path / "file" / "out", code=2)
     assert "argument --output: cannot write there" in result.stderr
     assert "Traceback" not in result.stderr
 
 
 @pytest.mark.torch
 def test_from_pytorch_agrees():
-    result = run(EXAMPLES / "from_pytorch.py")
-    assert result.returncode == 0, result.stdout + result.stderr
+    result = run("from_pytorch.py")
     assert result.stderr == ""
     assert "All the same to 1e-05" in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 80
@@ -223,16 +234,14 @@ def test_from_pytorch_agrees():
 @pytest.mark.torch
 @pytest.mark.slow
 def test_from_pytorch_fails_if_something_differs():
-    code = (
-        "import jaxkl, runpy;"
+    patch = (
+        "import jaxkl;"
         "off = lambda f: lambda *args, **kwargs: 1.0001 * f(*args, **kwargs);"
         "jaxkl.kl_div = off(jaxkl.kl_div);"
-        "jaxkl.distillation_loss = off(jaxkl.distillation_loss);"
-        f"runpy.run_path({str(EXAMPLES / 'from_pytorch.py')!r}, run_name='__main__')"
+        "jaxkl.distillation_loss = off(jaxkl.distillation_loss)"
     )
-    result = run("-c", code)
-    assert result.returncode == 1, result.stdout + result.stderr
-    message = result.stdout.split("NOT the same:")[1]
+    message = run("from_pytorch.py", patch=patch, code=1).stdout
+    message = message.split("NOT the same:")[1]
     for what in ("kl_div_loss", "distillation_loss"):
         assert f"step 1, {what}: " in message
         assert f"step 5, gradient of {what} to kernel1: " in message
@@ -241,11 +250,64 @@ def test_from_pytorch_fails_if_something_differs():
 
 
 def test_from_pytorch_without_pytorch():
-    code = (
-        "import runpy, sys; sys.modules['torch'] = None;"
-        f"runpy.run_path({str(EXAMPLES / 'from_pytorch.py')!r}, run_name='__main__')"
-    )
-    result = run("-c", code)
-    assert result.returncode == 2
+    patch = "import sys; sys.modules['torch'] = None"
+    result = run("from_pytorch.py", patch=patch, code=2)
     assert 'pip install "torch==2.13.0"' in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.newest
+@pytest.mark.slow
+def test_fused_head():
+    lines = run("fused_head.py", *"--length 128 --steps 2".split()).stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    steps = losses_of(lines)
+    assert steps.shape == (2, 4) and np.isfinite(steps).all()
+    np.testing.assert_allclose(steps[:, 2], steps[:, 1], rtol=1e-5)
+    assert steps[0, 1] > 0.01 and steps[0, 1] != steps[1, 1]
+    logits, heads = (float(x.split()[1]) for x in lines if "MiB" in x)
+    # One array of logits is 128 MiB.
+    assert logits > 2 * 128 and heads < logits - 128
+
+
+@pytest.mark.parametrize(
+    "options, part",
+    [
+        *rarely(("--vocab 1024 --tokens 64 --steps 2", "(128, 256)")),
+        ("--data 4 --model 2 --vocab 1002 --tokens 68 --steps 2", "(128, 501)"),
+    ],
+)
+def test_sharded_head_has_the_losses_of_one_device(options, part):
+    lines = run("sharded_head.py", *options.split()).stdout.splitlines()
+    assert lines[0].startswith("8 cpu devices") and "same" in lines[-1]
+    assert part in lines[1]
+    steps = losses_of(lines)
+    assert steps.shape == (2, 4)
+    np.testing.assert_allclose(steps[:, 2], steps[:, 1], rtol=1e-5)
+    assert steps[1, 1] < steps[0, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "program, options, patch",
+    [
+        (
+            "fused_head.py",
+            "--vocab 256 --length 16 --steps 1",
+            "import jaxkl;"
+            "Head = jaxkl.LinearHead;"
+            "jaxkl.LinearHead = lambda hidden, kernel: Head(1.001 * hidden, kernel)",
+        ),
+        (
+            "sharded_head.py",
+            "--vocab 64 --tokens 16 --steps 1",
+            "import jaxkl;"
+            "loss = jaxkl.distillation_loss;"
+            "jaxkl.distillation_loss = lambda *x, **y: "
+            "(1 + 1e-3 * ('mesh' in y)) * loss(*x, **y)",
+        ),
+    ],
+)
+def test_heads_fail_if_the_losses_differ(program, options, patch):
+    result = run(program, *options.split(), patch=patch, code=1)
+    assert "NOT the same" in result.stderr

@@ -1,4 +1,4 @@
-"""What `import jaxkl` does not import."""
+"""`import jaxkl` imports no more than it needs."""
 
 from .helpers import run_python
 

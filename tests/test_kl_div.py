@@ -40,7 +40,7 @@ def reduce(loss, reduction, batch):
 
 @pytest.fixture
 def arrays(rng):
-    # Logits of order 1: a saturated softmax hides errors.
+    # The logits are of order 1, as a saturated softmax hides errors.
     x, t = log_softmax(rng.normal(size=(2, 4, 5, 11)), axis=-1)
     return lambda dtype, log_target=False: (
         jnp.asarray(x, dtype),
@@ -107,8 +107,8 @@ def test_second_derivative_at_small_probabilities(t):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @both
 def test_half_precision_rounds_once(rng, dtype, log_target):
-    # Within half a unit in the last place of the float64 value of the same inputs.
-    # 128256: a vocabulary; the true KL is about 1e-3, which half arithmetic loses.
+    # The result is within half a unit in the last place of the float64 value. At a
+    # vocabulary of 128256 the true KL is about 1e-3, which half precision would lose.
     logits = rng.normal(size=128256)
     x = jnp.asarray(log_softmax(logits + 0.05 * rng.normal(size=logits.shape)), dtype)
     t = log_softmax(logits)
@@ -121,7 +121,7 @@ def test_half_precision_rounds_once(rng, dtype, log_target):
     grads = jax.grad(f, argnums=(0, 1))(x, t, "sum")
     for actual, expected in [*checks, (grads[0], d_x), (grads[1], d_t)]:
         assert actual.dtype == dtype
-        # Where terms of order 1 cancel, float32 itself rounds.
+        # Float32 itself rounds where terms of order 1 cancel.
         atol = tiny + 1e-6 * np.abs(expected).max()
         np.testing.assert_allclose(
             np.asarray(actual, np.float64), expected, rtol=half_ulp, atol=atol
@@ -129,14 +129,14 @@ def test_half_precision_rounds_once(rng, dtype, log_target):
 
 
 def test_half_precision_sum_does_not_overflow_on_the_way():
-    # The sum, 80000, is beyond float16; its mean over the batch is not.
+    # The sum, 80000, is beyond float16, but its mean over the batch is not.
     x, t = jnp.full((40, 20), -100.0, jnp.float16), jnp.ones((40, 20), jnp.float16)
     assert kl_div(x, t, reduction="batchmean") == 2000
 
 
 @both
 def test_broadcast_gradient_is_summed_in_float32(log_target):
-    # 4096 terms of 0.3: bfloat16 cannot count past 256 of them.
+    # Of 4096 terms of 0.3, bfloat16 cannot count past 256.
     x = jnp.full((4096, 1), -1.0, jnp.bfloat16)
     t = jnp.asarray(np.log([0.3]) if log_target else [0.3], jnp.bfloat16)
     f = lambda x, t: kl_div(x, t, reduction="sum", log_target=log_target)
@@ -230,7 +230,7 @@ def test_refuses_other_dtypes(kl_div, name, dtype):
         (
             dict(
                 size_average="batchmean"
-            ),  # PyTorch's classic `KLDivLoss("batchmean")`
+            ),  # as PyTorch's `KLDivLoss("batchmean")` has it
             TypeError,
             "`size_average` must be a bool or None, got 'batchmean'",
         ),
@@ -269,7 +269,7 @@ def test_warnings_point_at_the_caller(call):
         call(jnp.ones(3))
     (warning,) = caught
     assert warning.category is UserWarning
-    if "jit" not in call.__code__.co_names:  # then JAX stands in between
+    if "jit" not in call.__code__.co_names:  # JAX would stand in between
         assert warning.filename == __file__
 
 

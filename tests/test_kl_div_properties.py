@@ -1,4 +1,4 @@
-"""Drawn cases of `kl_div` against PyTorch in float64."""
+"""Random cases of `kl_div` against PyTorch in float64."""
 
 import functools
 import itertools
@@ -14,13 +14,13 @@ from jaxkl import kl_div
 
 
 with warnings.catch_warnings():
-    # PyTorch uses what NumPy and Python deprecate.
+    # PyTorch uses what NumPy and Python have deprecated.
     warnings.simplefilter("ignore")
     import torch
 
 
 inf, nan = float("inf"), float("nan")
-# Few shapes and dtypes: each pair is compiled once, for all options.
+# Shapes and dtypes are few: each pair is compiled once, for all options.
 SHAPES = [((2, 3), (2, 3)), ((3,), (2, 3)), ((2, 1), (1, 3)), ((2, 3), ())]
 DTYPES = [("float32",) * 2, ("bfloat16",) * 2, ("float16", "bfloat16")]
 OPTIONS = list(itertools.product(["none", "sum", "mean", "batchmean"], [False, True]))
@@ -28,7 +28,7 @@ EPS = {"float16": 2**-11, "bfloat16": 2**-8, "float32": 2**-23}
 
 
 def values(low, high, special):
-    # Half of the cases have ordinary values only: NaN hides the other elements' errors.
+    # Half of the cases have ordinary values only, as NaN hides errors elsewhere.
     ordinary = st.floats(low, high, width=16)
     return st.one_of(
         st.lists(ordinary, min_size=6, max_size=6),
@@ -84,13 +84,13 @@ def expected(x, t, reduction, log_target):
     st.booleans(),
 )
 def test_drawn_cases(shapes, dtypes, options, x, t, negate):
-    t = [-v for v in t] if negate else t  # more of log-probabilities
+    t = [-v for v in t] if negate else t  # log-probabilities are negative
     x, t = (
         jnp.asarray(np.resize(v, shape), dtype)
         for v, shape, dtype in zip((x, t), shapes, dtypes, strict=True)
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of "mean"
+        warnings.simplefilter("ignore")  # "mean" warns
         result = compiled(shapes, dtypes)(x, t)[OPTIONS.index(options)]
         values, size = expected(x, t, *options)
     for actual, value, of in zip(result, values, ("value", "x", "t"), strict=True):

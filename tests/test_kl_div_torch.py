@@ -1,7 +1,7 @@
-"""`kl_div` and `KLDivLoss` side by side with the installed PyTorch.
+"""`kl_div` and `KLDivLoss` beside the installed PyTorch.
 
-Beyond the battery of `jaxkl parity`, which `test_parity.py` runs: sizes, special values
-of first order, every pair of dtypes.
+These tests add sizes, special values of first order and every pair of dtypes to the
+battery of `jaxkl parity`, which `test_parity.py` runs.
 """
 
 import functools
@@ -21,7 +21,7 @@ from .helpers import assert_close
 
 
 with warnings.catch_warnings():
-    # PyTorch uses what NumPy and Python deprecate.
+    # PyTorch uses what NumPy and Python have deprecated.
     warnings.simplefilter("ignore")
     import torch
 
@@ -31,7 +31,7 @@ PAIRS = list(itertools.product(DTYPES, DTYPES))
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 INPUTS = (-1.0, 0.0, inf, -inf, nan, 1.5)
 TARGETS = (0.0, 1.0, 0.5, -0.5, inf, -inf, nan, 1e-25, 100.0, -0.0)
-# One unit in the last place, for one rounding at another place.
+# One unit in the last place allows for one rounding at another place.
 EPS = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 1e-6, "float64": 1e-12}
 
 torch_kl_div = torch.nn.functional.kl_div
@@ -60,12 +60,12 @@ def to_torch(x, requires_grad=True):
 
 
 def agree(actual, expected, tol=None, name=""):
-    """Same dtype, shape, NaN and infinities; numbers to `tol` of each."""
+    """Compares dtypes, shapes, NaN and infinities, and each number to `tol`."""
     dtype = str(expected.dtype).split(".")[1]
     assert actual.dtype.name == dtype, name
     assert actual.shape == tuple(expected.shape), name
     expected = expected.detach().double().numpy()
-    # float16 overflows in PyTorch's intermediates, not in ours: no such cases here.
+    # float16 overflows in PyTorch's intermediates and not in ours: no case does so.
     np.testing.assert_allclose(
         np.asarray(actual, np.float64),
         expected,
@@ -87,7 +87,7 @@ def compare_all(kl_div, x, t, all_options, tol=None):
     def varying(value):
         return 1 + jnp.arange(value.size, dtype=value.dtype).reshape(value.shape) % 3
 
-    @jax.jit  # of all, as compiling is what takes time
+    @jax.jit  # one program for all, as compiling takes the time
     def run(x, t):
         results = []
         for options in all_options:
@@ -129,14 +129,14 @@ def grid(dtype, *more):
 @both
 def test_special_values_of_the_reference(log_target):
     x, t = grid("float32")
-    # At cotangent 0 and a negative target the reference has NaN, as it says.
+    # The reference is documented to have NaN at cotangent 0 and a negative target.
     compare(reference.kl_div, x, t, reduction="none", log_target=log_target, tol=1e-6)
 
 
 @both
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_second_order_special_values(dtype, log_target):
-    # (input, target, g): g the first cotangent, (c_x, c_t) those of the gradients.
+    # (input, target, g): g is the first cotangent, (c_x, c_t) are the gradients'.
     x, t, g = grid(dtype, [0.0, 1.0, -2.0, inf])
     f = lambda x, t: jaxkl.kl_div(x, t, reduction="none", log_target=log_target)
     x_, t_, g_ = map(to_torch, (x, t, g))
@@ -173,7 +173,7 @@ def flush_subnormals():
 
 @pytest.mark.parametrize("dtype, tiny", [("float32", 5e-39), ("float64", 5e-310)])
 def test_a_subnormal_target_is_0(flush_subnormals, dtype, tiny):
-    """As XLA takes it on a CPU. In PyTorch it is so where it does likewise."""
+    """XLA flushes it to 0 on a CPU, and so does PyTorch with `set_flush_denormal`."""
     x = jnp.full(20, -1, dtype)
     t = torch.full((20,), tiny, dtype=getattr(torch, dtype), requires_grad=True)
     x_ = to_torch(x)
@@ -224,7 +224,7 @@ def test_shapes_and_reductions(arrays, kl_div, shape, other, log_target):
     ids=str,
 )
 def test_special_values_that_are_broadcast(shape, other, reduction, log_target):
-    """Of a sum, over nothing too, times NaN; and what cancels in it."""
+    """A gradient may be a sum times NaN, a sum over nothing, or one that cancels."""
     f = functools.partial(jaxkl.kl_div, reduction=reduction, log_target=log_target)
     f_ = functools.partial(torch_kl_div, reduction=reduction, log_target=log_target)
 
@@ -282,7 +282,7 @@ def test_module(arrays, reduction):
         loss = jaxkl.KLDivLoss(*legacy, reduction, log_target)
         loss_ = torch.nn.KLDivLoss(*legacy, reduction, log_target)
         assert (loss.reduction, loss.log_target) == (loss_.reduction, loss_.log_target)
-        if loss.reduction == "foo":  # like PyTorch, not before the call
+        if loss.reduction == "foo":  # PyTorch too raises only at the call
             with pytest.raises(ValueError, match="foo"):
                 loss(x, t)
             with pytest.raises(ValueError, match="foo"):
@@ -305,7 +305,7 @@ def test_module_and_function_differ_in_the_same_place(arrays):
 @pytest.mark.parametrize("dtypes", PAIRS, ids="-".join)
 def test_dtypes(arrays, dtypes, log_target):
     x, t = arrays((2, 3), (2, 3), log_target, dtypes)
-    tol = 4 * max(EPS[d] for d in dtypes)  # PyTorch rounds to the narrower on the way
+    tol = 4 * max(EPS[d] for d in dtypes)  # PyTorch rounds to the narrower dtype
     options = dict(reduction="none", log_target=log_target)
 
     @jax.jit
@@ -376,7 +376,7 @@ def test_half_precision_is_nearer_to_float64(rng, dtype, reduction, log_target):
     theirs = torch_kl_div(x, t, **options).double().numpy()
     ours = np.asarray(jaxkl.kl_div(to_jax(x), to_jax(t), **options), np.float64)
     error, their_error = (np.abs(x - exact).sum() for x in (ours, theirs))
-    # One number may happen to round to the same.
+    # One number might happen to round to the same.
     assert error < their_error if reduction == "none" else error <= their_error
 
 
@@ -479,7 +479,7 @@ def test_pytorch_samples(op_info, dtype):
     assert len(samples) == 16
     pairs = [tuple(map(to_jax, s[:2])) for s in samples]
 
-    @jax.jit  # of all, as compiling is what takes time
+    @jax.jit  # one program for all, as compiling takes the time
     def run(pairs):
         results = []
         for (x, t), (_, _, options) in zip(pairs, samples, strict=True):
@@ -509,12 +509,9 @@ def first_and_second_order_torch(f, *primals):
     grads = torch.autograd.grad(
         value, primals, torch.ones_like(value), create_graph=True
     )
-    # The gradient of `input` does not contain `input`: zero, which PyTorch calls None.
+    # The gradient to `input` does not contain `input`: it is zero, or PyTorch's None.
     second = torch.autograd.grad(
-        grads,
-        primals,
-        [torch.ones_like(g) for g in grads],
-        materialize_grads=True,
+        grads, primals, [torch.ones_like(g) for g in grads], materialize_grads=True
     )
     return [x.detach() for x in (value, *grads, *second)]
 

@@ -155,7 +155,7 @@ def test_value_has_no_elementwise_temporary(size):
     x = jax.ShapeDtypeStruct((4, size), jnp.bfloat16)
     compiled = jax.jit(functools.partial(loss, log_target=True)).lower(x, x).compile()
     memory = compiled.memory_analysis()
-    assert memory.temp_size_in_bytes < size  # a fraction of one [4, size] array
+    assert memory.temp_size_in_bytes < size  # much less than one [4, size] array
 
 
 @both
@@ -197,7 +197,7 @@ def mesh_of(axis_type):
 @pytest.mark.parametrize("check_vma", [True, *rarely(False)])
 @pytest.mark.parametrize("replicated", ["target", *rarely("none", "input")])
 def test_shard_map(arrays, replicated, check_vma, log_target):
-    # Rows over 8 devices; a replicated argument is one row for all of them.
+    # 8 devices have a row each; a replicated argument is one row for all of them.
     x, t = arrays(log_target)
     specs = [P("d"), P("d")]
     if replicated != "none":
@@ -243,7 +243,7 @@ def test_sharded_arrays(arrays, axis_type, reduction, log_target):
         x = jax.device_put(x, rows)
         actual = run(x, jax.device_put(t, rows)), run(x, jax.device_put(t[:1], copies))
     assert actual[0][1].sharding.spec[0] == "d"
-    if axis_type == AxisType.Explicit:  # else `-t`, a row on each device, may stay so
+    if axis_type == AxisType.Explicit:  # else each device may keep its row of `-t`
         assert actual[1][1].sharding.spec[0] == "d"
     for got, want in zip(actual, expected, strict=True):
         for a, e in zip(got, want, strict=True):

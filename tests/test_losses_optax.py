@@ -1,4 +1,4 @@
-"""`jaxkl.losses` in the place of optax's: its own tests, its numbers, its use."""
+"""`jaxkl.losses` in place of optax's, in its own tests and in training."""
 
 from unittest import mock
 
@@ -34,7 +34,7 @@ class Replaced:
         patch = mock.patch.object(_classification, self.function, ours)
         patch.start()
         self.addCleanup(patch.stop)
-        # A test that did not call ours has tested optax.
+        # A test that did not call ours would have tested optax.
         self.addCleanup(lambda: self.assertGreater(ours.call_count, 0))
 
 
@@ -95,7 +95,7 @@ def test_optax_has_nan_where_these_have_none():
     grad = jax.grad(losses.kl_divergence, 1)(x, t)
     np.testing.assert_allclose(grad, gradient, rtol=1e-6)
 
-    # A class that is masked, so impossible, in the predictions too.
+    # The class is masked, and so impossible, in the predictions too.
     masked = x.at[0].set(-jnp.inf)
     assert jnp.isnan(optax.losses.kl_divergence(masked, t))
     value, grads = jax.value_and_grad(losses.kl_divergence, (0, 1))(masked, t)
@@ -111,7 +111,7 @@ def test_optax_has_nan_where_these_have_none():
     np.testing.assert_allclose(value, np.log(2) / 2, rtol=1e-6)
     np.testing.assert_allclose(grads, [-t, [0, (1 + np.log(2)) / 2, 0.5]], rtol=1e-6)
 
-    # And a masked NaN stays in optax's gradient.
+    # A masked NaN stays in optax's gradient.
     where, bad = np.array([True, True, False]), x.at[2].set(jnp.nan)
     grad = lambda f: jax.grad(lambda t: f(bad, t, where=where))(t + 0.25)
     assert np.isnan(grad(optax.losses.kl_divergence)[2])
@@ -191,7 +191,7 @@ def test_training_step(data, trained_by_optax_in_float64):
 
 
 def test_first_gradient_of_training(data):
-    # By hand: equal student logits, so the gradient is inputsᵀ (1/7 - p) / T.
+    # The student's logits are equal, so the gradient is inputsᵀ (1/7 - p) / T.
     inputs, teacher_logits = data
     loss = lambda kernel: LOSSES["softmax_kl_divergence"](
         jnp.asarray(inputs, jnp.float32) @ kernel, jnp.asarray(teacher_logits)

@@ -6,8 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
-from jax import export
-from jax.sharding import AxisType, PartitionSpec as P
 from jax.test_util import check_grads
 from scipy.special import log_softmax
 
@@ -24,7 +22,7 @@ FORWARD, REVERSE = jaxkl.ForwardKL(), jaxkl.ReverseKL()
 
 
 def hellinger(log_p, log_q):
-    # By log_p too, so that a removed class, at log 0, would be NaN in value and slope.
+    # The last term would make a removed class, at log 0, NaN in value and slope.
     return (jnp.exp(log_p / 2) - jnp.exp(log_q / 2)) ** 2 + 0 * log_p * log_q
 
 
@@ -62,7 +60,7 @@ def draw(rng, shape, dtype="float32"):
 def test_value_and_grads_match_oracle(rng, divergence, shape, dtype):
     s, t = draw(rng, shape, dtype)
     g = rng.normal(size=shape[:-1])
-    # A temperature per row, and one for all.
+    # There is a temperature for each row, or one for all.
     temperature = rng.uniform(0.5, 4, size=shape[:-1] if len(shape) == 3 else ())
     value, grads = value_and_vjp(s, t, temperature, g, divergence=divergence)
     value_, ds, dt, d_temperature = kl_oracle(s, t, np.float32(temperature))
@@ -85,7 +83,7 @@ def test_softmax_kl_divergence_is_the_divergence_forward_kl(rng):
     expected = losses.softmax_divergence(s, t, FORWARD, (0, 1), where, temperature=2.0)
     np.testing.assert_array_equal(actual, expected)
     assert actual.shape == (5,) and (actual > 0).all()
-    # Without T²: the KL divergence of the softened distributions.
+    # Without T², it is the KL divergence of the softened distributions.
     actual = losses.softmax_kl_divergence(s, t, temperature=2.0)
     log_q, p = jax.nn.log_softmax(s / 2), jax.nn.softmax(t / 2)
     assert_close(actual, losses.kl_divergence(log_q, p), 1e-5)
@@ -99,7 +97,7 @@ def test_softmax_kl_divergence_is_the_divergence_forward_kl(rng):
 def test_axis(rng, axis, axes, masked):
     shape = (3, 4, 5)
     s, t = draw(rng, shape)
-    # Some columns removed, and all the classes of some row, whichever the axis is.
+    # Some columns are removed, and all classes of some row, whichever the axis is.
     where = rng.random(shape) < 0.6
     where[0], where[:, 1], where[:, :, 2] = False, False, False
     rest = [i for i in range(3) if i not in axes]
@@ -148,23 +146,23 @@ def test_where_is_slicing_whatever_the_removed_hold(rng, divergence, bad):
 def test_a_callable_sees_the_kept_classes_only(rng):
     s, t = draw(rng, (2, 6))
     where = np.array([[1, 1, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0]], bool)
-    # A function that is not 0 anywhere counts them.
+    # A function that is 1 everywhere counts them.
     count = lambda log_p, log_q: jnp.ones_like(log_p)
     np.testing.assert_array_equal(
         losses.softmax_divergence(s, t, count, where=where), [3, 0]
     )
-    # One with poles at probabilities 0, 1 and p = q has finite gradients.
+    # A function with poles at probabilities 0 and 1 and at p = q has finite gradients.
     pole = lambda log_p, log_q: (
         jnp.sqrt(jnp.abs(log_p - log_q)) * jnp.log1p(-jnp.exp(log_p)) * log_q**2
     )
     f = lambda s, t: losses.softmax_divergence(s, t, pole, where=where).sum()
     chex.assert_tree_all_finite(jax.value_and_grad(f, (0, 1))(s, t))
-    # A class that is kept counts, if it is impossible in one of the models alone.
+    # A class that is impossible in only one of the models still counts.
     s, where = jnp.array([-jnp.inf, 0.0, 0.0]), np.array([True, True, False])
     gap = lambda log_p, log_q: jnp.abs(jnp.exp(log_p) - jnp.exp(log_q))
     value = losses.softmax_divergence(s, jnp.zeros(3), gap, where=where)
     np.testing.assert_allclose(value, 1, rtol=1e-6)
-    # Equal ones are one entry in jit's cache.
+    # Equal functions are one entry in jit's cache.
     same, other = (losses._OfPossibleClasses(f) for f in (pole, count))
     assert same == losses._OfPossibleClasses(pole) and same != other
     assert hash(same) == hash(losses._OfPossibleClasses(pole))
@@ -191,7 +189,7 @@ def test_batch_and_where_broadcast(rng):
     value_, ds_, dt_, _ = kl_oracle(s, np.broadcast_to(t, (300, 5)), 1.0)
     assert_close(value, value_, 3 * VALUE_TOL)
     assert_close(ds, g[:, None] * ds_, 1e-2)
-    # Summed over 300 rows in float32, rounded to bfloat16 once.
+    # The sum over 300 rows is in float32, and is rounded to bfloat16 once.
     assert_close(dt, np.sum(g[:, None] * dt_, 0), 2**-8)
     columns = np.array([1, 0, 1, 1, 0], bool)
     actual = losses.softmax_kl_divergence(s, t, where=columns)
@@ -236,7 +234,7 @@ def test_no_cancellation_near_the_teacher(rng):
 
 
 def naive(s, t, temperature, where):
-    """As in the textbook, for jax's own derivatives."""
+    """The textbook formula, for JAX to differentiate."""
     logits = [jnp.where(where, x, -1e30) / temperature for x in (s, t)]
     log_q, log_p = (jax.nn.log_softmax(x, axis=0) for x in logits)
     return jnp.sum(jnp.exp(log_p) * jnp.where(where, log_p - log_q, 0), axis=0)
@@ -271,7 +269,7 @@ def test_float64_and_second_order(rng):
         f_naive = lambda *args: naive(*args, 2.0, where)
         check_hessian(reverse_twice, masked, f_naive, s[:, 1:], t[:, 1:])
         assert f(s, t, temperature).dtype == jnp.float64
-        # Strong float32 logits stay float32, whatever Python's numbers are.
+        # Float32 logits stay float32 beside Python's numbers.
         s, t = s.astype(jnp.float32), t.astype(jnp.bfloat16)
         assert losses.softmax_kl_divergence(s, t, temperature=2.0).dtype == jnp.float32
         nothing = losses.softmax_kl_divergence(s[:0], t[:0], axis=0)
@@ -280,79 +278,11 @@ def test_float64_and_second_order(rng):
         assert nothing.dtype == jnp.float64
 
 
-@pytest.mark.slow
-def test_transforms(rng):
-    s, t = draw(rng, (4, 3, 5))
-    where = jnp.asarray(rng.random((4, 3, 5)) < 0.6)
-
-    def total(s, t, where):
-        loss = losses.softmax_divergence(s, t, hellinger, 0, where, temperature=2.0)
-        return jnp.sum(jnp.sin(loss))
-
-    grad = jax.grad(total, (0, 1))
-    body = lambda carry, xs: (carry + total(*xs), None)
-    scanned = lambda s, t: jax.lax.scan(body, jnp.zeros(()), (s, t, where))[0]
-
-    @jax.jit
-    def all_grads(s, t):
-        return (
-            jax.grad(scanned, (0, 1))(s, t),
-            jax.lax.scan(lambda _, xs: (None, grad(*xs)), None, (s, t, where))[1],
-            jax.vmap(grad)(s, t, where),
-            jax.vmap(jax.grad(jax.checkpoint(total), (0, 1)))(s, t, where),
-        )
-
-    single = [
-        jax.value_and_grad(total, (0, 1))(*x) for x in zip(s, t, where, strict=True)
-    ]
-    expected = jax.tree.map(lambda *x: jnp.stack(x), *(g for _, g in single))
-    for actual in all_grads(s, t):
-        chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(single[0][0], total(s[0], t[0], where[0]), rtol=1e-6)
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(lambda s: total(s, t, where), (s,), (s,))
-
-
-def test_export_for_all_platforms(rng):
-    f = lambda *args: losses.softmax_kl_divergence(*args, temperature=2.0).sum()
-    grad = jax.jit(jax.value_and_grad(lambda s, t, w: f(s, t, -1, w), (0, 1)))
-    s, t = draw(rng, (3, 5))
-    args = s, t, jnp.asarray(rng.random((3, 5)) < 0.7)
-    exported = export.export(grad, platforms=["cpu", "tpu", "cuda"])(*args)
-    chex.assert_trees_all_close(exported.call(*args), grad(*args), rtol=1e-5)
-
-
-@pytest.mark.slow
-def test_shard_map_over_the_batch(rng):
-    s, t = draw(rng, (16, 5))
-    t = t[:1]
-    where = jnp.asarray(rng.random((16, 5)) < 0.7)
-    weights = jnp.asarray(rng.normal(size=16), jnp.float32)
-
-    def total(s, t, where, weights):
-        loss = losses.softmax_kl_divergence(s, t, where=where, temperature=2.0)
-        return jnp.sum(loss * weights)
-
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    specs = P("data"), P(), P("data"), P("data")
-    sharded = jax.shard_map(
-        lambda *args: jax.lax.psum(total(*args), "data"),
-        mesh=mesh,
-        in_specs=specs,
-        out_specs=P(),
-        check_vma=True,
-    )
-    args = s, t, where, weights
-    actual = jax.jit(jax.value_and_grad(sharded, (0, 1)))(*args)
-    expected = jax.jit(jax.value_and_grad(total, (0, 1)))(*args)
-    chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-6)
-
-
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.data())
 @pytest.mark.slow
 def test_property_any_logits(data):
-    # One shape, so one compilation: what differs is the numbers.
+    # There is one shape, and so one compilation: only the numbers differ.
     number = st.one_of(st.floats(-8, 8, width=32), st.sampled_from([-1e4, 0.0, 30.0]))
     row = lambda s: np.array(data.draw(st.lists(s, min_size=12, max_size=12)))
     s, t = (row(number).astype(np.float32).reshape(2, 6) for _ in range(2))
@@ -366,7 +296,7 @@ def test_property_any_logits(data):
             assert value[i] == 0
             continue
         value_, ds, dt, _ = kl_oracle(s[i, keep], t[i, keep], temperature)
-        # Log-probabilities are rounded at the size of the scaled logits.
+        # The rounding of log-probabilities has the size of the scaled logits.
         size = np.abs([s[i, keep], t[i, keep]]).max() / temperature
         atol = 1e-6 * (1 + size) / min(1, temperature)
         np.testing.assert_allclose(value[i], value_, rtol=1e-4, atol=atol)

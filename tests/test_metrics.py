@@ -1,5 +1,7 @@
 """`distillation_loss_with_metrics`."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,37 +10,32 @@ import pytest
 import jaxkl
 
 from . import oracle
-from .cases import FORWARD, over_kinds, rounded
+from .cases import assert_source_gradient, FORWARD, JENSEN_SHANNON, over_kinds, rounded
 from .helpers import assert_close
+from .sources import exact_logits, expected_of, make_models, per_token
 
 
 FIELDS = oracle.Metrics._fields
 
 
 def _assert_metrics(actual, expected, tol=1e-6):
+    assert (actual.cross_entropy is None) == (expected.cross_entropy is None)
     for name in FIELDS:
         got, want = getattr(actual, name), getattr(expected, name)
-        if want is None:
-            assert got is None, name
-        else:
+        if want is not None:
             assert got.shape == () and got.dtype == jnp.float32, name
             assert_close(got, want, tol, name)
 
 
 @pytest.mark.parametrize(
-    "dtype, reduction",
-    [("float32", "mean"), ("bfloat16", "none"), ("float16", "sum")],
+    "dtype, reduction", [("float32", "mean"), ("bfloat16", "none"), ("float16", "sum")]
 )
 @over_kinds
 def test_metrics_match_the_oracle(rng, divergence, reference, reduction, dtype):
     s, t = rounded(rng, (2, 9, 5), dtype), rounded(rng, (2, 9, 5), dtype)
-    counted = dict(
-        where=jnp.asarray(rng.random((2, 9)) < 0.7),
-        weights=jnp.asarray(rng.uniform(0, 2, size=(2, 9)), jnp.float32),
-        labels=jnp.asarray(rng.choice([-100, 0, 4], size=(2, 9))),
-        temperature=jnp.asarray(rng.uniform(0.5, 3, size=(2, 9)), jnp.float32),
-        teacher_temperature=jnp.float32(2),
-    )
+    names = "where", "weights", "labels", "temperature"
+    counted = per_token(rng, (2, 9), *names, vocab=5)
+    counted["teacher_temperature"] = jnp.float32(2)
     rest = dict(divergence=divergence, reduction=reduction, alpha=0.5, z_loss=0.1)
     f = jax.jit(
         lambda s, t, counted: jaxkl.distillation_loss_with_metrics(
@@ -48,11 +45,34 @@ def test_metrics_match_the_oracle(rng, divergence, reference, reduction, dtype):
     loss, metrics = f(s, t, counted)
     expected = oracle.metrics(s, t, divergence=reference, **counted)
     _assert_metrics(metrics, expected)
-    # The loss is that of the function without metrics.
+    # The loss is the same as without metrics.
     plain = jax.jit(
         lambda s, t, counted: jaxkl.distillation_loss(s, t, **counted, **rest)
     )
     assert_close(loss, plain(s, t, counted), 1e-6)
+
+
+@pytest.mark.parametrize("source", ["head", "renormalize", "bucket", "uniform"])
+def test_metrics_of_heads_and_lists(rng, source):
+    student, teacher = make_models(rng, source, (3, 5), 11, pad=(3, 1))
+    shared = per_token(rng, (3, 5), "weights", "where")
+    shared |= dict(temperature=1.5, vocab_size=11)
+    mine, theirs = JENSEN_SHANNON
+    f = partial(jaxkl.distillation_loss_with_metrics, divergence=mine)
+    run, alpha = f, 1.0
+    if source == "head":
+        alpha, shared["teacher_temperature"] = 0.5, 2.0
+        shared |= per_token(rng, (3, 5), "labels")
+        run = jax.value_and_grad(partial(f, alpha=alpha, tile=4), has_aux=True)
+    found = jax.jit(partial(run, **shared))(student, teacher)
+    expected = expected_of(student, teacher, divergence=theirs, alpha=alpha, **shared)
+    if source == "head":
+        found, d_student = found
+        assert_source_gradient(student, d_student, expected.student, "student")
+    value, metrics = found
+    assert_close(value, expected.loss, 5e-6)
+    (s, _), (t, _) = exact_logits(student, 11), exact_logits(teacher, 11)
+    _assert_metrics(metrics, oracle.metrics(s, t, divergence=theirs, **shared), 5e-6)
 
 
 def test_without_labels_there_is_no_cross_entropy(rng):

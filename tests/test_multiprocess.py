@@ -13,10 +13,10 @@ import jax
 import numpy as np
 import pytest
 
-from .cases import assert_gradient
-from .heads import assert_source_gradient, expected_of, FLOATS
+from .cases import assert_gradient, assert_source_gradient, FLOATS
 from .helpers import assert_close
 from .multiprocess_worker import make_cases, MESHES, prefix, PROCESSES
+from .sources import expected_of
 
 
 ROOT = Path(__file__).parent.parent

@@ -1,4 +1,4 @@
-"""The oracle against central differences, SciPy and decimals: it is itself tested."""
+"""The oracle agrees with central differences, with SciPy and with decimals."""
 
 from decimal import Decimal, localcontext
 
@@ -9,6 +9,7 @@ from scipy.special import entr, logsumexp, rel_entr, softmax
 
 from . import oracle
 from .helpers import assert_close
+from .sources import make_list, TAILS
 
 
 DIVERGENCES = {
@@ -62,6 +63,26 @@ def test_closed_form_gradients_match_central_differences(
     expected = oracle.jacobian(loss, floats[argument])
     assert np.any(expected != 0)
     assert_close(getattr(grads, argument), expected, 1e-9)
+
+
+@pytest.mark.parametrize("argument", ["student", "temperature", "weights"])
+@pytest.mark.parametrize("tail", TAILS)
+def test_gradients_beside_a_list_match_central_differences(rng, tail, argument):
+    floats = dict(
+        student=rng.normal(size=(3, 9)),
+        temperature=rng.uniform(0.5, 2, size=3),
+        weights=rng.uniform(0, 2, size=3),
+    )
+    teacher = make_list(rng, (3,), 9, 5, tail)
+    divergence = oracle.forward_kl if tail == "drop" else oracle.jensen_shannon(0.3)
+    loss = lambda **floats: oracle.distillation_loss(
+        teacher=teacher, divergence=divergence, **floats
+    )
+    expected = oracle.jacobian(
+        lambda x: loss(**floats | {argument: x}).loss, floats[argument]
+    )
+    assert np.any(expected != 0)
+    assert_close(getattr(loss(**floats), argument), expected, 1e-9)
 
 
 def test_shared_temperature_moves_both_models(rng):
@@ -135,7 +156,7 @@ def test_metrics_match_scipy(rng):
     assert got.divergence < got.kl  # temperature 2 flattens both
 
 
-# Rows that take the digits from a textbook sum, against one in a hundred digits.
+# Rows where a textbook sum loses its digits, against a sum in a hundred digits.
 
 HARD = {
     # student, teacher, temperature
@@ -154,7 +175,7 @@ _mixed = lambda b, p, q: (
     b * (1 - b),
 )
 _power = lambda a, p, q: sum(x**a * y ** (1 - a) for x, y in zip(p, q, strict=True)) - 1
-# The oracle of a parameter, beside the textbook's.
+# Each family of oracles beside the textbook formula.
 FAMILIES = {
     "symmetric": (
         oracle.symmetric_kl,
@@ -186,7 +207,7 @@ def _softmax(logits):
 
 
 def _slopes(f, x, step=Decimal("1e-35")):
-    """Central differences, in the digits of the context."""
+    """Central differences with the digits of the decimal context."""
     moved = lambda i, h: f([v + h * (i == j) for j, v in enumerate(x)])
     return [(moved(i, step) - moved(i, -step)) / (2 * step) for i in range(len(x))]
 
@@ -216,7 +237,7 @@ def test_digits_of_hard_rows(family, row):
             divergence=make(parameter),
             temperature=temperature,
         )
-        # A slope that is 1e-18 of the loss is what its rounding leaves.
+        # Rounding leaves slopes of 1e-18 of the loss.
         rounding = 1e-19 * float(value)
         _assert_digits([got.loss], [value])
         _assert_digits(got.student[0], d_student, rounding)

@@ -1,4 +1,4 @@
-"""Second order by logits and temperature together, with columns that are masked."""
+"""Second derivatives by logits and temperature, with masked columns."""
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ def test_masked_columns_are_as_if_absent(rng, reduction):
 
 @pytest.mark.parametrize("temperature", [0.02, 1.0, 50.0])
 def test_a_masked_column_at_any_temperature(rng, temperature):
-    # In place of -inf there is a number that stays finite when it is divided by T³.
+    # The number that stands for -inf must stay finite when it is divided by T³.
     s, t = (rng.normal(size=(2, 3)).astype(np.float32) for _ in range(2))
     masked = [np.insert(x, 1, -np.inf, axis=1) for x in (s, t)]
     loss = lambda s, t, T: jaxkl.distillation_loss(s, t, temperature=T, t_squared=False)

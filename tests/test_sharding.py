@@ -19,15 +19,20 @@ from jaxkl import (
     top_k_teacher,
 )
 
-from .cases import ALL, FORWARD, JENSEN_SHANNON, over, rarely, REVERSE, rounded
-from .heads import (
+from .cases import (
+    ALL,
     assert_matches,
     assert_source_gradient,
     evaluate,
-    expected_of,
-    make_head,
+    FORWARD,
+    JENSEN_SHANNON,
+    over,
+    rarely,
+    REVERSE,
+    rounded,
 )
 from .helpers import assert_close
+from .sources import expected_of, make_head
 
 
 AXES = ("data", "fsdp", "model")

@@ -1,4 +1,4 @@
-"""Lists of columns that say nothing, and what cannot be had of a list."""
+"""Empty lists, and what a list of columns cannot give."""
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +91,7 @@ NOT_ELEMENTWISE = "`divergence` must be elementwise.*SparseTeacher"
 def test_a_divergence_that_holds_an_entry_a_column(rng, loss, tail, k):
     s, t = rounded(rng, (4, 5)), rounded(rng, (4, 5))
     with jax.numpy_rank_promotion("allow"):
-        assert np.isfinite(loss(s, t, divergence=weighted))  # of logits, all is seen
+        assert np.isfinite(loss(s, t, divergence=weighted))  # logits have every column
         teacher = jaxkl.top_k_teacher(t, k, tail=tail)
         with pytest.raises(ValueError, match=NOT_ELEMENTWISE):
             loss(s, teacher, divergence=weighted)
@@ -113,10 +113,8 @@ def test_a_divergence_that_holds_an_entry_a_column_and_a_mesh(rng):
     where = dict(mesh=jax.make_mesh((2,), ("model",)), token_axes=())
     with jax.numpy_rank_promotion("allow"):
         with pytest.raises(ValueError, match=NOT_ELEMENTWISE):
-            jaxkl.distillation_loss(
-                s, t, divergence=holds, vocab_axis="model", **where
-            )
-        # Where each device has all columns, all is seen.
+            jaxkl.distillation_loss(s, t, divergence=holds, vocab_axis="model", **where)
+        # Here each device has every column.
         loss = jaxkl.distillation_loss(s, t, divergence=holds, **where)
     assert np.isfinite(loss)
 

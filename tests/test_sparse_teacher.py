@@ -1,146 +1,46 @@
-"""Teachers of a few columns a row: lists, top-k and samples."""
+"""Teachers that list a few columns of each row, as top-k or samples."""
 
-from functools import cache, partial
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec as P
 
 import jaxkl
 from jaxkl import distillation_loss, sampled_teacher, SparseTeacher, top_k_teacher
 from jaxkl._sparse_from_logits import _draw
 
 from . import oracle
-from .cases import ALL, assert_gradient, rarely, rounded
-from .heads import assert_source_gradient, exact_logits, make_head
+from .cases import (
+    ALL,
+    assert_gradient,
+    assert_matches,
+    evaluate,
+    FORWARD,
+    rarely,
+    rounded,
+)
 from .helpers import assert_close
+from .sources import expected_of, make_list, make_models
 
 
-TAILS = ("renormalize", "drop", "bucket", "uniform")
 over_tails = pytest.mark.parametrize(
     "tail", ["bucket", *rarely("renormalize", "drop", "uniform")]
 )
 
 
-def _log(x):
-    with np.errstate(divide="ignore"):
-        return np.log(x)
+# Values and gradients; test_distillation.py has what lists share with other teachers.
 
-
-def _outcomes(log_q, indices, log_probs, tail):
-    """The two distributions that a tail compares in one row, and a matrix.
-
-    It sums the columns that make an outcome: `[outcomes, vocab]`, of 0 and 1.
-    """
-    vocab = len(log_q)
-    used = indices >= 0
-    p = np.zeros(vocab)
-    np.add.at(p, indices[used], np.exp(np.asarray(log_probs, np.float64)[used]))
-    listed = np.isin(np.arange(vocab), indices[used])
-    rest = 0.0 if listed.all() else max(1 - p.sum(), 0.0)
-    columns = np.eye(vocab)
-    if tail == "renormalize":
-        p = p / p.sum()
-    elif tail == "uniform":
-        p = np.where(listed, p, rest / max((~listed).sum(), 1))
-        p = p / p.sum()
-    else:
-        p, columns = p[listed], columns[listed]
-        if tail == "bucket" and not listed.all():
-            p = np.append(p, rest)
-            columns = np.concatenate([columns, 1.0 * ~listed[None]])
-    return _log(p), _log(columns @ np.exp(log_q)), columns
-
-
-def _expected(
-    student, teacher, divergence=oracle.forward_kl, *, temperature=1.0, where=None
-):
-    """Mean loss, per-token losses, and the gradient of the mean to the logits."""
-    s = np.asarray(student, np.float64)
-    rows = s.reshape(-1, s.shape[-1])
-    indices, log_probs = (
-        np.asarray(x).reshape(len(rows), -1)
-        for x in (teacher.indices, teacher.log_probs)
-    )
-    T = np.broadcast_to(np.asarray(temperature, np.float64), s.shape[:-1]).ravel()
-    keep = np.ones(len(rows)) if where is None else np.ravel(where)
-    losses, grads = np.zeros(len(rows)), np.zeros_like(rows)
-    for i in np.flatnonzero(keep):
-        log_q = np.asarray(oracle.log_softmax(rows[i] / T[i]), np.float64)
-        log_p, log_Q, columns = _outcomes(log_q, indices[i], log_probs[i], teacher.tail)
-        with np.errstate(all="ignore"):
-            f, _, f_Q = (np.asarray(x, np.float64) for x in divergence(log_p, log_Q))
-            if teacher.tail == "drop":  # no whole sum, where the oracle's `q - p` is 0
-                f_Q = -np.exp(log_p)
-                f = np.where(f_Q == 0, 0, f_Q * (log_Q - log_p))
-        q = np.exp(log_q)
-        # ∂ log Q / ∂ log q, where there is any.
-        Q = np.exp(log_Q)
-        shares = columns * q / np.where(Q > 0, Q, 1)[:, None]
-        f_q = f_Q @ shares
-        losses[i] = T[i] ** 2 * f.sum()
-        grads[i] = T[i] * (f_q - q * f_q.sum())
-    count = keep.sum()
-    shape = s.shape[:-1]
-    return losses.sum() / count, losses.reshape(shape), grads.reshape(s.shape) / count
-
-
-@cache
-def _compiled(static):
-    f = partial(distillation_loss, **dict(static))
-    return jax.jit(jax.value_and_grad(f))
-
-
-def _evaluate(student, teacher, **arguments):
-    traced = {k: v for k, v in arguments.items() if isinstance(v, jax.Array)}
-    static = frozenset((k, v) for k, v in arguments.items() if k not in traced)
-    return _compiled(static)(student, teacher, **traced)
-
-
-def _teacher(rng, shape, vocab, k, tail, dtype="float32"):
-    """Some slots empty, others repeated; their mass is below one."""
-    indices = rng.integers(0, vocab, size=(*shape, k))
-    indices[..., -1] = indices[..., 0]
-    indices[..., 1] = -1
-    log_probs = np.log(rng.dirichlet(np.ones(k + 1), size=shape)[..., :k])
-    return SparseTeacher(jnp.asarray(indices), jnp.asarray(log_probs, dtype), tail=tail)
-
-
-# Value and gradient.
-
-# Divergences that have a meaning on a tail; the others are refused.
+# Divergences that are finite at p = 0 have a meaning on every tail but "drop".
 ANYWHERE = ("forward", "skew_forward", "skew_reverse", "js", "total_variation", "user")
 INFINITE = ("reverse", "symmetric", "alpha_minus_one")
-PAIRS = [
-    *(("renormalize", name) for name in ("forward", "user")),
-    *rarely(("renormalize", "js"), ("renormalize", "alpha_half")),
-    *rarely(("renormalize", "total_variation"), ("renormalize", "skew_reverse")),
-    ("drop", "forward"),
-    *(("bucket", name) for name in ("reverse", "js_normalized")),
-    *rarely(("bucket", "forward"), ("bucket", "user")),
-    ("uniform", "reverse"),
-    *rarely(("uniform", "forward"), ("uniform", "total_variation")),
-]
-
-
-@pytest.mark.parametrize("tail, name", PAIRS)
-def test_tails_match_their_definition(rng, tail, name):
-    divergence, reference = ALL[name]
-    s, teacher = rounded(rng, (7, 13)), _teacher(rng, (7,), 13, 5, tail)
-    arguments = dict(temperature=jnp.asarray(rng.uniform(0.5, 3, size=7), jnp.float32))
-    value, grad = _evaluate(s, teacher, divergence=divergence, tile=3, **arguments)
-    loss, _, d_student = _expected(s, teacher, reference, **arguments)
-    assert value.dtype == jnp.float32
-    assert_close(value, loss, 5e-6)
-    assert_close(grad, d_student, 1e-5)
 
 
 @pytest.mark.parametrize("tail", ["renormalize", "bucket"])
 def test_the_little_that_a_list_leaves_out_is_not_lost(rng, tail):
-    # The list is the student's own: all of the loss is the mass outside it, which one
-    # less the listed mass would not hold in float32.
+    # The list is the student's own, so all of the loss is in the mass outside it. In
+    # float32, one less the listed mass would lose that.
     s = jnp.concatenate([rounded(rng, (9, 3)), rounded(rng, (9, 8)) - 14], axis=-1)
     log_q = np.asarray(oracle.log_softmax(np.asarray(s)), np.float64)
     indices = jnp.broadcast_to(jnp.arange(3), (9, 3))
@@ -149,7 +49,7 @@ def test_the_little_that_a_list_leaves_out_is_not_lost(rng, tail):
         rest = np.exp(log_q[:, 3:]).sum(-1, keepdims=True)
         log_p = log_p + np.log1p(-3 * rest) - np.log1p(-rest)  # four times the rest
     teacher = SparseTeacher(indices, jnp.asarray(log_p, jnp.float32), tail=tail)
-    _, losses, _ = _expected(s, teacher)
+    losses = np.float64(expected_of(s, teacher, reduction="none").loss)
     assert (losses > 0).all() and (losses < 1e-4).all()
     value = distillation_loss(s, teacher, reduction="none")
     np.testing.assert_allclose(value, losses, rtol=0.02 if tail == "bucket" else 1e-4)
@@ -157,7 +57,7 @@ def test_the_little_that_a_list_leaves_out_is_not_lost(rng, tail):
 
 @pytest.mark.parametrize("gap", [*rarely(12), 30])
 def test_the_rest_beside_a_nearly_certain_column(rng, gap):
-    # In float32 its probability is 1, and 1 - p is 0: a reverse KL would be infinite.
+    # In float32 its probability is 1 and the rest 0, where a reverse KL is infinite.
     t = rounded(rng, (9, 12)).at[:, 4].add(gap)
     teacher = top_k_teacher(t, 3)
     log_p = np.asarray(oracle.log_softmax(np.asarray(t)), np.float64)
@@ -167,26 +67,15 @@ def test_the_rest_beside_a_nearly_certain_column(rng, gap):
     s = rounded(rng, (9, 12))
     for name in ("forward", "reverse"):
         divergence, reference = ALL[name]
-        value, grad = _evaluate(s, teacher, divergence=divergence)
-        loss, _, d_student = _expected(s, exact, reference)
-        assert_close(value, loss, 5e-6)
-        assert_close(grad, d_student, 1e-5)
-
-
-@over_tails
-def test_beside_a_head(rng, tail):
-    student = make_head(rng, (2, 5), 4, 701, "bfloat16", bias=True, softcap=3.0)
-    teacher = _teacher(rng, (2, 5), 701, 6, tail, "bfloat16")
-    value, grad = _evaluate(student, teacher, temperature=2.0, tile=3)
-    logits, pull = exact_logits(student)
-    loss, _, d_logits = _expected(logits, teacher, temperature=2.0)
-    assert_close(value, loss, 5e-6)
-    assert_source_gradient(student, grad, pull(d_logits), tail)
+        value, grads = evaluate(s, teacher, divergence=divergence)
+        expected = expected_of(s, exact, divergence=reference)
+        assert_close(value, expected.loss, 5e-6)
+        assert_close(grads["student"], expected.student, 1e-5)
 
 
 @over_tails
 def test_every_column_listed_is_the_dense_loss(rng, tail):
-    # In float32, 1 - Σp is rounding: it must not become an outcome.
+    # In float32, 1 - Σp is mere rounding, and must not become an outcome.
     s, t = rounded(rng, (5, 700)), rounded(rng, (5, 700), scale=2.0)
     order = np.argsort(rng.random((5, 700)), -1)
     log_probs = jax.nn.log_softmax(t)
@@ -198,22 +87,22 @@ def test_every_column_listed_is_the_dense_loss(rng, tail):
         expected = oracle.distillation_loss(s, log_probs, divergence=reference)
         if tail == "renormalize" and name == "reverse":
             with pytest.raises(ValueError, match="`divergence`"):
-                _evaluate(s, teacher, divergence=divergence)
+                evaluate(s, teacher, divergence=divergence)
             continue
-        value, grad = _evaluate(s, teacher, divergence=divergence)
+        value, grads = evaluate(s, teacher, divergence=divergence)
         assert_close(value, expected.loss, 5e-6)
-        assert_close(grad, expected.student, 1e-5)
+        assert_close(grads["student"], expected.student, 1e-5)
 
 
 @over_tails
 def test_one_column(rng, tail):
-    # A single column of all the mass: a label, whose loss is a cross-entropy.
+    # A column that has all the mass is a label, and its loss a cross-entropy.
     s, labels = rounded(rng, (5, 11)), jnp.array([0, 10, 3, 3, 7])
     teacher = SparseTeacher(labels[:, None], jnp.zeros((5, 1)), tail=tail)
-    value, grad = _evaluate(s, teacher)
+    value, grads = evaluate(s, teacher)
     expected = oracle.distillation_loss(s, s, labels=labels, alpha=0.0)
     assert_close(value, expected.loss, 2e-6)
-    assert_close(grad, expected.student, 1e-5)
+    assert_close(grads["student"], expected.student, 1e-5)
 
 
 def test_repeated_columns_add_up(rng):
@@ -222,22 +111,22 @@ def test_repeated_columns_add_up(rng):
     whole = SparseTeacher(jnp.array([[2, 5]]), jnp.log(jnp.array([[0.4, 0.5]])))
     for tail in ("bucket", "uniform"):
         both = [
-            _evaluate(s, SparseTeacher(x.indices, x.log_probs, tail=tail))
+            evaluate(s, SparseTeacher(x.indices, x.log_probs, tail=tail))
             for x in (split, whole)
         ]
         assert_close(both[0][0], both[1][0], 1e-6)
-        assert_close(both[0][1], both[1][1], 1e-6)
+        assert_close(both[0][1]["student"], both[1][1]["student"], 1e-6)
 
 
 def test_renormalize_takes_unnormalised_values(rng):
     s = rounded(rng, (4, 11))
-    teacher = _teacher(rng, (4,), 11, 4, "renormalize")
+    teacher = make_list(rng, (4,), 11, 4, "renormalize")
     for shift in (5.0, -120.0, 95.0):
         moved = SparseTeacher(teacher.indices, teacher.log_probs + shift)
-        value, grad = _evaluate(s, moved)
-        loss, _, d_student = _expected(s, teacher)
-        assert_close(value, loss, 3e-5)
-        assert_close(grad, d_student, 3e-5)
+        value, grads = evaluate(s, moved)
+        expected = expected_of(s, teacher)
+        assert_close(value, expected.loss, 3e-5)
+        assert_close(grads["student"], expected.student, 3e-5)
 
 
 @over_tails
@@ -245,15 +134,12 @@ def test_a_listed_column_without_mass(rng, tail):
     s = rounded(rng, (2, 7)).at[1, 4].set(-jnp.inf)
     log_probs = jnp.log(jnp.array([[0.5, 0.0, 0.3], [0.5, 0.0, 0.3]]))
     teacher = SparseTeacher(jnp.array([[1, 4, 2]] * 2), log_probs, tail=tail)
-    value, grad = _evaluate(s, teacher)
-    loss, _, d_student = _expected(s.at[1, 4].set(-1e4), teacher)
-    assert_close(value, loss, 2e-6)
-    assert_close(grad, d_student, 1e-5)
+    assert_matches(s, teacher, FORWARD, value_tol=2e-6)
 
 
 @over_tails
 def test_bfloat16_mass_above_one(rng, tail):
-    # Rounded logarithms of a list with nearly all the mass.
+    # The list has nearly all the mass, and its logarithms are rounded.
     t = rounded(rng, (64, 12), scale=3.0)
     teacher = top_k_teacher(t, 8, tail=tail)
     log_probs = teacher.log_probs.astype(jnp.bfloat16)
@@ -261,31 +147,27 @@ def test_bfloat16_mass_above_one(rng, tail):
     assert mass.max() > 1.0005
     s = rounded(rng, (64, 12))
     rounded_teacher = SparseTeacher(teacher.indices, log_probs, tail=tail)
-    value, grad = _evaluate(s, rounded_teacher)
-    loss, _, d_student = _expected(s, rounded_teacher)
-    assert_close(value, loss, 5e-3 if tail == "bucket" else 5e-6)
-    assert_close(grad, d_student, 1e-5)
+    value_tol = 5e-3 if tail == "bucket" else 5e-6
+    assert_matches(s, rounded_teacher, FORWARD, value_tol=value_tol)
 
 
 @over_tails
 def test_empty_rows_and_junk_that_where_drops(rng, tail):
-    s, teacher = rounded(rng, (4, 11)), _teacher(rng, (4,), 11, 4, tail)
+    s, teacher = make_models(rng, tail, (4,), 11)
     where = jnp.array([True, False, True, False])
     indices = teacher.indices.at[1].set(-1)
     log_probs = teacher.log_probs.at[1].set(-jnp.inf).at[3].set(jnp.nan)
     spoilt = SparseTeacher(indices, log_probs, tail=tail)
-    value, grad = _evaluate(s.at[3].set(jnp.nan), spoilt, where=where)
-    loss, _, d_student = _expected(s, teacher, where=where)
-    assert_close(value, loss, 5e-6)
-    assert_close(grad, d_student, 1e-5)
-    assert not grad[~where].any()
+    s = s.at[3].set(jnp.nan)
+    _, grads = assert_matches(s, spoilt, FORWARD, where=where)
+    assert not grads["student"][~where].any()
 
 
 @pytest.mark.parametrize(
     "dtype", ["uint8", *rarely("int8", "int16", "uint16", "uint32")]
 )
 def test_any_integer_dtype(rng, dtype):
-    # As on disk: narrow dtypes hold no -1, or not the size of the vocabulary.
+    # Narrow dtypes, as on disk, cannot hold -1 or the size of the vocabulary.
     s = rounded(rng, (3, 70001))
     indices = jnp.array([[3, 90], [5, 7], [0, 101]])
     log_probs = jnp.log(jnp.array([[0.4, 0.3]] * 3))
@@ -296,63 +178,23 @@ def test_any_integer_dtype(rng, dtype):
         assert_close(distillation_loss(s, teacher, tile=3), expected, 1e-7)
 
 
-@pytest.mark.parametrize("shape", [(2, 3), *rarely(((),))])
-def test_batch_shapes_and_per_token_losses(rng, shape):
-    s, teacher = rounded(rng, (*shape, 11)), _teacher(rng, shape, 11, 4, "bucket")
-    f = partial(distillation_loss, reduction="none")
-    value, vjp = jax.vjp(jax.jit(lambda s: f(s, teacher)), s)
-    g = rounded(rng, shape)
-    _, losses, d_student = _expected(s, teacher)
-    assert value.shape == shape
-    assert_close(value, losses, 5e-6)
-    expected = np.asarray(g)[..., None] * d_student * losses.size
-    assert_close(vjp(g)[0], expected, 1e-5)
-
-
 def test_temperature_divides_the_student_only(rng):
     s, t = rounded(rng, (5, 11)), rounded(rng, (5, 11))
     T = jnp.asarray(rng.uniform(0.5, 3, size=5), jnp.float32)
     teacher = top_k_teacher(t, 11, temperature=2.5)
-
-    @jax.jit
-    def grads(s, T):
-        f = lambda s, T: distillation_loss(s, teacher, temperature=T)
-        return jax.value_and_grad(f, (0, 1))(s, T)
-
-    value, (d_student, d_T) = grads(s, T)
-    both = dict(temperature=T, teacher_temperature=2.5)
-    expected = oracle.distillation_loss(s, t, **both)
+    value, grads = evaluate(s, teacher, temperature=T)
+    expected = oracle.distillation_loss(s, t, temperature=T, teacher_temperature=2.5)
     assert_close(value, expected.loss, 5e-6)
-    assert_close(d_student, expected.student, 1e-5)
-    assert_gradient("temperature", d_T, expected, 1e-5)
+    assert_close(grads["student"], expected.student, 1e-5)
+    assert_gradient("temperature", grads["temperature"], expected, 1e-5)
 
 
-def test_labels_weights_and_z_loss_beside_it(rng):
-    s, t = rounded(rng, (5, 11)), rounded(rng, (5, 13))
-    teacher = top_k_teacher(t[:, :9], 9)
-    dense = jnp.full((5, 2), -jnp.inf)
-    dense = jnp.concatenate([t[:, :9], dense], -1)
-    arguments = dict(
-        labels=jnp.array([0, -100, 3, 8, 2]),
-        weights=jnp.array([1.0, 0.5, 0.0, 2.0, 1.0]),
-        alpha=0.4,
-        label_smoothing=0.1,
-        z_loss=0.01,
-        vocab_size=11,
-    )
-    s_wide = jnp.pad(s, ((0, 0), (0, 3)), constant_values=jnp.nan)
-    value, grad = _evaluate(s_wide, teacher, tile=2, **arguments)
-    expected = oracle.distillation_loss(s_wide, dense, **arguments)
-    assert_close(value, expected.loss, 5e-6)
-    assert_close(grad, expected.student, 1e-5)
-
-
-# Refusals.
+# What lists refuse.
 
 
 @pytest.mark.parametrize("name", INFINITE)
 def test_renormalize_refuses_what_is_infinite_without_mass(rng, name):
-    s, teacher = rounded(rng, (4, 11)), _teacher(rng, (4,), 11, 4, "renormalize")
+    s, teacher = make_models(rng, "renormalize", (4,), 11)
     with pytest.raises(ValueError, match='`divergence`.*"renormalize".*"bucket"'):
         distillation_loss(s, teacher, divergence=ALL[name][0])
 
@@ -368,7 +210,7 @@ def test_renormalize_refuses_what_is_infinite_without_mass(rng, name):
     ],
 )
 def test_renormalize_refuses_the_limits_too(rng, divergence):
-    s, teacher = rounded(rng, (4, 11)), _teacher(rng, (4,), 11, 4, "renormalize")
+    s, teacher = make_models(rng, "renormalize", (4,), 11)
     f = jax.jit(partial(distillation_loss, divergence=divergence))
     with pytest.raises(ValueError, match="`divergence`"):
         f(s, teacher)
@@ -376,23 +218,25 @@ def test_renormalize_refuses_the_limits_too(rng, divergence):
 
 @pytest.mark.parametrize("name", [name for name in ALL if name != "forward"])
 def test_drop_is_of_forward_kl_only(rng, name):
-    s, teacher = rounded(rng, (4, 11)), _teacher(rng, (4,), 11, 4, "drop")
+    s, teacher = make_models(rng, "drop", (4,), 11)
     with pytest.raises(ValueError, match='`divergence`.*ForwardKL.*"drop"'):
         distillation_loss(s, teacher, divergence=ALL[name][0])
 
 
 @pytest.mark.parametrize("name", ["js", *rarely(*(x for x in ANYWHERE if x != "js"))])
 def test_renormalize_takes_what_is_finite_without_mass(rng, name):
-    s, teacher = rounded(rng, (2, 5)), _teacher(rng, (2,), 5, 3, "renormalize")
-    value = distillation_loss(s, teacher, divergence=ALL[name][0], tile=2)
-    assert_close(value, _expected(s, teacher, ALL[name][1])[0], 5e-6)
+    s, teacher = make_models(rng, "renormalize", (2,), 5)
+    divergence, reference = ALL[name]
+    value = distillation_loss(s, teacher, divergence=divergence, tile=2)
+    expected = expected_of(s, teacher, divergence=reference)
+    assert_close(value, expected.loss, 5e-6)
 
 
 @over_tails
 @pytest.mark.parametrize("slots", [slice(0, 1), slice(None)], ids=["one", "all"])
 @pytest.mark.parametrize("bad", [11, *rarely(-2, 100)])
 def test_columns_that_do_not_exist(rng, bad, slots, tail):
-    s, teacher = rounded(rng, (4, 13)), _teacher(rng, (4,), 11, 4, tail)
+    s, teacher = rounded(rng, (4, 13)), make_list(rng, (4,), 11, 4, tail)
     indices = teacher.indices.at[2, slots].set(bad)
     wrong = SparseTeacher(indices, teacher.log_probs, tail=tail)
     with pytest.raises(ValueError, match=rf"`teacher.indices`.*\[0, 11\).*{bad}"):
@@ -431,50 +275,8 @@ def test_other_errors():
         distillation_loss(SparseTeacher(LISTED, MASSES), jnp.zeros((5, 11)))
 
 
-# Metrics, the reference, transformations, memory.
-
-
-@pytest.mark.parametrize("tail", ["renormalize", "bucket", "uniform"])
-def test_metrics(rng, tail):
-    s, teacher = rounded(rng, (6, 11)), _teacher(rng, (6,), 11, 4, tail)
-    where = jnp.array([True, True, False, True, True, True])
-    f = partial(jaxkl.distillation_loss_with_metrics, divergence=jaxkl.JensenShannon())
-    value, metrics = jax.jit(f)(s, teacher, temperature=2.0, where=where)
-    shared = dict(where=where)
-    loss = _expected(s, teacher, ALL["js"][1], temperature=2.0, **shared)[0]
-    assert_close(value, loss, 5e-6)
-    assert_close(metrics.divergence, loss / 4, 5e-6)
-    assert_close(metrics.kl, _expected(s, teacher, **shared)[0], 5e-6)
-    assert metrics.weight == 5 and metrics.cross_entropy is None
-    dense = oracle.metrics(s, s, where=where)
-    assert_close(metrics.student_entropy, dense.student_entropy, 5e-6)
-    kept = np.flatnonzero(where)
-    rows = [
-        _outcomes(np.zeros(11), *(np.asarray(x)[i] for x in (
-            teacher.indices, teacher.log_probs)), tail)[0]
-        for i in kept
-    ]  # fmt: skip
-    if tail == "bucket":
-        return
-    rows = np.stack(rows)
-    agree = rows.argmax(-1) == np.asarray(s)[kept].argmax(-1)
-    assert_close(metrics.top1_agreement, agree.mean(), 1e-6)
-    entropy = -(np.exp(rows) * np.maximum(rows, -1e4)).sum(-1).mean()
-    assert_close(metrics.teacher_entropy, entropy, 5e-6)
-
-
-@over_tails
-def test_the_reference_agrees(rng, tail):
-    s, teacher = rounded(rng, (5, 11)), _teacher(rng, (5,), 11, 4, tail)
-    f = partial(jaxkl.reference.distillation_loss, temperature=2.0)
-    value, grad = jax.jit(jax.value_and_grad(f))(s, teacher)
-    loss, _, d_student = _expected(s, teacher, temperature=2.0)
-    assert_close(value, loss, 5e-6)
-    assert_close(grad, d_student, 1e-5)
-
-
 def test_a_users_function_is_not_asked_of_what_neither_model_has(rng):
-    # Slots that are empty or repeated, and a rest without columns.
+    # Some slots are empty or repeated, and some rests have no columns.
     textbook = lambda log_p, log_q: jnp.exp(log_p) * (log_p - log_q)
     squared = lambda log_p, log_q: (
         jnp.exp(log_p) * (log_p - log_q) ** 2
@@ -484,77 +286,12 @@ def test_a_users_function_is_not_asked_of_what_neither_model_has(rng):
         p, r = np.exp(log_p), log_p - log_q
         return p * r * r, p * (r * r + 2 * r), -2 * p * r
 
-    some = _teacher(rng, (4,), 7, 5, "bucket")
+    some = make_list(rng, (4,), 7, 5, "bucket")
     s, every = rounded(rng, (4, 7)), top_k_teacher(rounded(rng, (4, 7)), 7)
     references = {textbook: oracle.forward_kl, squared: squared_reference}
     for divergence, reference in references.items():
         for teacher in (some, every):
-            value, grad = _evaluate(s, teacher, divergence=divergence)
-            loss, _, d_student = _expected(s, teacher, reference)
-            assert_close(value, loss, 5e-6)
-            assert_close(grad, d_student, 1e-5)
-
-
-@over_tails
-def test_export_for_any_number_of_tokens(rng, tail):
-    (b,) = jax.export.symbolic_shape("b")
-    arrays = ((b, 11), "float32"), ((b, 4), "int32"), ((b, 4), "float32")
-    shapes = [jax.ShapeDtypeStruct(*x) for x in arrays]
-    run = lambda s, *lists: distillation_loss(s, SparseTeacher(*lists, tail=tail))
-    exported = jax.export.export(jax.jit(jax.value_and_grad(run)))(*shapes)
-    s, teacher = rounded(rng, (3, 11)), _teacher(rng, (3,), 11, 4, tail)
-    indices = teacher.indices.astype(jnp.int32)
-    value, grad = exported.call(s, indices, teacher.log_probs)
-    loss, _, d_student = _expected(s, teacher)
-    assert_close(value, loss, 5e-6)
-    assert_close(grad, d_student, 1e-5)
-
-
-@pytest.mark.parametrize("tail", ["bucket", *rarely("renormalize")])
-def test_transformations(rng, tail):
-    s, teacher = rounded(rng, (3, 4, 11)), _teacher(rng, (3, 4), 11, 4, tail)
-    f = partial(distillation_loss, tile=2)
-    _, _, expected = _expected(s, teacher)
-    assert_close(jax.jit(jax.vmap(jax.grad(f)))(s, teacher), 3 * expected, 1e-5)
-
-    @jax.jit
-    @jax.grad
-    def total(s):
-        step = lambda total, x: (total + jax.checkpoint(f)(*x), None)
-        return jax.lax.scan(step, jnp.float32(0), (s, teacher))[0]
-
-    assert_close(total(s), 3 * expected, 1e-5)
-    one = jax.tree.map(lambda x: x[0, :2, :], teacher)
-    small = s[0, :2]
-    of = lambda loss: jax.jit(jax.hessian(lambda s: loss(s, one) ** 2))(small)
-    assert_close(of(f), of(jaxkl.reference.distillation_loss), 1e-5)
-
-
-def test_shard_map_over_tokens(rng):
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    student, teacher = (
-        make_head(rng, (16,), 4, 11),
-        _teacher(rng, (16,), 11, 4, "bucket"),
-    )
-    head = jaxkl.LinearHead(P("data"), P())
-
-    @jax.jit
-    @jax.value_and_grad
-    @partial(jax.shard_map, mesh=mesh, in_specs=((head, P("data")),), out_specs=P())
-    def f(sources):
-        student, log_probs = sources
-        start = 2 * jax.lax.axis_index("data")
-        indices = jax.lax.dynamic_slice_in_dim(teacher.indices, start, 2)
-        local = SparseTeacher(indices, log_probs, tail="bucket")
-        value = distillation_loss(student, local, reduction="sum", tile=1)
-        return jax.lax.psum(value, "data") / 16
-
-    value, (grad, d_log_probs) = f((student, teacher.log_probs))
-    logits, pull = exact_logits(student)
-    loss, _, d_logits = _expected(logits, teacher)
-    assert_close(value, loss, 5e-6)
-    assert_source_gradient(student, grad, pull(d_logits), "")
-    assert not d_log_probs.any()  # constants, as documented
+            assert_matches(s, teacher, (divergence, reference))
 
 
 @over_tails
@@ -634,7 +371,7 @@ def _counts(indices, vocab):
 
 
 def _chi_square(counts, p):
-    """Standard deviations by which χ² is above its mean."""
+    """How many standard deviations χ² is above its mean."""
     expected = counts.sum() * p
     statistic = np.sum((counts - expected) ** 2 / expected)
     freedom = len(p) - 1
@@ -667,7 +404,7 @@ def test_rows_are_independent_and_have_their_own_temperature(rng):
     for at in np.ndindex(2, 2):
         p = np.exp(oracle.log_softmax(np.asarray(t[at], np.float64) / T[at]))
         assert _chi_square(_counts(indices[at], 5), p.astype(float)) < 4
-    # Two rows of one distribution agree as often as chance has it.
+    # Two rows of one distribution agree as often as by chance.
     p = np.exp(oracle.log_softmax(t[0, 0])).astype(float)
     agree, chance = (indices[0, 1] == indices[1, 0]).mean(), np.sum(p * p)
     assert abs(agree - chance) < 5 * np.sqrt(chance * (1 - chance) / n)
@@ -679,7 +416,7 @@ def test_rows_are_independent_and_have_their_own_temperature(rng):
 
 @pytest.mark.slow
 def test_expected_gradient_is_the_dense_one(rng):
-    # The column that is rare matters: a top-k list never has it.
+    # The rare column matters, as a top-k list never has it.
     rows, vocab = 40_000, 6
     s = rounded(rng, (vocab,))
     t = jnp.log(jnp.array([0.6, 0.2, 0.1, 0.08, 0.019, 0.001]))
@@ -711,8 +448,8 @@ def test_a_column_without_mass_is_never_drawn(rng, vocab):
 
 
 def test_no_step_at_a_column_without_mass(rng):
-    # A parallel cumulative sum of more than 256 rounds one into some of them. Levels at
-    # every step find it, where draws would take 10⁸.
+    # A parallel cumulative sum of more than 256 rounds a step into some of the columns.
+    # Levels at every step find it, where random draws would need 10⁸.
     weights = rng.random((200, 358)) * (rng.random((200, 358)) < 0.5)
     weights = jnp.asarray(weights, jnp.float32)
     total = jnp.cumsum(weights, axis=-1)
@@ -721,8 +458,8 @@ def test_no_step_at_a_column_without_mass(rng):
 
 
 def test_rare_columns_are_not_lost_to_float32(rng):
-    # Half of the columns have 2e-8 each: below the spacing of float32 uniforms, and
-    # of a sum near 1.
+    # Half of the columns have 2e-8 each, which is below the spacing of float32 uniforms
+    # and of a float32 sum near 1.
     vocab, n = 50_000, 200_000
     rare = rng.permutation(vocab) < vocab // 2
     p = np.where(rare, 2e-8, (1 - 2e-8 * rare.sum()) / (~rare).sum())

@@ -1,4 +1,4 @@
-"""Values that are known only at run time: NaN where they would have been an error."""
+"""A bad value that is known only at run time makes the loss NaN."""
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from .cases import ALL, over, rounded
 
 
 LABELS = jnp.array([0, 4, -100])
+WHERE = jnp.array([True, False, True])
 BAD = (0.0, -1.0, float("nan"), float("inf"))
 FUNCTIONS = {
     "plain": jaxkl.distillation_loss,
@@ -70,19 +71,18 @@ def test_a_number_of_tokens_out_of_range(rng, loss):
 @pytest.mark.parametrize("name", ["temperature", "teacher_temperature"])
 def test_temperature_out_of_range(rng, loss, name):
     s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
-    where = jnp.array([True, False, True])
 
     @jax.jit
     def f(s, t, temperature):
         options = dict(t_squared=False, reduction="none") | {name: temperature}
-        return loss(s, t, **options), loss(s, t, where=where, **options)
+        return loss(s, t, **options), loss(s, t, where=WHERE, **options)
 
     expected, _ = f(s, t, jnp.array([1.0, 1.0, 2.0]))
     assert np.isfinite(expected).all()
     for bad in BAD:
         every, kept = f(s, t, jnp.array([1.0, bad, 2.0]))
         np.testing.assert_allclose(every, expected.at[1].set(jnp.nan), rtol=1e-6)
-        # A token that is dropped has no temperature.
+        # The temperature of a dropped token does not matter.
         np.testing.assert_allclose(kept, expected.at[1].set(0), rtol=1e-6)
     mean = jax.jit(lambda s, t, T: loss(s, t, **{name: T}))
     assert all(np.isnan(mean(s, t, jnp.float32(bad))) for bad in BAD)
@@ -104,7 +104,7 @@ def test_gradients_at_a_temperature_out_of_range(rng, squared):
         d_s, d_temperature = grad(s, t, temperature, jnp.full(3, True))
         assert np.isnan(d_s[1]).all() and np.isfinite(d_s[::2]).all()
         assert np.isfinite(d_temperature[::2]).all()
-        for got in grad(s, t, temperature, jnp.array([True, False, True])):
+        for got in grad(s, t, temperature, WHERE):
             assert np.isfinite(got).all() and not np.any(got[1]) and np.any(got)
 
 
@@ -156,7 +156,6 @@ def test_samples_at_a_bad_temperature(rng):
 )
 def test_integers_out_of_range(rng, dtype, value):
     s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
-    where = jnp.array([True, False, True])
     options = dict(reduction="none")
 
     def of_labels(s, t, labels):
@@ -170,24 +169,23 @@ def test_integers_out_of_range(rng, dtype, value):
     with jax.enable_x64(dtype.endswith("64")):
         labels = jnp.array([0, value, 4], dtype)
         got = jax.jit(of_labels)(s, t, labels)
-        np.testing.assert_array_equal(np.isnan(got), ~where)
+        np.testing.assert_array_equal(np.isnan(got), ~WHERE)
         indices = jnp.stack([labels, labels + 1 - labels], -1)
         got = jax.jit(of_a_list)(s, indices)
-        np.testing.assert_array_equal(np.isnan(got), ~where)
+        np.testing.assert_array_equal(np.isnan(got), ~WHERE)
         with pytest.raises(ValueError, match=r"`teacher\.indices` must be in \[0, 5\)"):
             of_a_list(s, indices)
-        assert np.isfinite(of_a_list(s, indices, where)).all()
+        assert np.isfinite(of_a_list(s, indices, WHERE)).all()
 
 
 @over_functions
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_a_dropped_token_may_have_any_label(rng, loss, reduction):
     s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
-    where = jnp.array([True, False, True])
 
     @jax.jit
     def f(s, t, labels):
-        options = dict(where=where, labels=labels, alpha=0.5, reduction=reduction)
+        options = dict(where=WHERE, labels=labels, alpha=0.5, reduction=reduction)
         value, pull = jax.vjp(lambda s: loss(s, t, **options), s)
         return value, *pull(jnp.ones_like(value))
 
@@ -219,7 +217,7 @@ def test_a_number_has_the_digits_of_the_loss(rng, number):
             same(lambda T, loss=loss: loss(s, t, teacher_temperature=T))
         same(lambda T: jaxkl.losses.softmax_kl_divergence(s, t, temperature=T))
         same(lambda T: jaxkl.top_k_teacher(t, 3, temperature=T).log_probs)
-        # And does not widen it.
+        # A Python number does not widen the loss.
         s, t = s.astype(jnp.float32), t.astype(jnp.float32)
         assert jaxkl.distillation_loss(s, t, temperature=number).dtype == jnp.float32
         teacher = jaxkl.top_k_teacher(t, 3, temperature=number)
