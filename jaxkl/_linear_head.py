@@ -125,7 +125,7 @@ class LinearHead(Source):
         return self.map_fields(lambda name, _: specs[name])
 
     def logits(self, dtype, vocab):
-        x = _dot(self.hidden, self.kernel, (1, 0), dtype) * self.scale
+        x = _dot(self.hidden, self.kernel, ((-1,), (0,)), dtype) * self.scale
         if self.bias is not None:
             x += self.bias.astype(dtype)[None, :]
         if self.softcap is not None:
@@ -154,29 +154,30 @@ class LinearHead(Source):
         width = self.kernel.shape[-1]
         # Padding columns of the kernel may hold NaN: leave them out of the product.
         kernel = self.kernel[:, : d_outputs.shape[-1]]
-        d_hidden = self.scale * _dot(d_outputs, kernel, (1, 1), dtype)
+        d_hidden = self.scale * _dot(d_outputs, kernel, ((-1,), (-1,)), dtype)
         # A token that is not counted may hold NaN, and 0 · NaN is NaN in a product.
-        hidden = zero_unless(counted[:, None], self.hidden)
-        d_kernel = self.scale * _dot(hidden, d_outputs, (0, 0), dtype)
+        hidden = zero_unless(counted[..., None], self.hidden)
+        tokens = tuple(range(counted.ndim))
+        d_kernel = self.scale * _dot(hidden, d_outputs, (tokens, tokens), dtype)
         d_bias = None
         if self.bias is not None:
-            d_x = zero_unless(counted[:, None], d_outputs)
-            d_bias = pad_to_width(jnp.sum(d_x, axis=0, dtype=dtype), width)
+            d_x = zero_unless(counted[..., None], d_outputs)
+            d_bias = pad_to_width(jnp.sum(d_x, axis=tokens, dtype=dtype), width)
         return dataclasses.replace(
             self, hidden=d_hidden, kernel=pad_to_width(d_kernel, width), bias=d_bias
         )
 
 
+Axes = tuple[int, ...]
+
+
 def _dot(
-    x: jax.Array, y: jax.Array, axes: tuple[int, int], dtype: jnp.dtype
+    x: jax.Array, y: jax.Array, axes: tuple[Axes, Axes], dtype: jnp.dtype
 ) -> jax.Array:
-    """The product over one axis of each, accumulated and returned in `dtype`."""
+    """The product over these axes of each, accumulated and returned in `dtype`."""
     common = _common_dtype(x, y)
-    return jax.lax.dot_general(
-        x.astype(common),
-        y.astype(common),
-        (((axes[0],), (axes[1],)), ((), ())),
-        preferred_element_type=dtype,
+    return jnp.tensordot(
+        x.astype(common), y.astype(common), axes, preferred_element_type=dtype
     )
 
 

@@ -91,6 +91,7 @@ class Source(abc.ABC):
 
         Gradients of shared arrays are sums over the tokens that are `counted`, bool
         `[B]`, in at least float32. The others have their array's dtype or a wider one.
+        Here the tokens may be on several axes, in place of `B`.
         """
 
     @property
@@ -117,7 +118,7 @@ class Source(abc.ABC):
 
     def mask_tokens(self, mask: jax.Array) -> Self:
         """The source with zeros in the rows of tokens outside `mask`, `[B]`."""
-        over = lambda x: mask.reshape(mask.shape + (1,) * (x.ndim - 1))
+        over = lambda x: jnp.expand_dims(mask, range(mask.ndim, x.ndim))
         return self.map_tokens(lambda x: zero_unless(over(x), x))
 
     def zero_padding(self, vocab: Vocabulary) -> Self:

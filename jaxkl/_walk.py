@@ -90,23 +90,12 @@ def _run_part(
         return result._replace(gradients=gradients), ()
 
     rows, _ = _scan(tiles, x, rows_of_tile)
-    outputs = {name: tiles.flat(getattr(rows.gradients, name)) for name in waiting}
-    rows = rows._replace(
-        gradients=rows.gradients._replace(**dict.fromkeys(waiting, None))
-    )
-    result = jax.tree.map(tiles.restore, rows)
-
-    # The product takes the tokens in the order of the tiles.
-    in_order = lambda x: tiles.flat(tiles.arrange(x))
-    x = x.map_tokens(in_order)
-    counted = in_order(counted) & tiles.flat(rows.counted)
-    unfinished = Result(None, None, x._replace(**outputs), counted)
-    pulled = pull_back(x, unfinished, waiting)
-    restore = lambda x: tiles.restore(tiles.unflat(x))
-    gradients = result.gradients._replace(
-        **{name: getattr(pulled, name).map_tokens(restore) for name in waiting}
-    )
-    return result, gradients
+    # The products take all tokens as they are arranged.
+    rows = rows._replace(counted=rows.counted & tiles.arrange(counted))
+    gradients = pull_back(x.map_tokens(tiles.arrange), rows, waiting)
+    gradients = gradients.map_tokens(tiles.restore)
+    rows = rows._replace(gradients=None)
+    return jax.tree.map(tiles.restore, rows), gradients
 
 
 def _scan(
@@ -167,13 +156,6 @@ class _Blocks:
         """Which tokens of tile `i` are in no tile before it and are no padding."""
         return self._start(i) + jnp.arange(self.tile) >= i * self.tile
 
-    def flat(self, x: jax.Array) -> jax.Array:
-        """An array as it is arranged, with all rows on one axis."""
-        return x
-
-    def unflat(self, x: jax.Array) -> jax.Array:
-        return x
-
     def restore(self, x: jax.Array) -> jax.Array:
         """An arranged array, in the order of the tokens."""
         return x
@@ -205,14 +187,9 @@ class _Strided:
     def counted(self, i) -> jax.Array:
         return jnp.arange(self.tile) * self.count + i < self.tokens
 
-    def flat(self, x: jax.Array) -> jax.Array:
-        return x.reshape(-1, *x.shape[2:])
-
-    def unflat(self, x: jax.Array) -> jax.Array:
-        return x.reshape(self.shape + x.shape[1:])
-
     def restore(self, x: jax.Array) -> jax.Array:
-        return self.flat(x.swapaxes(0, 1))[: self.tokens]
+        x = x.swapaxes(0, 1)
+        return x.reshape(-1, *x.shape[2:])[: self.tokens]
 
 
 _ORDERS = {"blocks": _Blocks, "strided": _Strided}
