@@ -1,4 +1,4 @@
-"""How a loss is walked: the size of tiles, their order, and what is computed twice.
+"""How a loss is walked: tiles, their order, and what is computed twice.
 
 A plan depends on the platform and on the `Workload`, and on nothing else.
 """
@@ -107,14 +107,14 @@ def plan(platform: Platform, work: Workload) -> Plan:
 
 
 def _part(tile: int | None, work: Workload) -> int | None:
-    """Tokens of a part: what its tiles leave is no larger than the sum it replaces.
+    """Tokens of a part: its tiles leave no more than the sum that it replaces holds.
 
     All parts have the same number of tiles, if one near the largest allows for it.
     """
-    if tile is None or "head" not in work.kinds:
+    if tile is None or work.tokens_per_sum == 0:
         return None
-    tiles = -(-work.tokens // tile)
-    parts = -(-tiles // max(work.tokens_per_sum // tile, 1))
+    tiles, most = (-(-n // tile) for n in (work.tokens, work.tokens_per_sum))
+    parts = -(-tiles // most)
     even = [n for n in range(parts, min(2 * parts, tiles) + 1) if tiles % n == 0]
     return -(-tiles // (even or [parts])[0]) * tile
 
@@ -129,9 +129,9 @@ def _tile(platform: Platform, work: Workload) -> int | None:
     if platform == "accelerator":
         if work.kinds == ("logits", "logits"):
             return None  # XLA fuses the loss into passes over the logits
-        # Each tile of a head reads and writes the sum of `d kernel`, which takes as
-        # long as the products of some 400 tokens. Logits beside a list have such tiles
-        # too: their scatter does not fuse.
+        # Each tile of a head reads the whole kernel. At a chip's published rates that
+        # takes as long as the products of 240 tokens (v5e) to 560 (v6e). Logits beside
+        # a list have such tiles too: their scatter does not fuse.
         return _tile_of_bytes(192 * _MIB, work, least=384)
     if "head" in work.kinds:
         return _tile_of_bytes(32 * _MIB, work)

@@ -8,7 +8,9 @@ import pytest
 from jaxkl._plan import Plan, plan, tile_size, Workload
 
 
-HEADS = dict(student="head", teacher="head")
+HIDDEN = 4096
+# In bfloat16, 2 HIDDEN tokens leave as much as a float32 sum of `d kernel`.
+HEADS = dict(student="head", teacher="head", tokens_per_sum=2 * HIDDEN)
 LISTED = dict(teacher="list")
 VOCAB = 128256
 
@@ -24,14 +26,22 @@ VOCAB = 128256
         # 32 and 192 MiB of logits, and at least some 384 tokens.
         ("cpu", HEADS, Plan(64, "strided", False)),
         ("cpu", dict(HEADS, columns=32768), Plan(256, "strided", False)),
-        ("accelerator", HEADS, Plan(512, "strided", True)),
-        ("accelerator", dict(HEADS, columns=32768), Plan(1024, "strided", True)),
-        ("accelerator", dict(HEADS, itemsize=8), Plan(512, "strided", True)),
+        ("accelerator", HEADS, Plan(512, "strided", True, 8192)),
+        ("accelerator", dict(HEADS, columns=32768), Plan(1024, "strided", True, 8192)),
+        ("accelerator", dict(HEADS, itemsize=8), Plan(512, "strided", True, 8192)),
         # Inside `shard_map` tokens are local.
-        ("accelerator", dict(HEADS, sharding="manual"), Plan(512, "blocks", True)),
+        (
+            "accelerator",
+            dict(HEADS, sharding="manual"),
+            Plan(512, "blocks", True, 8192),
+        ),
         ("cpu", dict(sharding="manual", many_devices=True), Plan(4, "blocks", False)),
         # One head is enough; of logits, strides would be a copy.
-        ("accelerator", dict(student="head"), Plan(512, "blocks", True)),
+        (
+            "accelerator",
+            dict(HEADS, teacher="logits"),
+            Plan(512, "blocks", True, 8192),
+        ),
         ("cpu", dict(student="head", many_devices=True), Plan(64, "strided", False)),
         # A list beside logits.
         ("accelerator", LISTED, Plan(512, "blocks", True)),
@@ -61,17 +71,51 @@ def test_a_tile_of_the_user_changes_the_size_and_nothing_else(platform):
         (False, True),
         (False, True),
     ):
-        work = Workload(8192, VOCAB, student, teacher, 4, half, many, sharding)
+        work = Workload(
+            8192,
+            VOCAB,
+            student,
+            teacher,
+            half_logits=half,
+            many_devices=many,
+            sharding=sharding,
+            tokens_per_sum=8192 if "head" in (student, teacher) else 0,
+        )
         automatic = plan(platform, work)
         if automatic.tile is None:
             continue
         for tile in (1, 7, automatic.tile, 4096, 8191):
             chosen = plan(platform, dataclasses.replace(work, tile=tile))
-            assert chosen == dataclasses.replace(automatic, tile=tile)
+            assert (chosen.part is None) == (automatic.part is None)
+            same = dataclasses.replace(automatic, tile=tile, part=chosen.part)
+            assert chosen == same
+            assert tile != automatic.tile or chosen == automatic
             tiled += 1
         whole = plan(platform, dataclasses.replace(work, tile=8192))
         assert whole.tile is None and whole.order == automatic.order
     assert tiled >= 100
+
+
+@pytest.mark.parametrize(
+    "tokens, tokens_per_sum, tile, part",
+    [
+        (8192, 8192, 512, 8192),
+        (8192, 7680, 512, 4096),  # two parts of eight tiles
+        (8192, 2048, 512, 2048),
+        (8192, 100, 512, 512),  # a part has a tile at least
+        (8191, 8192, 392, 8232),  # a prime number of tokens, in 21 tiles
+        (8191, 5000, 392, 7 * 392),  # 3 parts of 7 tiles, where 2 have 11 and 10
+        (17 * 512, 8192, 512, 9 * 512),  # 17 tiles: parts of 9, and the last has 8
+        (1000, 8192, 300, 1200),
+    ],
+)
+def test_parts_are_no_larger_than_the_sum_they_replace(
+    tokens, tokens_per_sum, tile, part
+):
+    work = Workload(tokens, VOCAB, **HEADS | dict(tokens_per_sum=tokens_per_sum))
+    chosen = plan("accelerator", dataclasses.replace(work, tile=tile))
+    assert (chosen.tile, chosen.part) == (tile, part)
+    assert part % tile == 0 and part - tile < max(tokens_per_sum, tile)
 
 
 @pytest.mark.parametrize("tokens", [1024, 4096, 6144, 8192, 15 * 512, 32768])
