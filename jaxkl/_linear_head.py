@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from . import _checks as check
-from ._numerics import loss_dtype, zero_unless
+from ._numerics import loss_dtype, weigh, zero_unless
 from ._sources import Kind, pad_to_width, Source
 
 
@@ -137,7 +137,7 @@ class LinearHead(Source):
         if self.softcap is not None:
             # d/dx c·tanh(x/c) = 1 - tanh²(x/c), and tanh(x/c) = logits/c.
             tanh = logits / self.softcap
-            d_logits = zero_unless(d_logits != 0, d_logits * (1 - tanh * tanh))
+            d_logits = weigh(d_logits, 1 - tanh * tanh)
         return d_logits.astype(self.output_dtype(d_logits.dtype))
 
     def output_dtype(self, dtype):

@@ -151,7 +151,7 @@ def _assert_hessians(rng, divergence, reference, reduction):
 )
 def test_mixed_derivatives_at_a_weight_of_zero(rng, source, reduction):
     # Learning to reweight examples (Ren et al., 2018) starts with weights of zero.
-    student, teacher = make_models(rng, source, (3,), 5, softcap=None)
+    student, teacher = make_models(rng, source, (3,), 5)
     jacobian, tile = (jax.jacfwd, 2) if source == "head" else (jax.jacrev, None)
     arguments = dict(temperature=2.0, reduction=reduction)
     flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
@@ -169,6 +169,20 @@ def test_mixed_derivatives_at_a_weight_of_zero(rng, source, reduction):
         weights,
     )
     assert_close(slopes(student, teacher, weights), expected, 1e-5)
+
+
+def test_hessian_of_a_capped_head_at_the_teacher(rng):
+    """The gradient of the logits is 0 there, and its derivative is not."""
+    student, _ = make_models(rng, "head", (3,), 5, softcap=1.5)
+    flat, unravel = ravel_pytree(student)
+
+    def hessian(loss):
+        f = lambda x: loss(unravel(x), student, temperature=2.0)
+        return jax.jit(jax.hessian(f))(flat)
+
+    expected = hessian(jaxkl.reference.distillation_loss)
+    assert np.max(np.abs(expected)) > 1e-3
+    assert_close(hessian(jaxkl.distillation_loss), expected, 1e-5)
 
 
 @pytest.mark.parametrize(
