@@ -47,11 +47,6 @@ def zeros(like: Any, shape: tuple[int, ...]) -> jax.Array:
     return to_varying(jnp.zeros(shape, like.dtype), varying_axes(like))
 
 
-def empty(like: Any, shape: tuple[int, ...]) -> jax.Array:
-    """An array to be filled, which varies over mesh axes as the type `like` does."""
-    return to_varying(jax.lax.empty(shape, like.dtype), varying_axes(like))
-
-
 def has_explicit_axes(mesh: Mesh | AbstractMesh) -> bool:
     """Whether arrays on the mesh carry their sharding in their type."""
     return any(t == jax.sharding.AxisType.Explicit for t in mesh.axis_types)

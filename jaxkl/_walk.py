@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._compat import abstract_eval, empty, zeros
+from ._compat import abstract_eval, zeros
 from ._operands import Operands, Result, Spec
 from ._plan import Plan
 from ._tile import pull_back, run_tile
@@ -119,7 +119,7 @@ def _scan(
         return (rows, jax.tree.map(jnp.add, totals, added)), None
 
     rows, totals = abstract_eval(run, 0)
-    rows = jax.tree.map(lambda x: empty(x, tiles.shape + x.shape[1:]), rows)
+    rows = jax.tree.map(lambda x: zeros(x, tiles.shape + x.shape[1:]), rows)
     totals = jax.tree.map(lambda x: zeros(x, x.shape), totals)
     (rows, totals), _ = jax.lax.scan(step, (rows, totals), jnp.arange(tiles.count))
     return rows, totals
