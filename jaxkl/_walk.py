@@ -51,8 +51,8 @@ def walk(spec: Spec, perturbed: Operands, plan: Plan, operands: Operands) -> Res
         if tiles.count == 1:
             result, totals = f(operands, everything)
         else:
-            rows, totals = _scan(tiles, operands, f)
-            result = jax.tree.map(tiles.restore, rows)
+            with_no_outputs = lambda *x: (*f(*x), ())
+            result, totals, _ = _scan(tiles, operands, with_no_outputs)
     gradients = merge(result.gradients, cast(perturbed, totals))
     return result._replace(gradients=gradients)
 
@@ -79,33 +79,42 @@ def _run_part(
     gradients of the part: one matrix product over many tokens, and not a sum of many
     products, which each tile would read and write.
     """
-    kept = perturbed._replace(**dict.fromkeys(waiting, True))
     others = [name for name in _SOURCES if name not in waiting]
+    asked_later = {
+        name: jax.tree.map(lambda _: False, getattr(x, name)) for name in waiting
+    }
 
-    def rows_of_tile(x, counted):
+    def of_tile(x, counted):
         # A tile that takes a token again writes its row again: that is harmless here.
         counted = jnp.full_like(counted, True)
         result = run_tile(spec, x, counted, recompute=plan.recompute)
-        gradients = cast(kept, pull_back(x, result, others))
-        return result._replace(gradients=gradients), ()
+        gradients = pull_back(x, result, others)
+        outputs = {name: getattr(gradients, name) for name in waiting}
+        gradients = gradients._replace(**{name: getattr(x, name) for name in waiting})
+        gradients = cast(perturbed._replace(**asked_later), gradients)
+        return result._replace(gradients=gradients), (), outputs
 
-    rows, _ = _scan(tiles, x, rows_of_tile)
-    # The products take all tokens as they are arranged.
-    rows = rows._replace(counted=rows.counted & tiles.arrange(counted))
-    gradients = pull_back(x.map_tokens(tiles.arrange), rows, waiting)
-    gradients = gradients.map_tokens(tiles.restore)
-    rows = rows._replace(gradients=None)
-    return jax.tree.map(tiles.restore, rows), gradients
+    result, _, outputs = _scan(tiles, x, of_tile)
+    # The products take the tokens in the order of the tiles.
+    unfinished = x._replace(**outputs)
+    counted = tiles.stacked(result.counted & counted)
+    stacked = Result(None, None, unfinished, counted)
+    pulled = pull_back(x.map_tokens(tiles.stacked), stacked, waiting)
+    restored = {
+        name: getattr(pulled, name).map_tokens(tiles.unstacked) for name in waiting
+    }
+    return result, result.gradients._replace(**restored)
 
 
 def _scan(
     tiles: Any,
     x: Operands,
-    f: Callable[[Operands, jax.Array], tuple[Any, Any]],
-) -> tuple[Any, Any]:
-    """The rows that `f` makes of each tile, as `tiles` arranges them, and the totals.
+    f: Callable[[Operands, jax.Array], tuple[Any, Any, Any]],
+) -> tuple[Any, Any, Any]:
+    """The rows, totals and outputs of all tiles.
 
-    `f` takes a tile's operands and which of its tokens are counted.
+    `f` makes them from a tile's operands and from which of its tokens are counted. Rows
+    are in the order of the tokens, totals are summed, and outputs are `stacked`.
     """
     x = x.map_tokens(tiles.arrange)
 
@@ -113,16 +122,23 @@ def _scan(
         return f(x.map_tokens(ft.partial(tiles.read, i)), tiles.counted(i))
 
     def step(carry, i):
-        rows, totals = carry
-        new_rows, added = run(i)
+        rows, totals, outputs = carry
+        new_rows, added, new_outputs = run(i)
         rows = jax.tree.map(ft.partial(tiles.write, i), rows, new_rows)
-        return (rows, jax.tree.map(jnp.add, totals, added)), None
+        totals = jax.tree.map(jnp.add, totals, added)
+        outputs = jax.tree.map(ft.partial(tiles.stack, i), outputs, new_outputs)
+        return (rows, totals, outputs), None
 
-    rows, totals = abstract_eval(run, 0)
-    rows = jax.tree.map(lambda x: zeros(x, tiles.shape + x.shape[1:]), rows)
+    def start(x, shape):
+        return zeros(x, shape + x.shape[1:])
+
+    rows, totals, outputs = abstract_eval(run, 0)
+    rows = jax.tree.map(lambda x: start(x, tiles.shape), rows)
     totals = jax.tree.map(lambda x: zeros(x, x.shape), totals)
-    (rows, totals), _ = jax.lax.scan(step, (rows, totals), jnp.arange(tiles.count))
-    return rows, totals
+    outputs = jax.tree.map(lambda x: start(x, tiles.stacked_shape), outputs)
+    carry = rows, totals, outputs
+    (rows, totals, outputs), _ = jax.lax.scan(step, carry, jnp.arange(tiles.count))
+    return jax.tree.map(tiles.restore, rows), totals, outputs
 
 
 class _Blocks:
@@ -135,7 +151,7 @@ class _Blocks:
     def __init__(self, tokens: int, tile: int):
         self.tokens, self.tile = tokens, tile
         self.count = -(-tokens // tile)
-        self.shape = (tokens,)
+        self.shape = self.stacked_shape = (tokens,)
 
     def _start(self, i):
         return jnp.minimum(i * self.tile, self.tokens - self.tile)
@@ -157,7 +173,17 @@ class _Blocks:
         return self._start(i) + jnp.arange(self.tile) >= i * self.tile
 
     def restore(self, x: jax.Array) -> jax.Array:
-        """An arranged array, in the order of the tokens."""
+        """An array that `write` has filled, in the order of the tokens."""
+        return x
+
+    # `stack` fills an array of `stacked_shape`, where the rows of a tile are together.
+    # `stacked` is an array in that order, and `unstacked` its inverse.
+    stack = write
+
+    def stacked(self, x: jax.Array) -> jax.Array:
+        return x
+
+    def unstacked(self, x: jax.Array) -> jax.Array:
         return x
 
 
@@ -171,25 +197,33 @@ class _Strided:
     def __init__(self, tokens: int, tile: int):
         self.tokens, self.tile = tokens, tile
         self.count = -(-tokens // tile)
-        self.shape = (self.count, tile)
+        self.shape, self.stacked_shape = (tile, self.count), (self.count, tile)
 
     def arrange(self, x: jax.Array) -> jax.Array:
         rest = ((0, 0),) * (x.ndim - 1)
         x = jnp.pad(x, ((0, self.tile * self.count - self.tokens), *rest))
-        return x.reshape(self.tile, self.count, *x.shape[1:]).swapaxes(0, 1)
+        return x.reshape(self.shape + x.shape[1:])
 
     def read(self, i, x: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+        return jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False)
 
     def write(self, i, x: jax.Array, rows: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_index_in_dim(x, rows, i, 0)
+        return jax.lax.dynamic_update_index_in_dim(x, rows, i, 1)
 
     def counted(self, i) -> jax.Array:
         return jnp.arange(self.tile) * self.count + i < self.tokens
 
     def restore(self, x: jax.Array) -> jax.Array:
-        x = x.swapaxes(0, 1)
         return x.reshape(-1, *x.shape[2:])[: self.tokens]
+
+    def stack(self, i, x: jax.Array, rows: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(x, rows, i, 0)
+
+    def stacked(self, x: jax.Array) -> jax.Array:
+        return self.arrange(x).swapaxes(0, 1)
+
+    def unstacked(self, x: jax.Array) -> jax.Array:
+        return self.restore(x.swapaxes(0, 1))
 
 
 _ORDERS = {"blocks": _Blocks, "strided": _Strided}
