@@ -20,6 +20,7 @@ Order = Literal["blocks", "strided"]
 
 _MIB = 2**20
 _MAX_TILE = 1024  # tokens: enough for a matrix product to run at full speed
+_LEAST_IN_PART = 8  # tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,14 +110,19 @@ def plan(platform: Platform, work: Workload) -> Plan:
 def _part(tile: int | None, work: Workload) -> int | None:
     """Tokens of a part: its tiles leave no more than the sum that it replaces holds.
 
-    All parts have the same number of tiles, if one near the largest allows for it.
+    All parts have the same number of tiles, if one near the largest allows for it. For
+    several parts of few tiles it is None: they take as long as a sum over tiles (by the
+    TPU compiler's schedule, at a hidden size of 1024) and hold both.
     """
     if tile is None or work.tokens_per_sum == 0:
         return None
     tiles, most = (-(-n // tile) for n in (work.tokens, work.tokens_per_sum))
     parts = -(-tiles // most)
+    if parts == 1:
+        return tiles * tile
     even = [n for n in range(parts, min(2 * parts, tiles) + 1) if tiles % n == 0]
-    return -(-tiles // (even or [parts])[0]) * tile
+    sizes = [-(-tiles // n) for n in (*even, parts)]
+    return next((n * tile for n in sizes if n >= _LEAST_IN_PART), None)
 
 
 def _tile(platform: Platform, work: Workload) -> int | None:
