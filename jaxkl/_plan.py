@@ -26,7 +26,7 @@ _LEAST_IN_PART = 8  # tiles
 @dataclasses.dataclass(frozen=True)
 class Plan:
     tile: int | None  # tokens at a time; None: all of them at once
-    order: Order  # which tokens are in a tile, see `_walk`
+    order: Order  # which tokens are in a tile, see `_orders`
     # Whether slopes are evaluated twice, rather than kept until their sum is known.
     recompute: bool
     # Tokens of a part, whose tiles leave what the gradient of a head needs, for one

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from ._compat import abstract_eval, zeros
 from ._operands import Operands, Result, Spec
+from ._orders import ORDERS, Tiles
 from ._plan import Plan
 from ._tile import pull_back, run_tile
 from ._trees import cast, keep, merge, split
@@ -25,7 +26,7 @@ def walk(spec: Spec, perturbed: Operands, plan: Plan, operands: Operands) -> Res
     """
     is_shared = operands.shared_flags()  # before `with_max` adds an array
     waiting = _sources_with_sums(perturbed, is_shared)
-    order = _ORDERS[plan.order]
+    order = ORDERS[plan.order]
 
     def finished(result, gradients):
         """The rows of a result, and its part of the gradients of shared arrays."""
@@ -37,6 +38,7 @@ def walk(spec: Spec, perturbed: Operands, plan: Plan, operands: Operands) -> Res
         return finished(result, pull_back(x, result, _SOURCES))
 
     def of_part(x, counted):
+        assert plan.tile is not None
         tiles = order(counted.shape[0], plan.tile)
         return finished(*_run_part(spec, perturbed, plan, waiting, tiles, x, counted))
 
@@ -44,15 +46,16 @@ def walk(spec: Spec, perturbed: Operands, plan: Plan, operands: Operands) -> Res
     if plan.tile is None:
         result, totals = of_tile(operands, everything)
     else:
-        has_parts = plan.part is not None and waiting
-        f, size = (of_part, plan.part) if has_parts else (of_tile, plan.tile)
+        f, size = of_tile, plan.tile
+        if plan.part is not None and waiting:
+            f, size = of_part, plan.part
         tiles = order(operands.tokens, size)
         operands = operands.map_sources(lambda source: source.with_max(spec.vocab))
         if tiles.count == 1:
             result, totals = f(operands, everything)
         else:
-            with_no_outputs = lambda *x: (*f(*x), ())
-            result, totals, _ = _scan(tiles, operands, with_no_outputs)
+            without_outputs = lambda *x: (*f(*x), ())
+            result, totals, _ = _scan(tiles, operands, without_outputs)
     gradients = merge(result.gradients, cast(perturbed, totals))
     return result._replace(gradients=gradients)
 
@@ -68,7 +71,7 @@ def _run_part(
     perturbed: Operands,
     plan: Plan,
     waiting: list[str],
-    tiles: Any,
+    tiles: Tiles,
     x: Operands,
     counted: jax.Array,
 ) -> tuple[Result, Operands]:
@@ -107,7 +110,7 @@ def _run_part(
 
 
 def _scan(
-    tiles: Any,
+    tiles: Tiles,
     x: Operands,
     f: Callable[[Operands, jax.Array], tuple[Any, Any, Any]],
 ) -> tuple[Any, Any, Any]:
@@ -139,91 +142,3 @@ def _scan(
     carry = rows, totals, outputs
     (rows, totals, outputs), _ = jax.lax.scan(step, carry, jnp.arange(tiles.count))
     return jax.tree.map(tiles.restore, rows), totals, outputs
-
-
-class _Blocks:
-    """Tiles of consecutive tokens, which are slices without a copy.
-
-    The last tile starts early enough to be full. It writes some tokens again, with the
-    same values, and does not count them again.
-    """
-
-    def __init__(self, tokens: int, tile: int):
-        self.tokens, self.tile = tokens, tile
-        self.count = -(-tokens // tile)
-        self.shape = self.stacked_shape = (tokens,)
-
-    def _start(self, i):
-        return jnp.minimum(i * self.tile, self.tokens - self.tile)
-
-    def arrange(self, x: jax.Array) -> jax.Array:
-        """The array as `read` takes it, and `write` fills one of `shape`."""
-        return x
-
-    def read(self, i, x: jax.Array) -> jax.Array:
-        """The rows of tile `i`."""
-        return jax.lax.dynamic_slice_in_dim(x, self._start(i), self.tile)
-
-    def write(self, i, x: jax.Array, rows: jax.Array) -> jax.Array:
-        """`x` with the rows of tile `i` in it."""
-        return jax.lax.dynamic_update_slice_in_dim(x, rows, self._start(i), 0)
-
-    def counted(self, i) -> jax.Array:
-        """Which tokens of tile `i` are in no tile before it and are no padding."""
-        return self._start(i) + jnp.arange(self.tile) >= i * self.tile
-
-    def restore(self, x: jax.Array) -> jax.Array:
-        """An array that `write` has filled, in the order of the tokens."""
-        return x
-
-    # `stack` fills an array of `stacked_shape`, where the rows of a tile are together.
-    # `stacked` is an array in that order, and `unstacked` its inverse.
-    stack = write
-
-    def stacked(self, x: jax.Array) -> jax.Array:
-        return x
-
-    def unstacked(self, x: jax.Array) -> jax.Array:
-        return x
-
-
-class _Strided:
-    """Tiles of every `count`-th token.
-
-    A token axis that the partitioner has sharded stays sharded inside each tile; a
-    block would be gathered. The tokens are padded at the end.
-    """
-
-    def __init__(self, tokens: int, tile: int):
-        self.tokens, self.tile = tokens, tile
-        self.count = -(-tokens // tile)
-        self.shape, self.stacked_shape = (tile, self.count), (self.count, tile)
-
-    def arrange(self, x: jax.Array) -> jax.Array:
-        rest = ((0, 0),) * (x.ndim - 1)
-        x = jnp.pad(x, ((0, self.tile * self.count - self.tokens), *rest))
-        return x.reshape(self.shape + x.shape[1:])
-
-    def read(self, i, x: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False)
-
-    def write(self, i, x: jax.Array, rows: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_index_in_dim(x, rows, i, 1)
-
-    def counted(self, i) -> jax.Array:
-        return jnp.arange(self.tile) * self.count + i < self.tokens
-
-    def restore(self, x: jax.Array) -> jax.Array:
-        return x.reshape(-1, *x.shape[2:])[: self.tokens]
-
-    def stack(self, i, x: jax.Array, rows: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_index_in_dim(x, rows, i, 0)
-
-    def stacked(self, x: jax.Array) -> jax.Array:
-        return self.arrange(x).swapaxes(0, 1)
-
-    def unstacked(self, x: jax.Array) -> jax.Array:
-        return self.restore(x.swapaxes(0, 1))
-
-
-_ORDERS = {"blocks": _Blocks, "strided": _Strided}
