@@ -139,7 +139,8 @@ def test_bfloat16(rng, form):
     )
 
 
-@pytest.mark.parametrize("reduction", ["mean", *rarely("none")])
+# XLA on CPU may keep a mean's parts in float32 anyway.
+@pytest.mark.parametrize("reduction", ["none", *rarely("mean")])
 def test_parts_of_hidden_states_gradients_are_rounded_once(rng, reduction):
     student, teacher = (make_head(rng, (48,), n, 512, "bfloat16") for n in (32, 48))
     more = dict(reduction=reduction, temperature=2.0, cotangent=1.3)
