@@ -223,6 +223,16 @@ def test_drop_is_of_forward_kl_only(rng, name):
         distillation_loss(s, teacher, divergence=ALL[name][0])
 
 
+def test_drop_refuses_a_subclass_that_may_have_another_formula(rng):
+    class Half(jaxkl.ForwardKL):
+        def __call__(self, log_p, log_q):
+            return super().__call__(log_p, log_q) / 2
+
+    teacher = top_k_teacher(rounded(rng, (3, 11)), 4, tail="drop")
+    with pytest.raises(ValueError, match="`divergence` must be ForwardKL"):
+        distillation_loss(rounded(rng, (3, 11)), teacher, divergence=Half())
+
+
 @pytest.mark.parametrize("name", ["js", *rarely(*(x for x in ANYWHERE if x != "js"))])
 def test_renormalize_takes_what_is_finite_without_mass(rng, name):
     s, teacher = make_models(rng, "renormalize", (2,), 5)
