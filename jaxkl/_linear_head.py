@@ -133,15 +133,15 @@ class LinearHead(Source):
         return vocab.fit(x)
 
     def d_outputs(self, logits, d_logits):
-        """The gradient of `x`, as an operand of the products in `vjp`."""
+        """The gradient of `x`."""
         if self.softcap is not None:
             # d/dx c·tanh(x/c) = 1 - tanh²(x/c), and tanh(x/c) = logits/c.
             tanh = logits / self.softcap
             d_logits = weigh(d_logits, 1 - tanh * tanh)
-        return d_logits.astype(self.output_dtype(d_logits.dtype))
+        return d_logits
 
     def output_dtype(self, dtype):
-        """bfloat16 if `hidden` and `kernel` are, for speed.
+        """That of an operand of the products: bfloat16 if the others are, for speed.
 
         It is never float16, in which the gradient of a mean would underflow.
         """
@@ -152,13 +152,14 @@ class LinearHead(Source):
         arrays = [x for x in (self.hidden, self.kernel, self.bias) if x is not None]
         dtype = loss_dtype(d_outputs, *arrays)
         width = self.kernel.shape[-1]
+        operand = d_outputs.astype(self.output_dtype(dtype))
         # Padding columns of the kernel may hold NaN: leave them out of the product.
         kernel = self.kernel[:, : d_outputs.shape[-1]]
-        d_hidden = self.scale * _dot(d_outputs, kernel, ((-1,), (-1,)), dtype)
+        d_hidden = self.scale * _dot(operand, kernel, ((-1,), (-1,)), dtype)
         # A token that is not counted may hold NaN, and 0 · NaN is NaN in a product.
         hidden = zero_unless(counted[..., None], self.hidden)
         tokens = tuple(range(counted.ndim))
-        d_kernel = self.scale * _dot(hidden, d_outputs, (tokens, tokens), dtype)
+        d_kernel = self.scale * _dot(hidden, operand, (tokens, tokens), dtype)
         d_bias = None
         if self.bias is not None:
             d_x = zero_unless(counted[..., None], d_outputs)

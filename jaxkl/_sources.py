@@ -76,13 +76,14 @@ class Source(abc.ABC):
     def d_outputs(self, logits: jax.Array, d_logits: jax.Array) -> jax.Array:
         """What `vjp` needs of the gradient of the logits, `[B, any]`.
 
-        It is made in a tile. That of many tiles may be kept, for one `vjp` of them all.
+        It is made in a tile. That of many tiles may be kept, in `output_dtype`, for one
+        `vjp` of them all.
         """
         del logits
         return d_logits
 
     def output_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
-        """The dtype of `d_outputs`; `dtype` is that of the logits."""
+        """The dtype in which `d_outputs` may be kept; `dtype` is that of the logits."""
         return dtype
 
     @abc.abstractmethod

@@ -92,7 +92,12 @@ def _run_part(
         counted = jnp.full_like(counted, True)
         result = run_tile(spec, x, counted, recompute=plan.recompute)
         gradients = pull_back(x, result, others)
-        outputs = {name: getattr(gradients, name) for name in waiting}
+        outputs = {
+            name: getattr(gradients, name).astype(
+                getattr(x, name).output_dtype(spec.dtype)
+            )
+            for name in waiting
+        }
         gradients = gradients._replace(**{name: getattr(x, name) for name in waiting})
         gradients = cast(perturbed._replace(**asked_later), gradients)
         return result._replace(gradients=gradients), (), outputs

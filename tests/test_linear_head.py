@@ -132,6 +132,24 @@ def test_d_kernel_is_accumulated_in_float32(rng):
     assert error(grads["student"].kernel) < 4e-3
 
 
+@pytest.mark.parametrize("tile", [None, 100])
+def test_d_bias_has_the_digits_of_a_float32_bias(rng, tile):
+    """It needs no product, whose operands are bfloat16 here."""
+    head = make_head(rng, (512,), 8, 37, "bfloat16")
+    bias = jnp.asarray(rng.normal(size=37), jnp.float32)
+    teacher = make_head(rng, (512,), 8, 37)
+    exact = expected_of(LinearHead(head.hidden, head.kernel, bias), teacher).student
+
+    @jax.jit
+    def slope(bias, head, teacher):
+        loss = lambda bias: jaxkl.distillation_loss(
+            LinearHead(head.hidden, head.kernel, bias), teacher, tile=tile
+        )
+        return jax.grad(loss)(bias)
+
+    assert_close(slope(bias, head, teacher), exact.bias, 5e-6)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_logits_are_not_rounded_to_half_precision(rng, dtype):
     student = make_head(rng, (6,), 64, 300, dtype)
