@@ -9,12 +9,10 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from . import _checks as check
-from ._comparison import Comparison, Pair
-from ._compat import to_varying, varying_axes
-from ._divergences import Divergence, evaluate, ForwardKL, is_catalogued
+from ._divergences import Divergence, ForwardKL, is_catalogued
+from ._list_comparison import compare_lists, evaluate_where, plain_kl
 from ._lists import is_listed, merge_repeated, positions, safe_log, unlisted_mass
 from ._numerics import zero_unless
-from ._slopes import centred, SlopeSums, sum_slopes
 from ._softmax import entropy, Outcomes
 from ._sources import Kind, Source
 from ._vocabulary import Vocabulary
@@ -156,14 +154,14 @@ class SparseTeacher(Source):
         if self.tail not in ("drop", "bucket"):
             return super().sum_terms(divergence, p, q, vocab, log_ratio)
         if self.tail == "drop":
-            return _plain_kl(p, q)
+            return plain_kl(p, q)
         listed = is_listed(self.indices, vocab)
-        divergence_of_list = jnp.sum(_evaluate_where(listed, divergence, p, q), axis=-1)
+        divergence_of_list = jnp.sum(evaluate_where(listed, divergence, p, q), axis=-1)
         unlisted = vocab.mask(~listed)
         (q_rest,) = vocab.psum(jnp.sum(zero_unless(unlisted, q.prob), axis=-1))
         has_rest, p_rest = self._rest(*self._entries(p.log.dtype), vocab)
         q_rest = Outcomes.of_log(safe_log(q_rest))
-        divergence_of_rest = _evaluate_where(has_rest, divergence, p_rest, q_rest)
+        divergence_of_rest = evaluate_where(has_rest, divergence, p_rest, q_rest)
         return divergence_of_list + vocab.on_first_shard(divergence_of_rest)
 
     def compare(self, divergence, pair, vocab, *, recompute):
@@ -178,61 +176,12 @@ class SparseTeacher(Source):
         is_lumped = self.tail != "renormalize" or is_catalogued(divergence)
         if self.tail == "uniform" or not is_lumped:
             return super().compare(divergence, pair, vocab, recompute=recompute)
-        return self._compare_lists(divergence, pair, vocab)
-
-    def _compare_lists(
-        self, divergence: Divergence, pair: Pair, vocab: Vocabulary
-    ) -> Comparison:
-        logits, stats = pair.student
-        columns, log_p = self._entries(logits.dtype)
-        at = positions(columns, vocab)
-        has_rest, p_rest = self._rest(columns, log_p, vocab)
+        columns, log_p = self._entries(pair.student.logits.dtype)
+        rest = self._rest(columns, log_p, vocab)
         if self.tail == "renormalize":
             log_p -= jax.nn.logsumexp(log_p, axis=-1, keepdims=True)
-        is_here = at[1] < vocab.width
-        p = Outcomes.of_log(log_p)
-
-        listed = logits.at[at].get(mode="fill", fill_value=-jnp.inf)
-        exp_listed = jnp.exp(stats.shifted(listed))
-        exp_others = jnp.exp(stats.shifted(logits)).at[at].set(0, mode="drop")
-        others_sum, listed_sum = vocab.psum(
-            jnp.sum(exp_others, axis=-1), jnp.sum(exp_listed, axis=-1)
-        )
-        sum_exp = others_sum + listed_sum
-        q = stats._replace(sum_exp=sum_exp).softmax(listed).outcomes
-        # Mark both as varying now: a later implicit cast would psum their gradients.
-        q_listed, q_rest = (
-            to_varying(x / sum_exp, varying_axes(listed))
-            for x in (listed_sum, others_sum)
-        )
-
-        def divergences(log_q, log_q_rest):
-            of_list = p, Outcomes.known(log_q, q.prob)
-            of_rest = p_rest, Outcomes.known(log_q_rest, q_rest)
-            if self.tail == "drop":
-                plain = _plain_kl(*_equal_unless(is_here, *of_list))
-                return plain, jnp.zeros_like(log_q_rest)
-            value = jnp.sum(_evaluate_where(is_here, divergence, *of_list), axis=-1)
-            return value, _evaluate_where(has_rest, divergence, *of_rest)
-
-        (of_list, of_rest), vjp = jax.vjp(divergences, q.log, safe_log(q_rest))
-        f_q, f_rest = vjp((jnp.ones_like(of_list), jnp.ones_like(of_rest)))
-        sums = sum_slopes(vocab, f_q, q.prob)
-        total = sums.slope + f_rest
-        # To an entry of the list, the rest is another column, and the other way round.
-        with_rest = SlopeSums(
-            total, sums.slope_of_others + f_rest, sums.prob_of_others + q_rest
-        )
-        d_listed = centred(f_q, q.prob, with_rest)
-        without_rest = SlopeSums(total, sums.slope, q_listed)
-        d_rest = centred(f_rest[:, None], q_rest[:, None], without_rest)
-        # Each of the other columns has its part of `d_rest`, by its part of `q_rest`.
-        has_mass = others_sum > 0
-        part = zero_unless(has_mass, 1 / jnp.where(has_mass, others_sum, 1))
-        d_student = exp_others * (part[:, None] * d_rest)
-        d_student = d_student.at[at].add(d_listed, mode="drop")
-        d_teacher = jnp.zeros_like(logits)  # a list is a constant
-        return Comparison(of_list + vocab.on_first_shard(of_rest), d_teacher, d_student)
+        plain = self.tail == "drop"
+        return compare_lists(divergence, pair, vocab, columns, log_p, rest, plain=plain)
 
     def entropy(self, p, vocab):
         of_list = super().entropy(p, vocab)
@@ -278,29 +227,6 @@ class SparseTeacher(Source):
         indices = jnp.where(is_nan, 0, indices)
         log_probs = jnp.where(is_nan, jnp.nan, self.log_probs)
         return dataclasses.replace(self, indices=indices, log_probs=log_probs)
-
-
-def _equal_unless(condition: jax.Array, *models: Outcomes) -> list[Outcomes]:
-    """The models where `condition`, and equal outcomes elsewhere.
-
-    A divergence of equal outcomes is 0. Of an outcome that neither model has, a user's
-    function may be NaN.
-    """
-    return [Outcomes(*(zero_unless(condition, y) for y in x)) for x in models]
-
-
-def _evaluate_where(
-    condition: jax.Array, divergence: Divergence, p: Outcomes, q: Outcomes
-) -> jax.Array:
-    """`f(log p, log q)` where `condition`, and 0 elsewhere."""
-    p, q = _equal_unless(condition, p, q)
-    return zero_unless(condition, evaluate(divergence, p, q))
-
-
-def _plain_kl(p: Outcomes, q: Outcomes) -> jax.Array:
-    """`Σ p (log p - log q)`. The form without cancellation does not hold here, as the
-    listed probabilities do not sum to 1."""
-    return jnp.sum(p.prob * zero_unless(p.prob > 0, p.log - q.log), axis=-1)
 
 
 def _check_tail(tail: Tail, divergence: Divergence) -> None:
