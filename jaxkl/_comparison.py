@@ -1,4 +1,4 @@
-"""A teacher and a student of a tile, compared column by column."""
+"""A teacher and a student, compared column by column."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,18 +6,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ._divergences import Divergence, is_centred
+from ._divergence_terms import q_less_p
+from ._divergences import Divergence, kl_weights
+from ._numerics import zero_unless
+from ._row_sums import difference_of_shifted, log_sum_ratio, RowSums
 from ._slopes import centred, sum_slopes
-from ._softmax import log_ratio, Model, Outcomes, Softmax
+from ._softmax import Model, Outcomes, Softmax
 from ._vocabulary import Vocabulary
 
 
 class Pair(NamedTuple):
-    """Teacher and student of a tile, at their temperatures."""
+    """Teacher and student at their temperatures, on the columns at hand."""
 
     teacher: Model | jax.Array  # an array: log-probabilities, `[B, V]`
     student: Model
-    log_sum_ratio: jax.Array | None  # see `normalize_pair`; None: not of two models
+    sums: RowSums  # over all columns
     same_temperature: bool
 
     def softmaxes(self) -> tuple[Softmax, Softmax]:
@@ -28,17 +31,20 @@ class Pair(NamedTuple):
         log_p = self.teacher
         return Softmax(log_p, jnp.exp(log_p), jnp.zeros_like(q.lse), log_p), q
 
+    def shifted_difference(self) -> jax.Array:
+        """The shifted logits of the student less those of the teacher, `[B, V]`."""
+        assert isinstance(self.teacher, Model)
+        return difference_of_shifted(self.teacher, self.student, self.same_temperature)
+
     def log_ratio(self) -> jax.Array | None:
         """`log q - log p`, `[B, V]`, if it is known better than as their difference."""
-        if self.log_sum_ratio is None:
+        if not isinstance(self.teacher, Model):
             return None
-        assert isinstance(self.teacher, Model)
-        return log_ratio(
-            self.teacher,
-            self.student,
-            self.log_sum_ratio,
-            same_temperature=self.same_temperature,
-        )
+        ratio = self.shifted_difference() - log_sum_ratio(self.sums)[:, None]
+        absent_p = self.teacher.logits == -jnp.inf
+        absent_q = self.student.logits == -jnp.inf
+        ratio = jnp.where(absent_q, -jnp.inf, ratio)
+        return jnp.where(absent_p, jnp.where(absent_q, 0, jnp.inf), ratio)
 
     def recomputed_after(self, x: Any) -> tuple["Pair", Any]:
         """The pair and `x` behind a barrier.
@@ -46,30 +52,46 @@ class Pair(NamedTuple):
         To the compiler, what is computed from this pair is another computation: it does
         not keep the results of the first for the second.
         """
-        models = [m for m in (self.teacher, self.student) if isinstance(m, Model)]
-        stats = [model.stats for model in models], self.log_sum_ratio
         # Not the logits, which are in memory.
-        (stats, log_sum_ratio), x = jax.lax.optimization_barrier((stats, x))
-        *teacher, student = (
-            model._replace(stats=of_model)
-            for model, of_model in zip(models, stats, strict=True)
-        )
-        teacher = teacher[0] if teacher else self.teacher
-        return Pair(teacher, student, log_sum_ratio, self.same_temperature), x
+        of_models = [m.stats for m in self[:2] if isinstance(m, Model)]
+        (of_models, sums), x = jax.lax.optimization_barrier(((of_models, self.sums), x))
+        student = self.student._replace(stats=of_models.pop())
+        teacher = self.teacher
+        if isinstance(teacher, Model):
+            teacher = teacher._replace(stats=of_models.pop())
+        return Pair(teacher, student, sums, self.same_temperature), x
 
 
 class Comparison(NamedTuple):
     """A divergence, and its gradients of the two models' logits / temperature."""
 
-    divergence: jax.Array  # [B]: the sum over the columns of this device
+    divergence: jax.Array  # [B]: the sum over the columns at hand
     d_teacher: jax.Array  # [B, V]
     d_student: jax.Array  # [B, V]
 
 
-# From (divergence, p, q, vocab, log_ratio) to the sum over this device's columns, [B].
+class OfEach(NamedTuple):
+    """The same of both models."""
+
+    teacher: Any
+    student: Any
+
+
+# From (divergence, p, q, vocab, log_ratio) to the sum over the columns at hand, [B].
 SumTerms = Callable[
     [Divergence, Outcomes, Outcomes, Vocabulary, jax.Array | None], jax.Array
 ]
+
+
+def sums_of_slopes(
+    sum_terms: SumTerms, divergence: Divergence, pair: Pair, vocab: Vocabulary
+) -> OfEach:
+    """`SlopeSums` over the columns at hand; None where the gradient needs none."""
+    _, slopes = _slopes(sum_terms, divergence, pair, vocab)
+    sums = OfEach(*(sum_slopes(*of_model) for of_model in slopes))
+    return (
+        sums._replace(student=None) if _has_known_gradient(divergence, pair) else sums
+    )
 
 
 def compare_columns(
@@ -77,37 +99,79 @@ def compare_columns(
     divergence: Divergence,
     pair: Pair,
     vocab: Vocabulary,
+    sums: OfEach,
     *,
     recompute: bool,
 ) -> Comparison:
-    """Compares all columns; `recompute` is that of a `Plan`."""
+    """Compares the columns at hand; `sums` are those of all columns.
 
-    def of_both(pair):
-        """The divergence, and for each model its slopes and probabilities."""
-        p, q = pair.softmaxes()
-        ratio = pair.log_ratio()
-
-        def summed(log_p, log_q):
-            models = Outcomes.known(log_p, p.prob), Outcomes.known(log_q, q.prob)
-            return sum_terms(divergence, *models, vocab, ratio)
-
-        value, vjp = jax.vjp(summed, p.log, q.log)
-        f_p, f_q = vjp(jnp.ones_like(value))
-        return value, {"teacher": (f_p, p.prob), "student": (f_q, q.prob)}
-
-    value, slopes = of_both(pair)
+    `recompute` is that of a `Plan`.
+    """
+    value, slopes = _slopes(sum_terms, divergence, pair, vocab)
 
     def gradient(model):
-        slope, prob = slopes[model]
-        sums = sum_slopes(vocab, slope, prob)
+        (slope, prob), total = getattr(slopes, model), getattr(sums, model)
         if recompute:
-            again, sums = pair.recomputed_after(sums)
-            slope, prob = of_both(again)[1][model]
-        return centred(slope, prob, sums)
+            again, total = pair.recomputed_after(total)
+            of_each = _slopes(sum_terms, divergence, again, vocab)[1]
+            slope, prob = getattr(of_each, model)
+        return centred(slope, prob, total)
 
-    d_teacher = gradient("teacher")
-    if pair.log_sum_ratio is not None and is_centred(divergence):
-        # The slopes of the student sum to 0, as accurately as the log-ratio is known:
-        # they are the gradient.
-        return Comparison(value, d_teacher, slopes["student"][0])
-    return Comparison(value, d_teacher, gradient("student"))
+    if _has_known_gradient(divergence, pair):
+        d_student = _known_gradient(divergence, pair)
+    else:
+        d_student = gradient("student")
+    return Comparison(value, gradient("teacher"), d_student)
+
+
+def _slopes(
+    sum_terms: SumTerms, divergence: Divergence, pair: Pair, vocab: Vocabulary
+) -> tuple[jax.Array, OfEach]:
+    """The divergence, and of each model its slopes and probabilities."""
+    p, q = pair.softmaxes()
+    ratio = pair.log_ratio()
+
+    def summed(log_p, log_q):
+        models = Outcomes.known(log_p, p.prob), Outcomes.known(log_q, q.prob)
+        return sum_terms(divergence, *models, vocab, ratio)
+
+    value, vjp = jax.vjp(summed, p.log, q.log)
+    f_p, f_q = vjp(jnp.ones_like(value))
+    return value, OfEach((f_p, p.prob), (f_q, q.prob))
+
+
+def _has_known_gradient(divergence: Divergence, pair: Pair) -> bool:
+    """Whether the sums of the pair are all that the student's gradient needs."""
+    return isinstance(pair.teacher, Model) and kl_weights(divergence) is not None
+
+
+def _known_gradient(divergence: Divergence, pair: Pair) -> jax.Array:
+    """The gradient of `a KL(p ‖ q) + b KL(q ‖ p)` by the student's logits."""
+    weights = kl_weights(divergence)
+    assert weights is not None
+    forward, reverse = weights
+    p, q = pair.softmaxes()
+    gradients = []
+    if forward != 0:
+        ratio = pair.log_ratio()
+        assert ratio is not None
+        gradients.append(forward * q_less_p(p.outcomes, q.outcomes, ratio))
+    if reverse != 0:
+        gradients.append(reverse * _reverse_gradient(pair, q.prob))
+    return sum(gradients[1:], gradients[0])
+
+
+def _reverse_gradient(pair: Pair, q: jax.Array) -> jax.Array:
+    """`q (log q - log p - KL(q ‖ p))`, `[B, V]`; see `_row_sums`."""
+    reverse, total = pair.sums.reverse, pair.sums.student
+    assert reverse is not None
+    is_most = q > 0.5
+    factor, mean = (
+        jnp.where(is_most, below[:, None], of_all)
+        for below, of_all in (
+            (reverse.prob_below / total, 1),
+            (reverse.log_ratio_below / total, (reverse.log_ratio / total)[:, None]),
+        )
+    )
+    # Where q is 0, the other factor may be infinite.
+    return zero_unless(q > 0, q * (pair.shifted_difference() * factor - mean))

@@ -29,6 +29,11 @@ Divergence = Callable[[jax.Array, jax.Array], jax.Array]
 class _Divergence:
     """Base of the catalogue: a subclass defines `integrand`, of which it is the sum."""
 
+    @property
+    def kl_weights(self) -> tuple[float, float] | None:
+        """See the function of this name."""
+        return None
+
     def integrand(self, p: Outcomes, q: Outcomes, log_ratio: jax.Array) -> jax.Array:
         """The integrand `f`, from the two models and `log q - log p`."""
         raise NotImplementedError
@@ -44,9 +49,9 @@ def is_catalogued(divergence: Any) -> bool:
     return own and type(divergence).__module__ == __name__
 
 
-def is_centred(divergence: Divergence) -> bool:
-    """Whether `Σ_v ∂f/∂log q_v` is 0, so that the slopes are the gradient by logits."""
-    return is_catalogued(divergence) and isinstance(divergence, ForwardKL)
+def kl_weights(divergence: Divergence) -> tuple[float, float] | None:
+    """The weights of `KL(p ‖ q)` and `KL(q ‖ p)`, if the divergence is a sum of them."""
+    return divergence.kl_weights if is_catalogued(divergence) else None  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def evaluate(
@@ -104,6 +109,10 @@ class ForwardKL(_Divergence):
       Network](https://arxiv.org/abs/1503.02531), 2015.
     """
 
+    @property
+    def kl_weights(self):
+        return 1.0, 0.0
+
     def integrand(self, p, q, log_ratio):
         return kl_term(p, q, log_ratio)
 
@@ -121,6 +130,10 @@ class ReverseKL(_Divergence):
       Gu, Dong, Wei, Huang. [MiniLLM: Knowledge Distillation of Large Language
       Models](https://arxiv.org/abs/2306.08543), 2023.
     """
+
+    @property
+    def kl_weights(self):
+        return 0.0, 1.0
 
     def integrand(self, p, q, log_ratio):
         return kl_term(q, p, -log_ratio)
@@ -144,6 +157,10 @@ class SymmetricKL(_Divergence):
 
     def __post_init__(self):
         _check_number("weight", self.weight, 0, 1)
+
+    @property
+    def kl_weights(self):
+        return self.weight, 1 - self.weight
 
     def integrand(self, p, q, log_ratio):
         # An end of the interval leaves out the other term, which may be infinite.

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 
 from ._numerics import zero_unless
-from ._vocabulary import Vocabulary
 
 
 class SlopeSums(NamedTuple):
@@ -32,11 +31,11 @@ class SlopeSums(NamedTuple):
     prob_of_others: jax.Array
 
 
-def sum_slopes(vocab: Vocabulary, slope: jax.Array, prob: jax.Array) -> SlopeSums:
-    """The sums of `slope` and `prob`, `[B, V]`."""
+def sum_slopes(slope: jax.Array, prob: jax.Array) -> SlopeSums:
+    """The sums of `slope` and `prob`, `[B, V]`, over the columns at hand."""
     is_other = prob <= 0.5
     others = zero_unless(is_other, slope), zero_unless(is_other, prob)
-    return SlopeSums(*vocab.psum(*_sum_rows(slope, *others)))
+    return SlopeSums(*_sum_rows(slope, *others))
 
 
 def centred(slope: jax.Array, prob: jax.Array, sums: SlopeSums) -> jax.Array:

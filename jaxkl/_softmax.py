@@ -1,17 +1,15 @@
-r"""The softmax that every loss shares, and the log-ratio of two of them.
+r"""The softmax that every loss shares.
 
 With $z = s / T$, $\log q = z - \mathrm{lse}(z)$. The maximum of a row and the sum of
 its exponentials are the statistics that turn logits into a softmax.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 
-from ._numerics import near_part, second_order, zero_unless
-from ._vocabulary import Vocabulary
+from ._numerics import zero_unless
 
 
 class Outcomes(NamedTuple):
@@ -89,13 +87,18 @@ class SoftmaxStats(NamedTuple):
 
     def softmax(self, logits: jax.Array) -> Softmax:
         assert self.sum_exp is not None
-        x, largest = self.shifted(logits), self._finite_max
+        x = self.shifted(logits)
         prob = jnp.exp(x) / self.sum_exp[:, None]
         x = jnp.where(logits == -jnp.inf, -jnp.inf, x)
-        log_sum = jnp.log(self.sum_exp)
+        return Softmax(x - jnp.log(self.sum_exp)[:, None], prob, self.lse, x)
+
+    @property
+    def lse(self) -> jax.Array:
+        assert self.sum_exp is not None
+        largest = self._finite_max
         if self.temperature is not None:
             largest = largest / self.temperature
-        return Softmax(x - log_sum[:, None], prob, largest + log_sum, x)
+        return largest + jnp.log(self.sum_exp)
 
     @property
     def _finite_max(self):
@@ -127,78 +130,3 @@ class Model(NamedTuple):
 
     def softmax(self) -> Softmax:
         return self.stats.softmax(self.logits)
-
-
-def normalize(vocab: Vocabulary, models: Sequence[Model]) -> list[Model]:
-    """The models with their sums of exponentials."""
-    return _with_sums(models, vocab.psum(*_sums_of_exp(models)))
-
-
-def normalize_pair(
-    vocab: Vocabulary,
-    p: Model,
-    q: Model,
-    others: Sequence[Model],
-    *,
-    same_temperature: bool,
-) -> tuple[list[Model], jax.Array]:
-    """`normalize` of all models, and `log(Z / U)` of the sums of `p` and `q`, `[B]`.
-
-    With `u` and `z` the shifted logits of `p` and `q`, `U = Σ e^u` and `Z = Σ e^z`,
-    it is computed as
-
-        log1p(Δ / U) or -log1p(-Δ / Z),   Δ = Σ (e^z - e^u),
-
-    and the terms of Δ without cancellation. Its error is relative to itself, not to
-    log Z and log U. So log-ratios keep their digits where the models are near each
-    other.
-    """
-    models = [p, q, *others]
-    z_less_u = _difference_of_shifted(p, q, same_temperature)
-    delta = jnp.sum(_exp_difference(p.shifted(), q.shifted(), z_less_u), axis=-1)
-    *sums, delta = vocab.psum(*_sums_of_exp(models), delta)
-    up = delta > 0
-    smaller = jnp.where(up, sums[0], sums[1])
-    log_sum_ratio = jnp.log1p(jnp.abs(delta) / smaller)
-    return _with_sums(models, sums), jnp.where(up, log_sum_ratio, -log_sum_ratio)
-
-
-def _sums_of_exp(models: Sequence[Model]) -> list[jax.Array]:
-    return [jnp.sum(jnp.exp(model.shifted()), axis=-1) for model in models]
-
-
-def _with_sums(models: Sequence[Model], sums: Sequence[jax.Array]) -> list[Model]:
-    return [
-        Model(logits, stats._replace(sum_exp=sum_exp))
-        for (logits, stats), sum_exp in zip(models, sums, strict=True)
-    ]
-
-
-def _difference_of_shifted(p: Model, q: Model, same_temperature: bool) -> jax.Array:
-    """`z - u`, the shifted logits of `q` less those of `p`."""
-    if same_temperature:
-        # The differences are exact where the logits are near.
-        difference = q.stats.less_max(q.logits) - p.stats.less_max(p.logits)
-        return q.stats.over_temperature(difference)
-    # A compiler fuses the difference of two quotients so that it rounds one and not
-    # the other, and equal models would differ. It does not fuse through a maximum.
-    u, z = p.shifted(), q.shifted()
-    lowest = jnp.finfo(u.dtype).min
-    return jnp.maximum(z, lowest) - jnp.maximum(u, lowest)
-
-
-def log_ratio(
-    p: Model, q: Model, log_sum_ratio: jax.Array, *, same_temperature: bool
-) -> jax.Array:
-    """`log q - log p`, `[B, V]`; `log_sum_ratio` is what `normalize_pair` found."""
-    ratio = _difference_of_shifted(p, q, same_temperature) - log_sum_ratio[:, None]
-    absent_p, absent_q = p.logits == -jnp.inf, q.logits == -jnp.inf
-    ratio = jnp.where(absent_q, -jnp.inf, ratio)
-    return jnp.where(absent_p, jnp.where(absent_q, 0, jnp.inf), ratio)
-
-
-def _exp_difference(u: jax.Array, z: jax.Array, z_less_u: jax.Array) -> jax.Array:
-    """`e^z - e^u`, to the last digits where they are near."""
-    near, r = near_part(z_less_u)
-    exp_u = jnp.exp(u)
-    return jnp.where(near, exp_u * (r + second_order(r)), jnp.exp(z) - exp_u)

@@ -17,10 +17,10 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from . import _checks as check
-from ._comparison import compare_columns, Comparison, Pair
-from ._divergences import Divergence, evaluate
+from ._comparison import compare_columns, Comparison, OfEach, Pair, sums_of_slopes
+from ._divergences import Divergence, evaluate, ForwardKL
 from ._numerics import zero_unless
-from ._softmax import entropy, Outcomes
+from ._softmax import entropy, Model, Outcomes
 from ._vocabulary import Vocabulary
 
 
@@ -156,6 +156,16 @@ class Source(abc.ABC):
         del divergence, vocab_size, mask, teacher_temperature, differentiate
         return self
 
+    def list_sums(
+        self, student: Model, vocab: Vocabulary
+    ) -> tuple[jax.Array, jax.Array] | None:
+        """`Σ e^z` over the columns of the teacher's list, and over the others, `[B]`.
+
+        None if it does not compare a list.
+        """
+        del student, vocab
+        return None
+
     def sum_terms(
         self,
         divergence: Divergence,
@@ -165,20 +175,44 @@ class Source(abc.ABC):
         log_ratio: jax.Array | None = None,
     ) -> jax.Array:
         """The divergence of each token, `[B]`, from teacher `p` and student `q`,
-        `[B, V]`: the sum over this device's columns, which `vocab.psum` completes."""
+        `[B, V]`: the sum over the columns at hand."""
         p, q, log_ratio = jax.tree.map(vocab.mask, (p, q, log_ratio))
         return jnp.sum(vocab.mask(evaluate(divergence, p, q, log_ratio)), axis=-1)
 
+    def sum_kl(
+        self,
+        p: Outcomes,
+        q: Outcomes,
+        vocab: Vocabulary,
+        q_unlisted: jax.Array | None,
+    ) -> jax.Array:
+        """`sum_terms` of the forward KL; `q_unlisted`, `[B]`, is the mass of the
+        columns outside the list."""
+        del q_unlisted
+        return self.sum_terms(ForwardKL(), p, q, vocab)
+
+    def sums_of_slopes(
+        self, divergence: Divergence, pair: Pair, vocab: Vocabulary
+    ) -> OfEach:
+        """The sums over the columns at hand that `compare` needs of all columns."""
+        return sums_of_slopes(self.sum_terms, divergence, pair, vocab)
+
     def compare(
-        self, divergence: Divergence, pair: Pair, vocab: Vocabulary, *, recompute: bool
+        self,
+        divergence: Divergence,
+        pair: Pair,
+        vocab: Vocabulary,
+        sums: OfEach,
+        *,
+        recompute: bool,
     ) -> Comparison:
         """The divergence of each token and its gradients; see `compare_columns`."""
         return compare_columns(
-            self.sum_terms, divergence, pair, vocab, recompute=recompute
+            self.sum_terms, divergence, pair, vocab, sums, recompute=recompute
         )
 
     def entropy(self, p: Outcomes, vocab: Vocabulary) -> jax.Array:
-        """The teacher's entropy in nats, `[B]`: the sum over this device's columns."""
+        """The teacher's entropy in nats, `[B]`: the sum over the columns at hand."""
         del vocab
         return entropy(p)
 

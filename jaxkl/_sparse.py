@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from . import _checks as check
 from ._divergences import Divergence, ForwardKL, is_catalogued
-from ._list_comparison import compare_lists, evaluate_where, plain_kl
+from ._list_comparison import evaluate_where, List, plain_kl
 from ._lists import is_listed, merge_repeated, positions, safe_log, unlisted_mass
 from ._numerics import zero_unless
 from ._softmax import entropy, Outcomes
@@ -150,21 +150,28 @@ class SparseTeacher(Source):
         del d_outputs, counted
         return self.map_fields(lambda _, x: jnp.zeros_like(x))  # it is a constant
 
-    def sum_terms(self, divergence, p, q, vocab, log_ratio=None):
+    def list_sums(self, student, vocab):
+        return self._list(student.logits.dtype, vocab).sums(student, vocab)
+
+    def sum_kl(self, p, q, vocab, q_unlisted):
         if self.tail not in ("drop", "bucket"):
-            return super().sum_terms(divergence, p, q, vocab, log_ratio)
+            return super().sum_kl(p, q, vocab, q_unlisted)
         if self.tail == "drop":
             return plain_kl(p, q)
         listed = is_listed(self.indices, vocab)
-        divergence_of_list = jnp.sum(evaluate_where(listed, divergence, p, q), axis=-1)
-        unlisted = vocab.mask(~listed)
-        (q_rest,) = vocab.psum(jnp.sum(zero_unless(unlisted, q.prob), axis=-1))
+        of_list = jnp.sum(evaluate_where(listed, ForwardKL(), p, q), axis=-1)
         has_rest, p_rest = self._rest(*self._entries(p.log.dtype), vocab)
-        q_rest = Outcomes.of_log(safe_log(q_rest))
-        divergence_of_rest = evaluate_where(has_rest, divergence, p_rest, q_rest)
-        return divergence_of_list + vocab.on_first_shard(divergence_of_rest)
+        q_rest = Outcomes.of_log(safe_log(q_unlisted))
+        of_rest = evaluate_where(has_rest, ForwardKL(), p_rest, q_rest)
+        return of_list + vocab.on_first_shard(of_rest)
 
-    def compare(self, divergence, pair, vocab, *, recompute):
+    def sums_of_slopes(self, divergence, pair, vocab):
+        if not self._is_lumped(divergence):
+            return super().sums_of_slopes(divergence, pair, vocab)
+        entries = self._list(pair.student.logits.dtype, vocab)
+        return entries.sums_of_slopes(divergence, pair, vocab)
+
+    def compare(self, divergence, pair, vocab, sums, *, recompute):
         r"""Compares the columns of the list, and all others as one outcome.
 
         The tail `"bucket"` is defined so, and with `"drop"` the others have no term.
@@ -173,15 +180,23 @@ class SparseTeacher(Source):
         function need not be. With `"uniform"`, each of the other columns has a
         probability of its own.
         """
-        is_lumped = self.tail != "renormalize" or is_catalogued(divergence)
-        if self.tail == "uniform" or not is_lumped:
-            return super().compare(divergence, pair, vocab, recompute=recompute)
-        columns, log_p = self._entries(pair.student.logits.dtype)
+        if not self._is_lumped(divergence):
+            return super().compare(divergence, pair, vocab, sums, recompute=recompute)
+        entries = self._list(pair.student.logits.dtype, vocab)
+        return entries.compare(divergence, pair, vocab, sums)
+
+    def _is_lumped(self, divergence: Divergence) -> bool:
+        """Whether the columns outside the list are compared as one outcome."""
+        if self.tail == "uniform":
+            return False
+        return self.tail != "renormalize" or is_catalogued(divergence)
+
+    def _list(self, dtype: jnp.dtype, vocab: Vocabulary) -> List:
+        columns, log_p = self._entries(dtype)
         rest = self._rest(columns, log_p, vocab)
         if self.tail == "renormalize":
             log_p -= jax.nn.logsumexp(log_p, axis=-1, keepdims=True)
-        plain = self.tail == "drop"
-        return compare_lists(divergence, pair, vocab, columns, log_p, rest, plain=plain)
+        return List(columns, log_p, *rest, self.tail == "drop")
 
     def entropy(self, p, vocab):
         of_list = super().entropy(p, vocab)

@@ -1,0 +1,107 @@
+r"""What each column must know of all columns of its row: maxima, and sums.
+
+With $u = t / T_t$ and $z = s / T$, each less its maximum, and $d = z - u$, the sums are
+$\sum e^u$, $\sum e^z$ and a few more. They make three things accurate:
+
+- The log-ratio is $\log q - \log p = d - \log (Z / U)$ of the sums $Z = \sum e^z$ and
+  $U = \sum e^u$. $\log (Z / U)$ is computed from $\Delta = \sum (e^z - e^u)$, whose
+  terms do not cancel: its error is relative to itself, not to $\log Z$ and $\log U$.
+- The gradient of $\mathrm{KL}(q \,\|\, p)$ is $q\,(d - \sum e^z d / Z)$, in which the
+  normalisers have cancelled. In a column that has most of a row, the difference cancels
+  too; there it is $q\,(d \sum' e^z - \sum' e^z d) / Z$, with sums over the columns below
+  the maximum.
+- A nearly certain label has $1 - q = \sum_{v \ne \text{label}} q_v$.
+
+Sums of two sets of columns add up once they are relative to the same maxima.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ._numerics import near_part, second_order
+from ._softmax import Model
+
+
+class Maxima(NamedTuple):
+    """The largest logit of each row, `[B]`."""
+
+    student: Any
+    teacher: Any = None  # None: the teacher's logits are log-probabilities
+
+
+class ReverseSums(NamedTuple):
+    """The sums of $e^z$ and $e^z d$; and both over the columns with $z < 0$."""
+
+    log_ratio: Any
+    prob_below: Any
+    log_ratio_below: Any
+
+
+class RowSums(NamedTuple):
+    """Sums over columns, `[B]` each; None: not needed."""
+
+    student: Any = None  # Σ e^z
+    teacher: Any = None  # Σ e^u
+    difference: Any = None  # Σ (e^z - e^u)
+    student_at_1: Any = None  # Σ e^z at temperature 1, if that is another
+    teacher_at_1: Any = None
+    unlabelled: Any = None  # Σ e^z at temperature 1 over all columns but the label
+    reverse: ReverseSums | None = None
+    # Σ e^z over the columns of a teacher's list, and over the others
+    listed: Any = None
+    unlisted: Any = None
+    unlisted_at_1: Any = None
+
+
+def pair_sums(
+    p: Model, q: Model, *, same_temperature: bool, reverse: bool
+) -> dict[str, Any]:
+    """The sums of `RowSums` that teacher and student have together."""
+    u, z = p.shifted(), q.shifted()
+    d = difference_of_shifted(p, q, same_temperature)
+    difference = jnp.sum(_exp_difference(u, z, d), axis=-1)
+    if not reverse:
+        return dict(difference=difference)
+    exp_z = jnp.exp(z)
+    # XLA on CPU fuses a minimum with a sum, but not a select.
+    is_below = jax.lax.stop_gradient(jnp.minimum(-z * _HUGE, 1))
+    below = is_below * exp_z
+    sums = (jnp.sum(x, axis=-1) for x in (exp_z * d, below, below * d))
+    return dict(difference=difference, reverse=ReverseSums(*sums))
+
+
+_HUGE = 1e30
+
+
+def sum_exp(model: Model) -> jax.Array:
+    return jnp.sum(jnp.exp(model.shifted()), axis=-1)
+
+
+def log_sum_ratio(sums: RowSums) -> jax.Array:
+    """`log(Z / U)`, `[B]`."""
+    up = sums.difference > 0
+    smaller = jnp.where(up, sums.teacher, sums.student)
+    ratio = jnp.log1p(jnp.abs(sums.difference) / smaller)
+    return jnp.where(up, ratio, -ratio)
+
+
+def difference_of_shifted(p: Model, q: Model, same_temperature: bool) -> jax.Array:
+    """`z - u`, the shifted logits of `q` less those of `p`."""
+    if same_temperature:
+        # The differences are exact where the logits are near.
+        difference = q.stats.less_max(q.logits) - p.stats.less_max(p.logits)
+        return q.stats.over_temperature(difference)
+    # A compiler fuses the difference of two quotients so that it rounds one and not
+    # the other, and equal models would differ. It does not fuse through a maximum.
+    u, z = p.shifted(), q.shifted()
+    lowest = jnp.finfo(u.dtype).min
+    return jnp.maximum(z, lowest) - jnp.maximum(u, lowest)
+
+
+def _exp_difference(u: jax.Array, z: jax.Array, z_less_u: jax.Array) -> jax.Array:
+    """`e^z - e^u`, to the last digits where they are near."""
+    near, r = near_part(z_less_u)
+    exp_u = jnp.exp(u)
+    return jnp.where(near, exp_u * (r + second_order(r)), jnp.exp(z) - exp_u)
