@@ -50,7 +50,7 @@ def is_catalogued(divergence: Any) -> bool:
 
 
 def kl_weights(divergence: Divergence) -> tuple[float, float] | None:
-    """The weights of `KL(p ‖ q)` and `KL(q ‖ p)`, if the divergence is a sum of them."""
+    """The weights of `KL(p ‖ q)` and `KL(q ‖ p)`, of which the divergence is a sum."""
     return divergence.kl_weights if is_catalogued(divergence) else None  # pyright: ignore[reportFunctionMemberAccess]
 
 

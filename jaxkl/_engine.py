@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal
 
+from ._column_walk import walk_columns
 from ._compat import varying_axes
 from ._numerics import weigh
 from ._operands import LossTerms, Operands, Result, Spec, Statistics
@@ -160,7 +161,9 @@ def _run(spec: Spec, operands: Operands, perturbed: Operands) -> Result:
             "`student` and `teacher` must be logits if mesh axes are Explicit: for a "
             "LinearHead or a SparseTeacher pass `mesh`."
         )
-    walk_by = lambda plan: ft.partial(walk, spec, perturbed, plan)
+    walk_by = lambda plan: ft.partial(
+        walk if plan.columns is None else walk_columns, spec, perturbed, plan
+    )
     on_cpu, elsewhere = plan("cpu", work), plan("accelerator", work)
     if on_cpu == elsewhere:
         return walk_by(on_cpu)(operands)

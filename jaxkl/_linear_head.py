@@ -64,6 +64,7 @@ class LinearHead(Source):
 
     kind: ClassVar[Kind] = "head"
     shared: ClassVar[frozenset[str]] = frozenset({"kernel", "bias"})
+    by_column: ClassVar[frozenset[str]] = frozenset({"kernel", "bias"})
 
     if TYPE_CHECKING:
 

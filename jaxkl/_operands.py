@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +67,12 @@ class Operands(NamedTuple):
         student, teacher = self.student.shared_flags(), self.teacher.shared_flags()
         return flags._replace(student=student, teacher=teacher)
 
+    def by_column_flags(self) -> Self:
+        """A flag for each array: whether its last axis is the columns."""
+        flags = jax.tree.map(lambda _: False, self)
+        student, teacher = (x.by_column_flags() for x in self[:2])
+        return flags._replace(student=student, teacher=teacher)
+
     def match_varying(self, vocab_axis: str | None = None) -> Self:
         """Inside `shard_map`, casts all arrays to vary over the same mesh axes.
 
@@ -97,6 +103,7 @@ class Spec:
     statistics: bool = False
     same_temperature: bool = False  # whether the teacher has the student's
     tile: int | None = None  # the user's choice
+    plan: Literal["fast", "lean"] | None = None  # likewise
 
     def teacher_temperature(self, x: Operands) -> jax.Array | None:
         return x.student_temperature if self.same_temperature else x.teacher_temperature

@@ -32,6 +32,8 @@ class Plan:
     # Tokens of a part, whose tiles leave what the gradient of a head needs, for one
     # product over the part; None: each tile makes its own product. See `_walk`.
     part: int | None = None
+    # Columns at a time, of all tokens, in place of tiles of tokens. See `_column_walk`.
+    columns: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Workload:
     # the loss, so that all tokens are local, or as their types say.
     sharding: Literal["auto", "manual", "explicit"] = "auto"
     tile: int | None = None  # the user's choice
+    plan: Literal["fast", "lean"] | None = None  # likewise
 
     @property
     def kinds(self) -> tuple[Kind, Kind]:
@@ -77,6 +80,7 @@ def workload(spec: Spec, operands: Operands) -> Workload:
         many_devices=many_devices(),
         sharding=sharding,
         tile=spec.tile,
+        plan=spec.plan,
     )
 
 
@@ -96,6 +100,8 @@ def plan(platform: Platform, work: Workload) -> Plan:
     A tile that the user chose changes the size of tiles. The plan is then that of an
     automatic choice of this size.
     """
+    if _is_lean(platform, work):
+        return Plan(None, "blocks", False, columns=_columns(platform, work))
     tile = _tile(platform, work)
     if tile is not None and tile >= work.tokens:
         tile = None
@@ -105,6 +111,18 @@ def plan(platform: Platform, work: Workload) -> Plan:
     recompute = platform == "accelerator" or (is_dense and tile is None)
     part = _part(tile, work) if platform == "accelerator" else None
     return Plan(tile, _order(work), recompute, part)
+
+
+def _is_lean(platform: Platform, work: Workload) -> bool:
+    return "head" in work.kinds and work.plan == "lean"
+
+
+def _columns(platform: Platform, work: Workload) -> int:
+    # A TPU's compiler keeps a block of 64 MiB in the vector memory.
+    block_bytes = (64 if platform == "accelerator" else 32) * _MIB
+    tokens = work.tokens if isinstance(work.tokens, int) else 8192
+    columns = block_bytes // (max(tokens, 1) * work.itemsize)
+    return max(columns // 128, 1) * 128
 
 
 def _part(tile: int | None, work: Workload) -> int | None:

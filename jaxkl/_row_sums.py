@@ -8,8 +8,8 @@ $\sum e^u$, $\sum e^z$ and a few more. They make three things accurate:
   terms do not cancel: its error is relative to itself, not to $\log Z$ and $\log U$.
 - The gradient of $\mathrm{KL}(q \,\|\, p)$ is $q\,(d - \sum e^z d / Z)$, in which the
   normalisers have cancelled. In a column that has most of a row, the difference cancels
-  too; there it is $q\,(d \sum' e^z - \sum' e^z d) / Z$, with sums over the columns below
-  the maximum.
+  too. There it is $q\,(d \sum' e^z - \sum' e^z d) / Z$, with sums over the columns that
+  are below the maximum.
 - A nearly certain label has $1 - q = \sum_{v \ne \text{label}} q_v$.
 
 Sums of two sets of columns add up once they are relative to the same maxima.
@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from ._numerics import near_part, second_order
-from ._softmax import Model
+from ._softmax import finite_max, Model
 
 
 class Maxima(NamedTuple):
@@ -105,3 +105,61 @@ def _exp_difference(u: jax.Array, z: jax.Array, z_less_u: jax.Array) -> jax.Arra
     near, r = near_part(z_less_u)
     exp_u = jnp.exp(u)
     return jnp.where(near, exp_u * (r + second_order(r)), jnp.exp(z) - exp_u)
+
+
+def moved(
+    sums: RowSums,
+    old: Maxima,
+    new: Maxima,
+    student_temperature: jax.Array | None,
+    teacher_temperature: jax.Array | None,
+) -> RowSums:
+    """The sums relative to maxima that are as large or larger."""
+    z_at_1 = _move(old.student, new.student)
+    z = _over(student_temperature, z_at_1)
+    times = lambda x, move: None if x is None else x * jnp.exp(move)
+    result = RowSums(
+        student=times(sums.student, z),
+        student_at_1=times(sums.student_at_1, z_at_1),
+        unlabelled=times(sums.unlabelled, z_at_1),
+        listed=times(sums.listed, z),
+        unlisted=times(sums.unlisted, z),
+        unlisted_at_1=times(sums.unlisted_at_1, z_at_1),
+    )
+    if sums.teacher is None:
+        return result
+    u_at_1 = _move(old.teacher, new.teacher)
+    u = _over(teacher_temperature, u_at_1)
+    # Σ (e^(z + a) - e^(u + b)) = e^a Σ (e^z - e^u) + (e^a - e^b) Σ e^u
+    growth = _exp_difference(u, z, z - u)
+    difference = sums.difference * jnp.exp(z) + growth * sums.teacher
+    result = result._replace(
+        teacher=times(sums.teacher, u),
+        teacher_at_1=times(sums.teacher_at_1, u_at_1),
+        difference=difference,
+    )
+    if sums.reverse is None:
+        return result
+    # d grows by z - u. If the maximum does, all columns so far are below it.
+    is_below = z_at_1 < 0
+    prob_below = jnp.where(is_below, sums.student, sums.reverse.prob_below)
+    below = jnp.where(is_below, sums.reverse.log_ratio, sums.reverse.log_ratio_below)
+    reverse = ReverseSums(
+        log_ratio=sums.reverse.log_ratio + (z - u) * sums.student,
+        prob_below=prob_below,
+        log_ratio_below=below + (z - u) * prob_below,
+    )
+    return result._replace(reverse=ReverseSums(*(times(x, z) for x in reverse)))
+
+
+def _move(old: jax.Array, new: jax.Array) -> jax.Array:
+    """By how much logits less their maximum move, at most 0, if that grows to `new`."""
+    move = finite_max(old) - finite_max(new)
+    # Sums of no column, or of columns that are absent, are 0 and stay so.
+    return jnp.where(old == -jnp.inf, jnp.finfo(old.dtype).min / 16, move)
+
+
+def _over(temperature: jax.Array | None, x: jax.Array) -> jax.Array:
+    if temperature is None:
+        return x
+    return jnp.maximum(x / temperature, jnp.finfo(x.dtype).min / 16)

@@ -63,6 +63,15 @@ class Softmax(NamedTuple):
         return Outcomes(self.log, self.prob)
 
 
+def finite_max(largest: jax.Array) -> jax.Array:
+    """What is subtracted from the logits of a row, `[B]`.
+
+    A row of -inf alone, or one with +inf, has no softmax. Its NaN comes from the logits
+    themselves.
+    """
+    return zero_unless(jnp.abs(largest) != jnp.inf, largest)
+
+
 class SoftmaxStats(NamedTuple):
     """The statistics, `[B]` each, that turn the logits of a row into its softmax."""
 
@@ -102,9 +111,7 @@ class SoftmaxStats(NamedTuple):
 
     @property
     def _finite_max(self):
-        # A row of -inf alone, or one with +inf, has no softmax. Its NaN comes from the
-        # logits themselves.
-        return zero_unless(jnp.abs(self.max) != jnp.inf, self.max)
+        return finite_max(self.max)
 
     def _lowest(self, logits: jax.Array) -> Any:
         """A finite number that stands for -inf, as the quotient of -inf by T has a

@@ -37,6 +37,7 @@ class Source(abc.ABC):
     """
 
     shared: ClassVar[frozenset[str]] = frozenset()  # the fields that all tokens share
+    by_column: ClassVar[frozenset[str]] = frozenset()  # whose last axis is the columns
     kind: ClassVar[Kind]
     # Whether a teacher's logits are log-probabilities, at a temperature of its own.
     is_normalized: ClassVar[bool] = False
@@ -112,6 +113,15 @@ class Source(abc.ABC):
     def shared_flags(self) -> Self:
         """A flag in the place of every array: whether all tokens share it."""
         return self.map_fields(lambda name, _: name in self.shared)
+
+    def by_column_flags(self) -> Self:
+        """A flag in the place of every array: whether its last axis is the columns."""
+        return self.map_fields(lambda name, _: name in self.by_column)
+
+    def take_columns(self, start: jax.Array | int, width: int) -> Self:
+        """The source with `width` of its columns, from `start` on."""
+        take = lambda x: jax.lax.dynamic_slice_in_dim(x, start, width, axis=-1)
+        return self.map_fields(lambda name, x: take(x) if name in self.by_column else x)
 
     def map_tokens(self, f: Callable[[jax.Array], jax.Array]) -> Self:
         """`f(array)` in the place of every array with a row for each token."""
@@ -226,6 +236,7 @@ class Logits(Source):
     maxima: Any = None  # [B]; None: not known yet
 
     kind: ClassVar[Kind] = "logits"
+    by_column: ClassVar[frozenset[str]] = frozenset({"values"})
 
     def checked(self, name):
         values = check.float_array(name, self.values)

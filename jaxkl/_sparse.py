@@ -161,6 +161,7 @@ class SparseTeacher(Source):
         listed = is_listed(self.indices, vocab)
         of_list = jnp.sum(evaluate_where(listed, ForwardKL(), p, q), axis=-1)
         has_rest, p_rest = self._rest(*self._entries(p.log.dtype), vocab)
+        assert q_unlisted is not None
         q_rest = Outcomes.of_log(safe_log(q_unlisted))
         of_rest = evaluate_where(has_rest, ForwardKL(), p_rest, q_rest)
         return of_list + vocab.on_first_shard(of_rest)

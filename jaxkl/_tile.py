@@ -6,9 +6,19 @@ from typing import Any
 
 import jax
 
-from ._columns import Columns, complete, finish, row_maxima, row_sums, sums_of_slopes
+from ._columns import (
+    Columns,
+    complete,
+    finish,
+    row_maxima,
+    row_sums,
+    sums_of_slopes,
+    TermSums,
+    Tops,
+)
 from ._comparison import OfEach
-from ._operands import Operands, Result, Spec
+from ._operands import LossTerms, Operands, Result, Spec, Statistics
+from ._row_sums import Maxima, RowSums
 from ._vocabulary import Vocabulary
 
 
@@ -28,16 +38,23 @@ def run_tile(
     sums = over_devices(vocab.psum, row_sums(columns, maxima))
     of_slopes = slopes_over_devices(vocab, sums_of_slopes(columns, maxima, sums))
     done = finish(columns, maxima, sums, of_slopes, counted, recompute=recompute)
-    return completed(spec, x, maxima, sums, done)
-
-
-def completed(spec, x, maxima, sums, done) -> Result:
-    """The result, from the last phase's sums over the columns of this device."""
-    terms = over_devices(spec.vocab.psum, done.sums)
-    tops = jax.tree.map(spec.vocab.pmin, done.tops)
-    terms, statistics = complete(spec, x, maxima, sums, terms, tops)
+    terms, statistics = completed(spec, x, maxima, sums, done.sums, done.tops)
     gradients = done.gradients._replace(weights=terms)
     return Result(terms, statistics, gradients, done.counted)
+
+
+def completed(
+    spec: Spec,
+    x: Operands,
+    maxima: Maxima,
+    sums: RowSums,
+    terms: TermSums,
+    tops: Tops | None,
+) -> tuple[LossTerms, Statistics | None]:
+    """`complete`, from the last phase's sums over the columns of this device."""
+    terms = over_devices(spec.vocab.psum, terms)
+    tops = jax.tree.map(spec.vocab.pmin, tops)
+    return complete(spec, x, maxima, sums, terms, tops)
 
 
 def over_devices(reduce: Any, tree: Any) -> Any:

@@ -1,11 +1,11 @@
-"""The columns that a tile holds: the whole vocabulary, or this device's slice of it.
+"""The columns at hand: the whole vocabulary, this device's slice, or a block of it.
 
 A sum over the vocabulary is a sum over the columns of this device, and then
 `Vocabulary.psum` over the devices, which does nothing if one device holds them all.
 """
 
 import dataclasses
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from ._numerics import zero_unless
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
     size: int  # columns that count, on all devices
-    width: int  # columns of a tile; those beyond `size` are padding
+    width: int  # columns at hand; those beyond `size` are padding
     axis_name: str | None = None  # the mesh axis that holds the slices
     shards: int = 1
 
@@ -43,6 +43,11 @@ class Vocabulary:
                 "check_vma=True: without it gradients would be wrong, silently."
             )
         return cls(width * shards if size is None else size, width, axis_name, shards)
+
+    def block(self, first: jax.Array | int, width: int) -> "Vocabulary":
+        """The `width` columns from `first` on, of those that a device holds."""
+        start, is_full = self.start + first, self.valid is None
+        return _Block(self.size, width, self.axis_name, self.shards, start, is_full)
 
     def fit(self, logits: jax.Array) -> jax.Array:
         """The columns of a tile from `[B, any]`, with `-inf` in padding."""
@@ -98,3 +103,26 @@ class Vocabulary:
         """`x` on the first device and 0 on the others, so that a value that is the
         same on all of them enters a `psum` once."""
         return x if self.axis_name is None else zero_unless(self.start == 0, x)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block(Vocabulary):
+    """A few of a device's columns. The sums over devices are not a block's to make."""
+
+    first: Any = 0
+    is_full: bool = True  # whether no column is padding
+
+    @property
+    def start(self):
+        return self.first
+
+    @property
+    def valid(self):
+        return None if self.is_full else self.columns < self.size
+
+    def fit(self, logits):
+        valid = self.valid
+        return logits if valid is None else jnp.where(valid[None, :], logits, -jnp.inf)
+
+    def on_first_shard(self, x):
+        return zero_unless(self.first == 0, x)
