@@ -11,7 +11,7 @@ from ._engine import weighted_loss
 from ._keywords import suggest_keywords
 from ._linear_head import LinearHead
 from ._metrics import DistillationMetrics, metrics_of
-from ._operands import LossTerms, Statistics
+from ._operands import LossTerms, PlanName, Statistics
 from ._prepare import prepare, Prepared, Reduction
 from ._sharding import sharded_weighted_loss
 from ._sparse import SparseTeacher
@@ -41,6 +41,7 @@ def distillation_loss(
     token_axes: str | Sequence[str] | None = None,
     vocab_axis: str | None = None,
     tile: int | None = None,
+    plan: PlanName | None = None,
 ) -> jax.Array:
     r"""Loss of a student that learns from a teacher.
 
@@ -113,6 +114,13 @@ def distillation_loss(
       tile: Number of tokens to take at a time; it changes memory and time, not the
         result. None: chosen by device and vocabulary. (All tokens at once if their
         number is symbolic, in `jax.export`, or mesh axes are Explicit.)
+      plan: How heads are walked; it changes memory and time, not the result. `"fast"`:
+        tiles of tokens. `"lean"`: all tokens at once and a block of the vocabulary at a
+        time. It makes all logits twice (three times if the divergence is neither
+        `ForwardKL`, `ReverseKL` nor `SymmetricKL`), holds nothing as large as a head or
+        as logits, and takes no `tile`. Logits without a head are in memory already, and
+        have one plan. None: the fast one, or on an accelerator the lean one where the
+        fast one would hold more than 4 GiB.
 
     Returns:
       The loss, float64 if an argument is, else float32: `[...]` if `reduction="none"`,
@@ -165,6 +173,7 @@ def distillation_loss(
         token_axes=token_axes,
         vocab_axis=vocab_axis,
         tile=tile,
+        plan=plan,
     )
     loss, _, _ = _evaluate(prepared)
     return loss
@@ -194,6 +203,7 @@ def distillation_loss_with_metrics(
     token_axes: str | Sequence[str] | None = None,
     vocab_axis: str | None = None,
     tile: int | None = None,
+    plan: PlanName | None = None,
 ) -> tuple[jax.Array, DistillationMetrics]:
     """`distillation_loss`, and what one logs beside it, from the same pass.
 
@@ -234,6 +244,7 @@ def distillation_loss_with_metrics(
         token_axes=token_axes,
         vocab_axis=vocab_axis,
         tile=tile,
+        plan=plan,
         statistics=True,
     )
     loss, terms, statistics = _evaluate(prepared)

@@ -13,6 +13,9 @@ from ._sources import Source
 from ._vocabulary import Vocabulary
 
 
+PlanName = Literal["fast", "lean"]
+
+
 class LossTerms(NamedTuple):
     """The terms of a token's loss, `[B]` each, or the weights of these terms.
 
@@ -103,7 +106,7 @@ class Spec:
     statistics: bool = False
     same_temperature: bool = False  # whether the teacher has the student's
     tile: int | None = None  # the user's choice
-    plan: Literal["fast", "lean"] | None = None  # likewise
+    plan: PlanName | None = None  # likewise
 
     def teacher_temperature(self, x: Operands) -> jax.Array | None:
         return x.student_temperature if self.same_temperature else x.teacher_temperature

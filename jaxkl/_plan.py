@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 
 from ._compat import is_explicitly_sharded, many_devices, varying_axes
-from ._operands import Operands, Spec
+from ._operands import Operands, PlanName, Spec
 from ._sources import Kind, Source
 from ._trees import keep
 
@@ -53,7 +53,7 @@ class Workload:
     # the loss, so that all tokens are local, or as their types say.
     sharding: Literal["auto", "manual", "explicit"] = "auto"
     tile: int | None = None  # the user's choice
-    plan: Literal["fast", "lean"] | None = None  # likewise
+    plan: PlanName | None = None  # likewise
 
     @property
     def kinds(self) -> tuple[Kind, Kind]:

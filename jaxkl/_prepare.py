@@ -26,12 +26,13 @@ from ._arguments import (
 from ._divergences import Divergence
 from ._layout import as_layout, Layout
 from ._numerics import loss_dtype, zero_unless
-from ._operands import LossTerms, Operands, Spec
+from ._operands import LossTerms, Operands, PlanName, Spec
 from ._sources import as_source, flattened, Source
 from ._swapped import as_constant
 
 
 REDUCTIONS = ("none", "sum", "mean")
+PLANS = ("fast", "lean")
 
 Reduction = Literal["none", "sum", "mean"]
 
@@ -70,6 +71,7 @@ def prepare(
     token_axes: str | Sequence[str] | None,
     vocab_axis: str | None,
     tile: int | None,
+    plan: PlanName | None,
     statistics: bool = False,
 ) -> Prepared:
     """Checks the arguments of `distillation_loss` and makes the engine's operands.
@@ -79,6 +81,12 @@ def prepare(
     check.one_of("reduction", reduction, REDUCTIONS)
     t_squared = check.boolean("t_squared", t_squared)
     tile = None if tile is None else check.positive_int("tile", tile)
+    if plan is not None:
+        check.one_of("plan", plan, PLANS)
+    if plan == "lean" and tile is not None:
+        raise ValueError(
+            f'`tile` must be None with plan="lean", which has no tiles; got {tile}.'
+        )
     layout = as_layout(mesh, token_axes, vocab_axis, axis_name)
     student, teacher = as_source("student", student), as_source("teacher", teacher)
     shape = student.batch_shape
@@ -135,7 +143,9 @@ def prepare(
         student, teacher, term_weights, temperatures[0], temperatures[1], labels, mask
     )
     reduce = reduction != "none"
-    spec = Spec(divergence, vocab, dtype, reduce, statistics, same_temperature, tile)
+    spec = Spec(
+        divergence, vocab, dtype, reduce, statistics, same_temperature, tile, plan
+    )
     if axis_name is not None:
         check_slices(axis_name, operands)
     return Prepared(spec, operands, layout, weight, label_smoothing, shape)

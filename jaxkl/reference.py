@@ -17,6 +17,7 @@ from ._divergences import Divergence, ForwardKL
 from ._keywords import suggest_keywords
 from ._linear_head import LinearHead
 from ._numerics import zero_unless
+from ._operands import PlanName
 from ._prepare import prepare, Reduction
 from ._softmax import Outcomes
 from ._sparse import SparseTeacher
@@ -104,11 +105,13 @@ def distillation_loss(
     token_axes: str | Sequence[str] | None = None,
     vocab_axis: str | None = None,
     tile: int | None = None,
+    plan: PlanName | None = None,
 ) -> Array:
     r"""`jaxkl.distillation_loss` in plain JAX: the same arguments and values.
 
-    All logits are held at once. `tile` is ignored, as is `mesh`: XLA spreads the
-    program as it likes. With `axis_name`, each device gathers the logits of all.
+    All logits are held at once. `tile` and `plan` are ignored, as is `mesh`: XLA
+    spreads the program as it likes. With `axis_name`, each device gathers the logits of
+    all.
 
     Forward mode works, and plain autodiff gives the same gradients. But a token of
     weight 0 that holds NaN makes them NaN (`where` does drop it).
@@ -146,6 +149,7 @@ def distillation_loss(
         token_axes=token_axes,
         vocab_axis=vocab_axis,
         tile=tile,
+        plan=plan,
     )
     spec, x = prepared.spec, prepared.operands
     if x.mask is not None:
