@@ -1,6 +1,7 @@
-"""Plans whose tiles leave their products to a part of the tokens.
+"""Plans that CPUs do not take by themselves, asked for at sizes that nothing divides.
 
-CPUs do not take them: here they are asked for, at sizes that nothing divides.
+Tiles leave their products to a part of the tokens; or all tokens are taken at once, and
+a block of columns at a time.
 """
 
 import functools as ft
@@ -22,11 +23,13 @@ from .sources import make_head, rounded
 
 TOKENS, VOCAB, TILE = 21, 29, 4
 # Of three parts the last is padded, or takes tokens again; one part holds all tokens.
-PARTS = {
+PLANS = {
     f"{order} {part}": Plan(TILE, order, True, part)
     for order in ("strided", "blocks")
     for part in (8, 24)
 }
+# The last of four blocks has fewer columns than the others.
+PLANS["lean"] = Plan(None, "blocks", False, columns=8)
 
 
 @pytest.fixture
@@ -43,8 +46,8 @@ def take(monkeypatch):
     jax.clear_caches()
 
 
-over_parts = pytest.mark.parametrize(
-    "name", ["strided 8", "blocks 24", *rarely("strided 24", "blocks 8")]
+over_plans = pytest.mark.parametrize(
+    "name", ["strided 8", "blocks 24", "lean", *rarely("strided 24", "blocks 8")]
 )
 
 
@@ -61,10 +64,10 @@ def assert_same(actual, expected, tol=1e-5):
         assert_close(x, y, tol)
 
 
-@over_parts
-@over("forward", slow=["reverse", "js", "user"])
+@over_plans
+@over("forward", "reverse", slow=["js", "user"])
 def test_every_argument_at_once(rng, take, name, divergence, reference):
-    take(PARTS[name])
+    take(PLANS[name])
     labels = rng.integers(0, VOCAB - 2, TOKENS)
     labels[3] = -100
     assert_matches(
@@ -83,21 +86,21 @@ def test_every_argument_at_once(rng, take, name, divergence, reference):
     )
 
 
-@over_parts
+@over_plans
 def test_a_cotangent_for_each_token(rng, take, name):
-    take(PARTS[name])
+    take(PLANS[name])
     cotangent = jnp.asarray(rng.normal(size=TOKENS), jnp.float32)
     assert_matches(*heads(rng), FORWARD, reduction="none", cotangent=cotangent)
 
 
-@over_parts
+@over_plans
 @pytest.mark.parametrize("dtype", ["bfloat16", *rarely("float16")])
 def test_half_precision(rng, take, name, dtype):
-    take(PARTS[name])
+    take(PLANS[name])
     assert_matches(*heads(rng, dtype), FORWARD, temperature=2.0)
 
 
-def test_sums_over_parts_are_in_float32(rng, take):
+def test_sums_over_plans_are_in_float32(rng, take):
     """A sum of bfloat16 parts would round at each addition."""
     tokens = 256
     student, teacher = heads(rng, "bfloat16", tokens)
@@ -109,7 +112,7 @@ def test_sums_over_parts_are_in_float32(rng, take):
     assert_close(summed, once, 2**-8)
 
 
-@over_parts
+@over_plans
 def test_masked_tokens_may_hold_nan(rng, take, name):
     student, teacher = heads(rng)
     where = np.arange(TOKENS) % 3 != 0
@@ -126,11 +129,11 @@ def test_masked_tokens_may_hold_nan(rng, take, name):
         return jax.value_and_grad(loss)(student, teacher)
 
     want = run(student, teacher)
-    take(PARTS[name])
+    take(PLANS[name])
     assert_same(run(junk(student), junk(teacher)), want)
 
 
-@over_parts
+@over_plans
 @pytest.mark.parametrize("frozen", ["kernel", "hidden", "kernel, bias"])
 def test_frozen_arrays(rng, take, name, frozen):
     student, teacher = heads(rng)
@@ -142,24 +145,25 @@ def test_frozen_arrays(rng, take, name, frozen):
         return jaxkl.distillation_loss(head, teacher)
 
     want = jax.value_and_grad(loss)(arrays)
-    take(PARTS[name])
+    take(PLANS[name])
     assert_same(jax.value_and_grad(loss)(arrays), want)
 
 
-@over_parts
-@pytest.mark.parametrize("other", ["logits", *rarely("list")])
+@over_plans
+@pytest.mark.parametrize("other", ["logits", "bucket", *rarely("uniform", "drop")])
 def test_a_head_beside_another_source(rng, take, name, other):
     student, _ = heads(rng)
     teacher = rounded(rng, (TOKENS, VOCAB))
-    if other == "list":
-        teacher = jaxkl.top_k_teacher(teacher, 4)
-    run = jax.value_and_grad(jaxkl.distillation_loss)
+    if other != "logits":
+        teacher = jaxkl.top_k_teacher(teacher, 4, tail=other)
+    loss = ft.partial(jaxkl.distillation_loss_with_metrics, temperature=1.5)
+    run = jax.value_and_grad(loss, has_aux=True)
     want = run(student, teacher)
-    take(PARTS[name])
+    take(PLANS[name])
     assert_same(run(student, teacher), want)
 
 
-@over_parts
+@over_plans
 def test_second_order(rng, take, name):
     student, teacher = heads(rng)
     direction = jax.tree.map(
@@ -172,26 +176,26 @@ def test_second_order(rng, take, name):
         return sum(jax.tree.leaves(products))
 
     want = jax.grad(slope)(student)
-    take(PARTS[name])
+    take(PLANS[name])
     assert_same(jax.jit(jax.grad(slope))(student), want, 2e-5)
 
 
-@over_parts
+@over_plans
 def test_vmap(rng, take, name):
     student, teacher = heads(rng)
     batch = jnp.stack([student.hidden, student.hidden + 0.1])
     head = lambda hidden: LinearHead(hidden, student.kernel, student.bias)
     loss = lambda hidden: jaxkl.distillation_loss(head(hidden), teacher)
-    take(PARTS[name])
+    take(PLANS[name])
     values, grads = jax.vmap(jax.value_and_grad(loss))(batch)
     take(None)
     for i, hidden in enumerate(batch):
         assert_same((values[i], grads[i]), jax.value_and_grad(loss)(hidden))
 
 
-@pytest.mark.parametrize("part", [8, *rarely(4)])
+@pytest.mark.parametrize("name", ["blocks 8", "lean", *rarely("blocks 4")])
 @pytest.mark.parametrize("reduction", ["mean", *rarely("none")])
-def test_mesh(rng, take, reduction, part):
+def test_mesh(rng, take, reduction, name):
     student, teacher = heads(rng)
     mesh = jax.make_mesh((2, 4), ("data", "model"))
     axes = dict(mesh=mesh, token_axes="data", vocab_axis="model")
@@ -202,7 +206,13 @@ def test_mesh(rng, take, reduction, part):
         return jax.jit(jax.value_and_grad(summed))(student, teacher)
 
     want = run()
-    take(Plan(TILE, "blocks", True, part))  # 11 tokens on each device
+    # There are 11 tokens on each device, and 8 columns, some of them padding.
+    plans = {
+        "blocks 8": Plan(TILE, "blocks", True, 8),
+        "blocks 4": Plan(TILE, "blocks", True, 4),
+        "lean": Plan(None, "blocks", False, columns=3),
+    }
+    take(plans[name])
     assert_same(run(**axes), want)
 
 
