@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 
-from ._numerics import near_part, second_order, zero_unless
+from ._numerics import near_part, tanh_excess, zero_unless
 from ._vocabulary import Vocabulary
 
 
@@ -200,5 +200,6 @@ def log_ratio(
 def _exp_difference(u: jax.Array, z: jax.Array, z_less_u: jax.Array) -> jax.Array:
     """`e^z - e^u`, to the last digits where they are near."""
     near, r = near_part(z_less_u)
-    exp_u = jnp.exp(u)
-    return jnp.where(near, exp_u * (r + second_order(r)), jnp.exp(z) - exp_u)
+    exp_u, exp_z = jnp.exp(u), jnp.exp(z)
+    series = (exp_z + exp_u) * ((0.5 + tanh_excess(r)) * r)
+    return jnp.where(near, series, exp_z - exp_u)
