@@ -18,7 +18,15 @@ import math
 import jax
 import jax.numpy as jnp
 
-from ._numerics import NEAR, near_part, second_order, series, zero_unless
+from ._numerics import (
+    Economized,
+    NEAR,
+    near_part,
+    polynomial,
+    tanh_excess,
+    tanh_taylor,
+    zero_unless,
+)
 from ._softmax import Outcomes
 
 
@@ -50,19 +58,42 @@ def _known_ratio_jvp(primals, tangents):
 # The functions below take two models and their `log_ratio`, `log q - log p`.
 
 
+@jax.custom_jvp
 def q_less_p(p: Outcomes, q: Outcomes, log_ratio: jax.Array) -> jax.Array:
     """`q - p`, to the last digits where they are near, and 0 where they are equal."""
-    near, r = near_part(log_ratio)
-    p_expm1 = p.prob * (r + second_order(r))
-    return jnp.where(near, p_expm1, q.prob - p.prob)
+    difference, _ = _near_difference(p, q, log_ratio)
+    return jnp.where(_is_near(log_ratio), difference, q.prob - p.prob)
+
+
+@q_less_p.defjvp
+def _q_less_p_jvp(primals, tangents):
+    (p, q, _), (d_p, d_q, _) = primals, tangents
+    return q_less_p(*primals), q.prob * d_q.log - p.prob * d_p.log
+
+
+def _near_difference(p, q, r):
+    """`q - p` for a small `r`, and `c = (q - p) / r - (p + q) / 2`.
+
+    `q - p` is `(p + q) tanh(r / 2)`, whose series is one in r²: it needs half as many
+    terms as a series of `e^r`.
+    """
+    both = p.prob + q.prob
+    c = both * tanh_excess(r)
+    return (both / 2 + c) * r, c
+
+
+def _is_near(log_ratio):
+    return jnp.abs(log_ratio) < NEAR
 
 
 @jax.custom_jvp
 def kl_term(p: Outcomes, q: Outcomes, log_ratio: jax.Array) -> jax.Array:
     """`p (e^r - 1 - r)` with `r = log_ratio`. Its sum is KL(p ‖ q)."""
-    near, r = near_part(log_ratio)
-    p_log_ratio = _prob_times(p.prob, log_ratio)
-    return jnp.where(near, p.prob * second_order(r), q.prob - p.prob - p_log_ratio)
+    # The product of r and `(q - p) / 2` is positive, and c is small beside the latter.
+    difference, c = _near_difference(p, q, log_ratio)
+    near = (difference / 2 + c) * log_ratio
+    far = q.prob - p.prob - _prob_times(p.prob, log_ratio)
+    return jnp.where(_is_near(log_ratio), near, far)
 
 
 @kl_term.defjvp
@@ -93,6 +124,8 @@ def jensen_shannon_term(
 
     β is in (0, 1), and `weights` are a and b, which are to each other as β to 1-β.
     """
+    if beta == 0.5:
+        return weights[0] * _halves_term(p, q, log_ratio)
     m_over_p, m_over_q = _log_mixture_ratios(log_ratio, beta)
     m = _mixture(p, q, beta)
     return weights[0] * kl_term(p, m, m_over_p) + weights[1] * kl_term(q, m, m_over_q)
@@ -104,8 +137,8 @@ def _jensen_shannon_term_jvp(beta, weights, primals, tangents):
     # for a common factor, and ∂/∂log q = -b q log(m / q).
     (p, q, log_ratio), (d_p, d_q, _) = primals, tangents
     m_over_p, m_over_q = _log_mixture_ratios(log_ratio, beta)
-    f_p = weights[0] * _prob_times(p.prob, -m_over_p)
-    f_q = weights[1] * _prob_times(q.prob, -m_over_q)
+    f_p = -weights[0] * (p.prob * m_over_p)
+    f_q = -weights[1] * (q.prob * m_over_q)
     value = jensen_shannon_term(*primals, beta, weights)
     return value, f_p * d_p.log + f_q * d_q.log
 
@@ -127,7 +160,7 @@ def _skew_kl_term_jvp(alpha, primals, tangents):
     m_over_p, _ = _log_mixture_ratios(log_ratio, alpha)
     m = _mixture(p, q, alpha).prob
     slope = (1 - alpha) * q_less_p(p, q, log_ratio) / jnp.where(m > 0, m, 1)
-    f_p = slope * alpha * p.prob - _prob_times(p.prob, m_over_p)
+    f_p = slope * alpha * p.prob - p.prob * m_over_p
     f_q = slope * (1 - alpha) * q.prob
     value = skew_kl_term(*primals, alpha)
     return value, f_p * d_p.log + f_q * d_q.log
@@ -141,13 +174,24 @@ def _mixture(p: Outcomes, q: Outcomes, beta: float) -> Outcomes:
 
 @ft.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _log_mixture_ratios(r: jax.Array, beta: float) -> tuple[jax.Array, jax.Array]:
-    """`log(m / p)` and `log(m / q)` of `m = β p + (1-β) q`, from `r = log(q / p)`."""
+    """`log(m / p)` and `log(m / q)` of `m = β p + (1-β) q`, from `r = log(q / p)`.
+
+    They are finite, so that their product with a probability of 0 is 0.
+    """
+    r = _finite(r)
+    if beta == 0.5:
+        return _halves_ratios(r)
     if not _MODERATE <= beta <= 1 - _MODERATE:
         return _log_blend(r, beta, 1 - beta), _log_blend(-r, 1 - beta, beta)
     # We factor out the larger of p and q; log1p and expm1 keep small differences.
     up = r > 0
     gain = jnp.log1p(jnp.where(up, beta, 1 - beta) * jnp.expm1(-jnp.abs(r)))
     return gain + zero_unless(up, r), gain - zero_unless(~up, r)
+
+
+def _finite(r: jax.Array) -> jax.Array:
+    limit = jnp.finfo(r.dtype).max / 2
+    return jnp.clip(r, -limit, limit)
 
 
 _MODERATE = 1 / 16  # the least β and 1-β for which the quick form keeps its digits
@@ -169,6 +213,38 @@ def _log_blend(r: jax.Array, a: float, b: float) -> jax.Array:
     low, high = jnp.where(r < 0, a, b), jnp.where(r < 0, b, a)
     far = jnp.maximum(r, 0) + jnp.log(low + high * jnp.exp(-jnp.abs(r)))
     return jnp.where(jnp.abs(change) < 0.5, jnp.log1p(change), far)
+
+
+# At β = 1/2, we use that `log(m / p) = r / 2 + log cosh(r / 2)`, and that the sum of
+# `p log(p / m)` and `q log(q / m)` is `p + q` times `(r / 2) tanh(r / 2)` less
+# `log cosh(r / 2)`. These are series in r², of few terms even for |r| < 1. Farther away
+# the logarithms themselves do.
+_TANH = tanh_taylor(20)
+_LOG_COSH = Economized([c / (4 * k + 4) for k, c in enumerate(_TANH)], (0, 1), terms=4)
+_HALVES_TERM = Economized(
+    [c * (2 * k + 1) / (4 * k + 4) for k, c in enumerate(_TANH)], (0, 1), terms=5
+)
+
+
+def _halves_ratios(r):
+    """`_log_mixture_ratios` at β = 1/2, of a finite `r`."""
+    near, larger = jnp.abs(r) < 1, _halves_over_larger(r)
+    even, odd = r * r * _LOG_COSH(r * r), r / 2
+    m_over_p = jnp.where(near, even + odd, larger + jnp.maximum(r, 0))
+    return m_over_p, jnp.where(near, even - odd, larger - jnp.minimum(r, 0))
+
+
+def _halves_term(p, q, log_ratio):
+    """`p log(p / m) + q log(q / m)` at β = 1/2."""
+    r, both = _finite(log_ratio), p.prob + q.prob
+    near = both * (r * r * _HALVES_TERM(r * r))
+    far = both * _halves_over_larger(r) + jnp.minimum(p.prob, q.prob) * jnp.abs(r)
+    return jnp.where(jnp.abs(r) < 1, near, -far)
+
+
+def _halves_over_larger(r):
+    """The log of m over the larger of p and q."""
+    return jnp.log(0.5 + 0.5 * jnp.exp(-jnp.abs(r)))
 
 
 _LEAST_EXPONENT = 1e-20  # below it the limit is right to the last digit
@@ -195,7 +271,9 @@ def alpha_term(
     limit = NEAR / max(1.0, abs(alpha), abs(beta))
     near, r = near_part(log_ratio, limit)
     # Σ_k (1 + β + … + β^k) r^k / (k + 2)! does not divide by a small α or β.
-    total = series(r, lambda k: sum(beta**j for j in range(k + 1)))
+    terms = range(15 if r.dtype == jnp.float64 else 8)
+    geometric = [sum(beta**j for j in range(k + 1)) for k in terms]
+    total = polynomial(r, [geometric[k] / math.factorial(k + 2) for k in terms])
     if abs(alpha) >= abs(beta):
         far = (q.prob - p.prob - _excess(p, q, log_ratio, beta)) / alpha
     else:

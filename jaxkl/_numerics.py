@@ -1,10 +1,11 @@
 """Precision: dtypes, masks that keep NaN out, and series that keep their digits."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def loss_dtype(*arrays: jax.Array | None) -> jnp.dtype:
@@ -23,7 +24,7 @@ def weigh(weight: jax.Array, x: jax.Array) -> jax.Array:
     return weight * zero_unless((weight != 0) | jnp.isfinite(x), x)
 
 
-NEAR = 0.5  # |r| below which `e^r - 1 - r` is summed as a series
+NEAR = 0.5  # |r| below which a difference is summed as a series
 
 
 def near_part(ratio: jax.Array, limit: float = NEAR) -> tuple[jax.Array, jax.Array]:
@@ -32,15 +33,58 @@ def near_part(ratio: jax.Array, limit: float = NEAR) -> tuple[jax.Array, jax.Arr
     return near, zero_unless(near, ratio)
 
 
-def series(r: jax.Array, coefficient: Callable[[int], float]) -> jax.Array:
-    """`Σ_k coefficient(k) r^k / (k + 2)!`, to the last bits for `|r| < NEAR`."""
-    terms = 8 if r.dtype == jnp.float32 else 15
-    total = jnp.zeros_like(r)
-    for k in reversed(range(terms)):
-        total = total * r + coefficient(k) / math.factorial(k + 2)
+def polynomial(x: jax.Array, coefficients: Sequence[float]) -> jax.Array:
+    """`Σ_k coefficients[k] x^k`."""
+    total = jnp.full_like(x, coefficients[-1])
+    for coefficient in reversed(coefficients[:-1]):
+        total = total * x + coefficient
     return total
+
+
+class Economized:
+    """A power series, cut short where it needs the fewest terms.
+
+    The Chebyshev series of a function on an interval converges faster than its Taylor
+    series. We cut the first, and write what is left as a polynomial again.
+    """
+
+    def __init__(
+        self, taylor: Sequence[float], interval: tuple[float, float], terms: int
+    ):
+        """`terms` are those for float32; float64 takes all of `taylor`."""
+        chebyshev = np.polynomial.Polynomial(taylor).convert(
+            kind=np.polynomial.Chebyshev, domain=interval, window=(-1, 1)
+        )
+        short = chebyshev.truncate(terms).convert(kind=np.polynomial.Polynomial)
+        self._short, self._long = short.coef.tolist(), list(taylor)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return polynomial(x, self._long if x.dtype == jnp.float64 else self._short)
+
+
+_SECOND_ORDER = Economized(
+    [1 / math.factorial(k + 2) for k in range(15)], (-NEAR, NEAR), terms=6
+)
 
 
 def second_order(r: jax.Array) -> jax.Array:
     """`e^r - 1 - r`, to the last bits for `|r| < NEAR`."""
-    return r * r * series(r, lambda k: 1.0)
+    return r * r * _SECOND_ORDER(r)
+
+
+def tanh_taylor(terms: int) -> list[float]:
+    """The coefficients `c` of `tanh(r / 2) = Σ_k c[k] r^(2k + 1)`."""
+    c = [0.5]  # The derivative of t(r) = tanh(r / 2) is (1 - t²) / 2.
+    for k in range(1, terms):
+        square = sum(c[i] * c[k - 1 - i] for i in range(k))
+        c.append(-square / (4 * k + 2))
+    return c
+
+
+_TANH_EXCESS = Economized(tanh_taylor(12)[1:], (0, NEAR**2), terms=3)
+
+
+def tanh_excess(r: jax.Array) -> jax.Array:
+    """`tanh(r / 2) / r - 1 / 2`, such that `(1 / 2 + tanh_excess(r)) r` is right to the
+    last bits for `|r| < NEAR`."""
+    return r * r * _TANH_EXCESS(r * r)

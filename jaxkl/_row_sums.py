@@ -103,8 +103,9 @@ def difference_of_shifted(p: Model, q: Model, same_temperature: bool) -> jax.Arr
 def _exp_difference(u: jax.Array, z: jax.Array, z_less_u: jax.Array) -> jax.Array:
     """`e^z - e^u`, to the last digits where they are near."""
     near, r = near_part(z_less_u)
-    exp_u = jnp.exp(u)
-    return jnp.where(near, exp_u * (r + second_order(r)), jnp.exp(z) - exp_u)
+    exp_u, exp_z = jnp.exp(u), jnp.exp(z)
+    series = (exp_z + exp_u) * ((0.5 + tanh_excess(r)) * r)
+    return jnp.where(near, series, exp_z - exp_u)
 
 
 def moved(

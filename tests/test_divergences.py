@@ -11,7 +11,7 @@ import pytest
 import jaxkl
 
 from . import oracle
-from .cases import evaluate, over_catalogue, rounded
+from .cases import evaluate, over, over_catalogue, rounded
 from .helpers import assert_close
 
 
@@ -28,6 +28,24 @@ def test_a_divergence_is_the_sum_of_its_terms(rng, divergence, reference):
     assert (terms >= 0).all()
     expected, _, _ = reference(*(np.asarray(x, np.longdouble) for x in (log_p, log_q)))
     assert_close(terms.sum(-1), expected.sum(-1), 2e-6)
+
+
+@pytest.mark.parametrize("dtype, tol", [("float32", 2e-6), ("float64", 4e-15)])
+@over("forward", "js", slow=["total_variation"])
+def test_digits_of_a_term_near_and_far(divergence, reference, dtype, tol):
+    # On both sides of 1/2 and 1, where series end. All ratios are exact in float32.
+    sizes = np.array([2**-10, 0.125, 0.498, 0.502, 0.75, 0.998, 1.002, 3])
+    ratios = np.round(np.concatenate([sizes, -sizes]) * 2**12) / 2**12
+    with jax.enable_x64(dtype == "float64"):
+        log_p = jnp.full(len(ratios), -1, dtype)
+        log_q = log_p + jnp.asarray(ratios, dtype)
+        terms, vjp = jax.vjp(divergence, log_p, log_q)
+        f_p, f_q = vjp(jnp.ones_like(terms))
+        arguments = (np.asarray(x, np.longdouble) for x in (log_p, log_q))
+        expected, want_p, want_q = reference(*arguments)
+    np.testing.assert_allclose(terms, expected.astype(np.float64), rtol=tol)
+    np.testing.assert_allclose(f_p, want_p.astype(np.float64), rtol=tol)
+    np.testing.assert_allclose(f_q, want_q.astype(np.float64), rtol=tol)
 
 
 @over_catalogue
