@@ -67,18 +67,23 @@ def parse_arguments(arguments):
 def jobs(args, sizes):
     """Yields the work and the job of each process, what matters most first."""
     tiles = (64,) if sizes == SMALL else (1024, 512, 2048, 4096)
-    ways = [{}, {"plan": "lean"}, *({"tile": tile} for tile in tiles)]
+    *others, last = PEERS
     yield "ceilings", dict(kind="ceilings", sizes=sizes)
-    common = dict(kind="check", peer="jaxkl")
     for options in ({}, {"tile": 16}, {"plan": "lean"}):
         checked = (args.divergence,) if options and sizes == SMALL else DIVERGENCES
-        yield "check", common | dict(options=options, divergences=checked)
-    peers = [("jaxkl", {}), *((peer, {}) for peer in PEERS)]
-    for peer, options in [*peers, *(("jaxkl", options) for options in ways[1:])]:
+        job = dict(kind="check", peer="jaxkl", options=options, divergences=checked)
+        yield "check", job
+    for peer, options in (
+        ("jaxkl", {}),
+        *((peer, {}) for peer in others),
+        ("jaxkl", {"plan": "lean"}),
+        *(("jaxkl", {"tile": tile}) for tile in tiles),
+        (last, {}),
+    ):
+        job = dict(kind="measure", peer=peer, options=options, sizes=sizes)
         for form in ("heads", "dense"):
             if (peer, form) != ("Liger", "dense"):  # its chunked loss takes only heads
-                more = dict(form=form, divergence=args.divergence, sizes=sizes)
-                yield form, dict(kind="measure", peer=peer, options=options) | more
+                yield form, job | dict(form=form, divergence=args.divergence)
 
 
 def run(job, limit, environment):
@@ -123,7 +128,7 @@ def find_device():
         (facts,) = run({"kind": "machine"}, LIMIT, environment)
         if facts["state"] == "ok":
             return facts, environment
-        print(f"JAX does not run on {platform}: {facts['reason']}", file=sys.stderr)
+        print(f"JAX has no {platform}: {facts['reason']}", file=sys.stderr)
     sys.exit(1)
 
 
@@ -242,7 +247,8 @@ def show(data):
     }
     for work, title in titles.items():
         rows = [row for row in data["rows"] if row["work"] == work]
-        print(f"\n{title}", *table(rows), sep="\n")
+        if rows:
+            print(f"\n{title}", *table(rows), sep="\n")
     machine = data["machine"]
     versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
     print(f"\n{machine['device']}, driver {machine['driver']}; {versions}")

@@ -1,5 +1,6 @@
 """Losses in JAX for `benchmarks/gpu.py`, and what the device can do at most."""
 
+import functools as ft
 import inspect
 import time
 
@@ -95,27 +96,23 @@ def _peak_bytes():
 def draw(shapes):
     """Draws bfloat16 arrays; logits have a deviation of 2."""
     keys = jax.random.split(jax.random.key(0), len(shapes))
-    return [
+    arrays = [
         _normal(key, shape, shape[0] ** -0.5 if name.endswith("kernel") else 2.0)
         for key, (name, shape) in zip(keys, shapes.items(), strict=True)
     ]
+    return jax.block_until_ready(arrays)
 
 
+@ft.partial(jax.jit, static_argnums=(1, 2))
 def _normal(key, shape, deviation):
     """Draws block by block, as a whole draw takes more memory than the losses do."""
     blocks = 64
+    block = shape[0] // blocks, shape[1]
 
-    @jax.jit
-    def normal(key):
-        return jax.lax.map(
-            lambda key: (
-                jax.random.normal(key, (shape[0] // blocks, shape[1]), jnp.bfloat16)
-                * jnp.bfloat16(deviation)
-            ),
-            jax.random.split(key, blocks),
-        ).reshape(shape)
+    def draw_block(key):
+        return jax.random.normal(key, block, jnp.bfloat16) * jnp.bfloat16(deviation)
 
-    return jax.block_until_ready(normal(key))
+    return jax.lax.map(draw_block, jax.random.split(key, blocks)).reshape(shape)
 
 
 def ceilings(tokens, hidden, vocab, median_ms):

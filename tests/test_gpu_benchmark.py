@@ -1,6 +1,7 @@
 """The command for GPUs, run without one: its rows, and what makes it fail."""
 
 import importlib.util
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import jaxkl
 from benchmarks import gpu, gpu_job, heads
 
 from .helpers import run_python
@@ -50,6 +52,9 @@ def test_every_row_is_there_and_right(tmp_path):
                 assert row["state"] == "ok"
                 assert 0 < row["gradient_error"] <= gpu_job.TOLERANCES[dtype]
     assert all(row["state"] == "ok" for row in of(rows, peer="jaxkl, tile=16"))
+    has_plans = "plan" in inspect.signature(jaxkl.distillation_loss).parameters
+    for row in of(rows, peer="jaxkl, plan=lean"):
+        assert row["state"] == ("ok" if has_plans else "skipped")
     assert all(row["ms"] > 0 for row in of(rows, work="ceilings", state="ok"))
     assert len(of(rows, work="ceilings", state="ok")) == 4
     for work in ("heads", "dense"):
@@ -63,10 +68,8 @@ def test_every_row_is_there_and_right(tmp_path):
         if importlib.util.find_spec("torch"):
             assert row["state"] == "ok" and row["ms"] > 0
         else:
-            assert (row["state"], row["reason"]) == (
-                "skipped",
-                "No module named 'torch'",
-            )
+            assert row["state"] == "skipped"
+            assert row["reason"] == "No module named 'torch'"
     assert all(row["peer"] in shown for row in rows)
 
 
@@ -77,10 +80,8 @@ def test_torch_compile_is_right_and_liger_is_skipped_by_name(tmp_path):
     for row in of(rows, peer="torch.compile"):
         assert row["state"] == "ok" and row["ms"] > 0
     (row,) = of(rows, peer="Liger")
-    assert (row["state"], row["reason"]) == (
-        "skipped",
-        "No module named 'liger_kernel'",
-    )
+    assert row["state"] == "skipped"
+    assert row["reason"] == "No module named 'liger_kernel'"
 
 
 def test_a_peer_that_is_wrong_by_two_percent_makes_the_exit_code_1(tmp_path):
@@ -126,6 +127,11 @@ def test_a_process_that_dies_is_a_failure():
     (row,) = gpu.run({"kind": "no such kind"}, 60, None)
     assert row["state"] == "failed"
     assert row["reason"].startswith("exit code 1: KeyError")
+
+
+def test_a_process_that_takes_too_long_is_stopped():
+    (row,) = gpu.run({"kind": "machine"}, 0.1, None)
+    assert row == {"state": "stopped", "reason": "it was stopped after 0 s"}
 
 
 class Fake:
