@@ -276,6 +276,7 @@ def main(arguments=None):
         output = ROOT / "benchmarks" / "results" / f"gpu-{name}.json"
     if output:
         text = json.dumps(data, indent=1, ensure_ascii=False)
+        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text + "\n", encoding="utf-8")
     bad = failures(rows)
     for row in bad:
