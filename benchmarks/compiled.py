@@ -122,7 +122,10 @@ def main():
     devices = topologies.get_topology_desc(topology, platform="tpu").devices
     chip = schedule.CHIPS.get(tpu)
     for job in jobs:
-        facts = compiled(Job(**job), devices, chip, folder)
+        try:
+            facts = compiled(Job(**job), devices, chip, folder)
+        except ImportError as error:  # of another library
+            facts = {"error": str(error)}
         print(json.dumps(facts), flush=True)
 
 

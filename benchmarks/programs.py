@@ -65,9 +65,10 @@ def make(job, mesh=None):
     if job.loss == "kl_div":
         loss = MAKERS_OF_KL_DIV[job.implementation](job.loss)
         return jax.value_and_grad(loss), [wide, wide]
-    loss = MAKERS[job.implementation](job.loss)
+    options = {}
     if mesh is not None and job.implementation == "jaxkl":
-        loss = on(mesh, job.loss)
+        options = dict(mesh=mesh, token_axes="data", vocab_axis="model")
+    loss = MAKERS[job.implementation](job.loss, **options)
     if job.hidden is None:
         return jax.value_and_grad(loss), [wide, wide]
     if job.implementation.startswith("jaxkl"):
@@ -82,14 +83,3 @@ def make(job, mesh=None):
 
 def products(h, k, th, tk, d_logits):
     return h @ k, th @ tk, d_logits @ k.T, h.T @ d_logits
-
-
-def on(mesh, divergence):
-    return ft.partial(
-        jaxkl.distillation_loss,
-        divergence=losses.DIVERGENCES[divergence],
-        temperature=losses.T,
-        mesh=mesh,
-        token_axes="data",
-        vocab_axis="model",
-    )
