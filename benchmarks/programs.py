@@ -55,13 +55,11 @@ def make(job, mesh=None):
     if job.implementation == PRODUCTS:
         return products, [hidden, kernel, hidden, kernel, wide]
     if job.loss == "top-k":
-        listed = (job.tokens, job.listed)
-        indices, log_probs = (
-            (listed, "int32", ("data",)),
-            (listed, "float32", ("data",)),
-        )
         loss = MAKERS_OF_TOP_K[job.implementation]()
-        return jax.value_and_grad(loss), [wide, indices, log_probs]
+        listed = [
+            ((job.tokens, job.listed), x, ("data",)) for x in ("int32", "float32")
+        ]
+        return jax.value_and_grad(loss), [wide, *listed]
     if job.loss == "kl_div":
         loss = MAKERS_OF_KL_DIV[job.implementation](job.loss)
         return jax.value_and_grad(loss), [wide, wide]

@@ -266,7 +266,7 @@ def total(operations):
     return sum(x.ms for x in operations)
 
 
-def summary(text, bundles, chip, grids=None, most=8):
+def summary(text, bundles, chip, grids=None, most=5):
     """Returns the time of a program in ms, and its longest operations.
 
     It also returns the names of operations without a schedule, which only their bytes
