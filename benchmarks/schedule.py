@@ -58,6 +58,7 @@ FREE = {
     "async-start",
     "async-update",
     "bitcast",
+    "call-done",
     "constant",
     "copy-done",
     "copy-start",
@@ -130,7 +131,7 @@ class Schedule:
             if operation.kind == "while":
                 body = operation.attribute(r"body=%?([\w.-]+)")
                 found += self.computation(body, times * self.trip_count(operation))
-            elif operation.kind in ("call", "conditional"):
+            elif operation.kind in ("call", "call-start", "conditional"):
                 branches = [self.computation(x, times) for x in operation.called]
                 found += max(branches, key=total, default=[])
             elif not is_free(operation):

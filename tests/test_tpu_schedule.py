@@ -184,6 +184,25 @@ def test_the_slowest_branch_counts():
     assert list(timed(text)) == ["minus"]
 
 
+def test_an_asynchronous_call_counts_once():
+    """A scatter on a v5p or a v6e is one, on the chip's SparseCore."""
+    called = """
+%called (a: f32[10,25]) -> f32[10,25] {
+  %a = f32[10,25]{1,0:T(8,128)} parameter(0)
+  ROOT %scatter = f32[10,25]{1,0:T(8,128)} negate(%a)
+}
+"""
+    text = entry(
+        "%start = ((f32[10,25]{1,0:T(8,128)}), f32[10,25]{1,0:T(8,128)}) "
+        'call-start(%x), async_execution_thread="sparsecore", to_apply=%called',
+        "ROOT %done = f32[10,25]{1,0:T(8,128)} call-done(%start)",
+        more=called,
+    )
+    found = timed(text)
+    assert list(found) == ["scatter"]
+    assert found["scatter"].hbm_ms == pytest.approx(2 * 4 * 250 / 1e3)
+
+
 def test_equal_operations_have_one_schedule():
     text = entry(
         "%a = f32[10,25]{1,0:T(8,128)} negate(%x)",
