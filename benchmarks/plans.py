@@ -16,7 +16,15 @@ from .report import RESULTS
 
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "plans.png"
 heads = ft.partial(tpu.Case, tokens=8192, hidden=4096, vocab=131072)
-CASES = [heads("v5e", "forward-kl", programs=tpu.HEADS)]
+CASES = [
+    heads(
+        chip,
+        "forward-kl",
+        programs=("jaxkl, lean", "jaxkl, fast", tpu.PLAIN, PRODUCTS),
+        bounds={PRODUCTS: bound, "temp, GiB": 0.4},
+    )
+    for chip, bound in (("v5e", 2.0), ("v6e", 2.5))
+]
 DRAWN = CASES[0]
 COLOURS = {"plain JAX": "#D55E00"}  # Okabe and Ito's palette
 OURS = "#0072B2"

@@ -45,6 +45,7 @@ class Job:
     mesh: Sequence[int] | None = None  # devices for tokens and for columns
     logits: str | None = None  # the dtype of others' logits; None: that of heads
     listed: int = 64  # columns of a teacher for "top-k"
+    plan: str | None = None  # of jaxkl's heads: "fast" or "lean"
 
 
 def make(job, mesh=None):
@@ -66,6 +67,8 @@ def make(job, mesh=None):
     options = {}
     if mesh is not None and job.implementation == "jaxkl":
         options = dict(mesh=mesh, token_axes="data", vocab_axis="model")
+    if job.plan is not None:
+        options["plan"] = job.plan
     loss = MAKERS[job.implementation](job.loss, **options)
     if job.hidden is None:
         return jax.value_and_grad(loss), [wide, wide]

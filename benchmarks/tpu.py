@@ -15,6 +15,7 @@ from .programs import Job, PRODUCTS
 OURS, PLAIN, NARROW = "jaxkl", "plain JAX", "plain JAX, bf16 logits"
 BASES = (PRODUCTS, PLAIN)
 HEADS = (OURS, PLAIN, PRODUCTS)
+PLANS = {"jaxkl, fast": "fast", "jaxkl, lean": "lean"}
 EVERYONE = (OURS, PLAIN, "optax", "ejkernel")
 TIMED = ("v5e", "v5p", "v6e")
 # Bounds of memory, and what they are of
@@ -45,11 +46,13 @@ class Case:
         return ", ".join([title, *[self.loss] * (program != PRODUCTS), program])
 
     def job(self, program):
-        name, logits = program, "float32"
+        name, logits, plan = program, "float32", PLANS.get(program)
         if program == NARROW:
             name, logits = PLAIN, None
+        elif plan is not None:
+            name = OURS
         shape = dict(tokens=self.tokens, vocab=self.vocab, hidden=self.hidden)
-        return Job(name, loss=self.loss, logits=logits, **shape)
+        return Job(name, loss=self.loss, logits=logits, plan=plan, **shape)
 
     def targets(self, rows):
         name = self.row(self.programs[0])
