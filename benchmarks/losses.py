@@ -18,10 +18,10 @@ DIVERGENCES = {
 }
 
 
-def with_jaxkl(name):
+def with_jaxkl(name, **options):
     def loss(student, teacher):
         return jaxkl.distillation_loss(
-            student, teacher, divergence=DIVERGENCES[name], temperature=T
+            student, teacher, divergence=DIVERGENCES[name], temperature=T, **options
         )
 
     return loss

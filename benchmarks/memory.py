@@ -7,8 +7,9 @@ only draws, from the numbers in `benchmarks/results/memory.json`.
 import json
 from pathlib import Path
 
-from .compiled import compiled_memory, Job
+from .compiled import compiled
 from .harness import Cell, Result
+from .programs import Job
 from .report import RESULTS
 from .tpu import compile_all
 
@@ -42,7 +43,7 @@ def run(settings):
                     )
         if device == "CPU":
             new = [
-                {"peer": name, "state": "ok", "required": True} | compiled_memory(job)
+                {"peer": name, "state": "ok", "required": True} | compiled(job)
                 for name, job in jobs.items()
             ]
         else:

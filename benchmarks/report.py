@@ -72,11 +72,12 @@ def header(result, facts, rounds):
         f"{name} {version or '(not installed)'}"
         for name, version in facts["versions"].items()
     )
-    how = (
-        f"median of {rounds} rounds of all peers in turns; ratios: within a round"
-        if any("ms" in row for row in result.rows)
-        else "compiled, not timed"
-    )
+    if any("ms" in row for row in result.rows):
+        how = f"median of {rounds} rounds of all peers in turns; ratios: within a round"
+    elif any("schedule_ms" in row for row in result.rows):
+        how = "compiled; times are of the compiler's schedule, and nothing ran on a TPU"
+    else:
+        how = "compiled, not timed"
     threads = ", ".join(f"{k} {v}" for k, v in facts["threads"].items() if v)
     return [
         f"{facts['cpu']}; {facts['cores']} cores, {facts['system']}; "
@@ -108,6 +109,8 @@ def table(result):
     for base in result.bases:
         columns[f"÷ {base}"] = lambda row, base=base: _ratio(row, base)
     for title, key, form_ in (
+        ("ms, by the schedule", "schedule_ms", "{:.2f}".format),
+        ("of it unscheduled, ms", "unscheduled_ms", "{:.2f}".format),
         ("ms", "ms", "{:.1f}".format),
         ("fastest, ms", "fastest_ms", "{:.1f}".format),
         ("rate", "rate", str),

@@ -7,8 +7,8 @@ import re
 
 import numpy as np
 
-from .compiled import Job
 from .harness import Cell, find, ratio, Result, Target
+from .programs import Job
 from .tpu import compile_all
 
 
