@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ._numerics import near_part, second_order
+from ._numerics import near_part, tanh_excess
 from ._softmax import finite_max, Model
 
 
