@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from ._comparison import OfEach, Pair
-from ._divergences import kl_weights
+from ._divergences import ForwardKL, kl_weights
 from ._numerics import weigh, zero_unless
 from ._operands import LossTerms, Operands, Spec, Statistics
 from ._row_sums import Maxima, pair_sums, RowSums, sum_exp
@@ -231,8 +231,6 @@ def complete(
     if terms.label is None:
         return LossTerms(terms.divergence), None
     others = _unlabelled_share(x, sums)
-    # A row with a logit of +inf is NaN, and this column may not be among the others.
-    others = jnp.where(jnp.isnan(terms.label), terms.label, others)
     # When a label has q ≈ 1, `log q` has lost its digits; `1 - Σ_others q` has not.
     is_certain = others < 0.5
     accurate = -jnp.log1p(-zero_unless(is_certain, others))
@@ -259,7 +257,9 @@ def _sum_exp_at_1(x: Operands, sums: RowSums) -> jax.Array:
 
 def _unlabelled_share(x: Operands, sums: RowSums) -> jax.Array:
     """The student's mass, at temperature 1, outside the label."""
-    return sums.unlabelled / _sum_exp_at_1(x, sums)
+    total = _sum_exp_at_1(x, sums)
+    # A row with a logit of +inf is NaN, and its label may be the column that has it.
+    return jnp.where(total < jnp.inf, sums.unlabelled / total, jnp.nan)
 
 
 def _is_label(c: Columns) -> jax.Array:
@@ -316,7 +316,9 @@ def _statistics(
     if sums.unlisted_at_1 is not None:
         q_unlisted = sums.unlisted_at_1 / _sum_exp_at_1(x, sums)
     return dict(
-        kl=x.teacher.sum_kl(p.outcomes, q.outcomes, vocab, q_unlisted),
+        kl=x.teacher.divergence_of(
+            ForwardKL(), p.outcomes, q.outcomes, vocab, q_unlisted
+        ),
         student_entropy=entropy(q.outcomes),
         teacher_entropy=x.teacher.entropy(p.outcomes, vocab),
     )

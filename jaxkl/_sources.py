@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 
 from . import _checks as check
 from ._comparison import compare_columns, Comparison, OfEach, Pair, sums_of_slopes
-from ._divergences import Divergence, evaluate, ForwardKL
+from ._divergences import Divergence, evaluate
 from ._numerics import zero_unless
 from ._softmax import entropy, Model, Outcomes
 from ._vocabulary import Vocabulary
@@ -189,17 +189,21 @@ class Source(abc.ABC):
         p, q, log_ratio = jax.tree.map(vocab.mask, (p, q, log_ratio))
         return jnp.sum(vocab.mask(evaluate(divergence, p, q, log_ratio)), axis=-1)
 
-    def sum_kl(
+    def divergence_of(
         self,
+        divergence: Divergence,
         p: Outcomes,
         q: Outcomes,
         vocab: Vocabulary,
-        q_unlisted: jax.Array | None,
+        q_unlisted: jax.Array | None = None,
     ) -> jax.Array:
-        """`sum_terms` of the forward KL; `q_unlisted`, `[B]`, is the mass of the
-        columns outside the list."""
+        """The divergence of `p` and `q` as a user defines it: `sum_terms`, and what the
+        columns outside a list contribute.
+
+        `q_unlisted`, `[B]`, is the student's mass there; None: all columns are at hand.
+        """
         del q_unlisted
-        return self.sum_terms(ForwardKL(), p, q, vocab)
+        return self.sum_terms(divergence, p, q, vocab)
 
     def sums_of_slopes(
         self, divergence: Divergence, pair: Pair, vocab: Vocabulary

@@ -153,17 +153,18 @@ class SparseTeacher(Source):
     def list_sums(self, student, vocab):
         return self._list(student.logits.dtype, vocab).sums(student, vocab)
 
-    def sum_kl(self, p, q, vocab, q_unlisted):
+    def divergence_of(self, divergence, p, q, vocab, q_unlisted=None):
         if self.tail not in ("drop", "bucket"):
-            return super().sum_kl(p, q, vocab, q_unlisted)
+            return self.sum_terms(divergence, p, q, vocab)
         if self.tail == "drop":
             return plain_kl(p, q)
         listed = is_listed(self.indices, vocab)
-        of_list = jnp.sum(evaluate_where(listed, ForwardKL(), p, q), axis=-1)
+        of_list = jnp.sum(evaluate_where(listed, divergence, p, q), axis=-1)
         has_rest, p_rest = self._rest(*self._entries(p.log.dtype), vocab)
-        assert q_unlisted is not None
+        if q_unlisted is None:
+            q_unlisted = jnp.sum(zero_unless(vocab.mask(~listed), q.prob), axis=-1)
         q_rest = Outcomes.of_log(safe_log(q_unlisted))
-        of_rest = evaluate_where(has_rest, ForwardKL(), p_rest, q_rest)
+        of_rest = evaluate_where(has_rest, divergence, p_rest, q_rest)
         return of_list + vocab.on_first_shard(of_rest)
 
     def sums_of_slopes(self, divergence, pair, vocab):

@@ -318,6 +318,7 @@ def test_signatures_are_the_contract():
         token_axes=None,
         vocab_axis=None,
         tile=None,
+        plan=None,
     )
     for function in ALL_FUNCTIONS:
         parameters = inspect.signature(function).parameters
