@@ -5,7 +5,8 @@ decides which instructions form a bundle, and the core starts one bundle a cycle
 compiler can write out the bundles of each operation. The time of an operation is the
 largest of
 
-- bundles × iterations ÷ clock,
+- bundles × iterations ÷ clock (÷ 2 on v5p, where two cores are one device, and share
+  the iterations),
 - bytes read and written in HBM ÷ bandwidth,
 - FLOPs of its matrix products ÷ the peak rate.
 
@@ -30,17 +31,18 @@ from . import hlo
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Published rates of a chip, per second."""
+    """Published rates of a device, per second."""
 
     clock: float
     hbm_bytes: float
     flops: float  # in bf16
+    cores: int = 1  # that share each operation
 
 
 CHIPS = {
-    "v4": Chip(1.05e9, 1228e9, 275e12),
+    "v4": Chip(1.05e9, 614e9, 137.5e12),  # a device is one of the chip's two cores
     "v5e": Chip(1.5e9, 819e9, 197e12),
-    "v5p": Chip(1.75e9, 2765e9, 459e12),
+    "v5p": Chip(1.75e9, 2765e9, 459e12, cores=2),
     "v6e": Chip(1.75e9, 1640e9, 918e12),
 }
 # libtpu reads these options once, when a process loads it. Without the expression it
@@ -180,7 +182,7 @@ class Schedule:
         if bundles is None or iterations is None:
             return None
         inside, outside = bundles
-        return (inside * iterations + outside) / self.chip.clock
+        return (inside * iterations + outside) / (self.chip.clock * self.chip.cores)
 
     def signature(self, operation, operations):
         """Returns what equal operations have in common."""

@@ -155,7 +155,7 @@ def _outputs(spec: Spec, operands: Operands, result: Result) -> Any:
 
 def _run(spec: Spec, operands: Operands, perturbed: Operands) -> Result:
     """Walks over all tokens as planned for the platform; see `walk`."""
-    work = workload(spec, operands)
+    work = workload(spec, operands, perturbed)
     if work.sharding == "explicit" and work.kinds != ("logits", "logits"):
         raise ValueError(
             "`student` and `teacher` must be logits if mesh axes are Explicit: for a "

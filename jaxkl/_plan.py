@@ -21,6 +21,8 @@ Order = Literal["blocks", "strided"]
 _MIB = 2**20
 _MAX_TILE = 1024  # tokens: enough for a matrix product to run at full speed
 _LEAST_IN_PART = 8  # tiles
+_ONE_PASS_BYTES = 256 * _MIB  # of a tile's logits
+_MOST_BYTES = 4 * 2**30  # of the fast plan: a quarter of the memory of a TPU v5e
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +34,9 @@ class Plan:
     # Tokens of a part, whose tiles leave what the gradient of a head needs, for one
     # product over the part; None: each tile makes its own product. See `_walk`.
     part: int | None = None
+    # Whether a tile of a part makes terms and outputs in one pass over its logits, and
+    # holds the outputs for a moment before they are where the part has them.
+    one_pass: bool = False
     # Columns at a time, of all tokens, in place of tiles of tokens. See `_column_walk`.
     columns: int | None = None
 
@@ -48,6 +53,7 @@ class Workload:
     half_logits: bool = False  # whether logits that are arguments have 16 bits
     # Tokens whose `d_outputs` are as large as the float32 sum of a head's gradient.
     tokens_per_sum: int = 0
+    sum_bytes: int = 0  # of these sums, if their gradients are asked for
     many_devices: bool = False  # whether the program may run on several devices
     # How tokens are spread over devices: by XLA's partitioner, by a `shard_map` around
     # the loss, so that all tokens are local, or as their types say.
@@ -60,7 +66,7 @@ class Workload:
         return self.student, self.teacher
 
 
-def workload(spec: Spec, operands: Operands) -> Workload:
+def workload(spec: Spec, operands: Operands, perturbed: Operands) -> Workload:
     sources = operands.student, operands.teacher
     student, teacher = (x.kind for x in sources)
     logits = [x.vocab_array for x in sources if x.kind == "logits"]
@@ -77,6 +83,7 @@ def workload(spec: Spec, operands: Operands) -> Workload:
         itemsize=spec.dtype.itemsize,
         half_logits=any(x.dtype.itemsize == 2 for x in logits),
         tokens_per_sum=_tokens_per_sum(spec, sources),
+        sum_bytes=_sum_bytes(spec, operands, perturbed),
         many_devices=many_devices(),
         sharding=sharding,
         tile=spec.tile,
@@ -94,14 +101,29 @@ def _tokens_per_sum(spec: Spec, sources: tuple[Source, Source]) -> int:
     return sum_bytes // row_bytes
 
 
+def _sum_bytes(spec: Spec, operands: Operands, perturbed: Operands) -> int:
+    size = lambda is_shared, asked, x: x.size if is_shared and asked else 0
+    sizes = jax.tree.map(size, operands.shared_flags(), perturbed, operands)
+    return sum(jax.tree.leaves(sizes)) * spec.dtype.itemsize
+
+
 def plan(platform: Platform, work: Workload) -> Plan:
     """The plan of a loss.
 
     A tile that the user chose changes the size of tiles. The plan is then that of an
     automatic choice of this size.
     """
-    if _is_lean(platform, work):
-        return Plan(None, "blocks", False, columns=_columns(platform, work))
+    lean = Plan(None, "blocks", False, columns=_columns(platform, work))
+    if "head" not in work.kinds:
+        return _fast_plan(platform, work)
+    if work.plan == "lean":
+        return lean
+    fast = _fast_plan(platform, work)
+    is_free = work.plan is None and work.tile is None and platform == "accelerator"
+    return lean if is_free and _fast_bytes(fast, work) > _MOST_BYTES else fast
+
+
+def _fast_plan(platform: Platform, work: Workload) -> Plan:
     tile = _tile(platform, work)
     if tile is not None and tile >= work.tokens:
         tile = None
@@ -109,12 +131,28 @@ def plan(platform: Platform, work: Workload) -> Plan:
     # logits-sized array. A tile that stays in a CPU's cache may keep its slopes.
     is_dense = work.kinds == ("logits", "logits")
     recompute = platform == "accelerator" or (is_dense and tile is None)
-    part = _part(tile, work) if platform == "accelerator" else None
-    return Plan(tile, _order(work), recompute, part)
+    part, one_pass = None, False
+    if tile is not None and platform == "accelerator":
+        part = _part(tile, work)
+        one_pass = part is not None and _tile_bytes(tile, work) <= _ONE_PASS_BYTES
+    return Plan(tile, _order(work), recompute, part, one_pass)
 
 
-def _is_lean(platform: Platform, work: Workload) -> bool:
-    return "head" in work.kinds and work.plan == "lean"
+def _fast_bytes(fast: Plan, work: Workload) -> int:
+    """Roughly what a fast plan holds on a device: two models' logits of a tile, what a
+    part leaves, and sums of gradients; 0 if it is not known."""
+    if work.sharding == "auto" and work.many_devices:
+        return 0  # XLA's partitioner may spread the tokens
+    if fast.tile is None or work.tokens_per_sum == 0:
+        return 0
+    bytes_held = 2 * _tile_bytes(fast.tile, work)
+    part = min(fast.part or 0, work.tokens)
+    bytes_held += part * work.sum_bytes // work.tokens_per_sum
+    return bytes_held + (work.sum_bytes if part < work.tokens else 0)
+
+
+def _tile_bytes(tile: int, work: Workload) -> int:
+    return tile * work.columns * work.itemsize
 
 
 def _columns(platform: Platform, work: Workload) -> int:
@@ -125,14 +163,14 @@ def _columns(platform: Platform, work: Workload) -> int:
     return max(columns // 128, 1) * 128
 
 
-def _part(tile: int | None, work: Workload) -> int | None:
+def _part(tile: int, work: Workload) -> int | None:
     """Tokens of a part: its tiles leave no more than the sum that it replaces holds.
 
     All parts have the same number of tiles, if one near the largest allows for it. For
     several parts of few tiles it is None: they take as long as a sum over tiles (by the
     TPU compiler's schedule, at a hidden size of 1024) and hold both.
     """
-    if tile is None or work.tokens_per_sum == 0:
+    if work.tokens_per_sum == 0:
         return None
     tiles, most = (-(-n // tile) for n in (work.tokens, work.tokens_per_sum))
     parts = -(-tiles // most)

@@ -98,10 +98,10 @@ def _run_part(
             )
             for name in waiting
         }
-        # Otherwise XLA fuses `outputs` with the update of the array, and not with the
-        # sum of the terms, which would read all logits again.
-        terms, outputs = jax.lax.optimization_barrier((result.terms, outputs))
-        result = result._replace(terms=terms)
+        if plan.one_pass:
+            # Otherwise XLA fuses `outputs` with the update of the array, and not with
+            # the sum of the terms, which reads all logits again.
+            outputs = jax.lax.optimization_barrier(outputs)
         gradients = gradients._replace(**{name: getattr(x, name) for name in waiting})
         gradients = cast(perturbed._replace(**asked_later), gradients)
         return result._replace(gradients=gradients), (), outputs

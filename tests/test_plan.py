@@ -26,21 +26,26 @@ VOCAB = 128256
         # 32 and 192 MiB of logits, and at least some 384 tokens.
         ("cpu", HEADS, Plan(64, "strided", False)),
         ("cpu", dict(HEADS, columns=32768), Plan(256, "strided", False)),
-        ("accelerator", HEADS, Plan(512, "strided", True, 8192)),
-        ("accelerator", dict(HEADS, columns=32768), Plan(1024, "strided", True, 8192)),
+        ("accelerator", HEADS, Plan(512, "strided", True, 8192, True)),
+        (
+            "accelerator",
+            dict(HEADS, columns=32768),
+            Plan(1024, "strided", True, 8192, True),
+        ),
+        # The outputs of a tile are held beside its logits if these are not too large.
         ("accelerator", dict(HEADS, itemsize=8), Plan(512, "strided", True, 8192)),
         # Inside `shard_map` tokens are local.
         (
             "accelerator",
             dict(HEADS, sharding="manual"),
-            Plan(512, "blocks", True, 8192),
+            Plan(512, "blocks", True, 8192, True),
         ),
         ("cpu", dict(sharding="manual", many_devices=True), Plan(4, "blocks", False)),
         # One head is enough; of logits, strides would be a copy.
         (
             "accelerator",
             dict(HEADS, teacher="logits"),
-            Plan(512, "blocks", True, 8192),
+            Plan(512, "blocks", True, 8192, True),
         ),
         ("cpu", dict(student="head", many_devices=True), Plan(64, "strided", False)),
         # A list beside logits.
@@ -87,7 +92,8 @@ def test_a_tile_of_the_user_changes_the_size_and_nothing_else(platform):
         for tile in (1, 7, automatic.tile, 4096, 8191):
             chosen = plan(platform, dataclasses.replace(work, tile=tile))
             assert (chosen.part is None) == (automatic.part is None)
-            same = dataclasses.replace(automatic, tile=tile, part=chosen.part)
+            depend = dict(tile=tile, part=chosen.part, one_pass=chosen.one_pass)
+            same = dataclasses.replace(automatic, **depend)
             assert chosen == same
             assert tile != automatic.tile or chosen == automatic
             tiled += 1
@@ -118,6 +124,35 @@ def test_parts_are_no_larger_than_the_sum_they_replace(
     chosen = plan("accelerator", dataclasses.replace(work, tile=tile))
     assert (chosen.tile, chosen.part) == (tile, part)
     assert part is None or (part % tile == 0 and part - tile < tokens_per_sum)
+
+
+SUM = dict(sum_bytes=HIDDEN * VOCAB * 4)  # of one head
+
+
+@pytest.mark.parametrize(
+    "work, is_lean",
+    [
+        (SUM, False),  # 2 GiB
+        (dict(SUM, tokens=16384), True),  # two parts, and their sum
+        (dict(SUM, sum_bytes=2 * SUM["sum_bytes"]), True),  # of both heads
+        (dict(SUM, sum_bytes=4 * SUM["sum_bytes"], tokens_per_sum=8 * HIDDEN), False),
+        (dict(tokens=65536), False),  # frozen heads
+        (dict(columns=2**21), True),  # tiles that are large themselves
+        (dict(SUM, tokens=16384, many_devices=True), False),  # spread, perhaps
+        (dict(SUM, tokens=16384, many_devices=True, sharding="manual"), True),
+        (dict(SUM, tokens=16384, plan="fast"), False),
+        (dict(SUM, tokens=16384, tile=512), False),
+        (dict(SUM, tokens="symbolic"), False),
+        (dict(plan="lean", tokens="symbolic"), True),
+        (dict(plan="lean", teacher="logits"), True),
+        (dict(plan="lean", teacher="logits", student="logits"), False),
+    ],
+)
+def test_the_lean_plan_is_for_heads_that_would_hold_more_than_4_gib(work, is_lean):
+    work = Workload(**dict(tokens=8192, columns=VOCAB) | HEADS | work)
+    assert (plan("accelerator", work).columns is not None) == is_lean
+    # A CPU has it only on request.
+    assert (plan("cpu", work).columns is not None) == (is_lean and work.plan == "lean")
 
 
 @pytest.mark.parametrize("tokens", [1024, 4096, 6144, 8192, 15 * 512, 32768])

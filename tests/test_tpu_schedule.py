@@ -1,5 +1,6 @@
 """The time that the benchmarks compute from a TPU compiler's schedule."""
 
+import dataclasses
 import importlib.util
 
 import pytest
@@ -7,9 +8,8 @@ import pytest
 from benchmarks import hlo, schedule
 
 
-CHIP = schedule.Chip(
-    clock=1e3, hbm_bytes=1e6, flops=1e9
-)  # ms are bundles, or kilobytes
+# ms are bundles, or kilobytes
+CHIP = schedule.Chip(clock=1e3, hbm_bytes=1e6, flops=1e9)
 
 # Four steps of a loop, each of which adds a row of `x` to a sum in the chip's VMEM.
 LOOP = """\
@@ -68,8 +68,8 @@ def entry(*lines, more=""):
     return f"HloModule m\n{more}\nENTRY %main (x: f32[10,25]) -> f32[] {{\n{text}\n}}\n"
 
 
-def timed(text, bundles=None, **more):
-    found = schedule.time_program(text, bundles or {}, CHIP, **more)
+def timed(text, bundles=None, chip=CHIP, **more):
+    found = schedule.time_program(text, bundles or {}, chip, **more)
     return {operation.name: operation for operation in found}
 
 
@@ -82,6 +82,13 @@ def test_a_loop_counts_as_often_as_it_runs():
     assert row.hbm_ms == pytest.approx(4 * 1.0)  # a row of 250, and not all of `x`
     assert row.ms == row.bundles_ms
     assert found["result"].hbm_ms == pytest.approx(1.0)  # it reads VMEM and writes HBM
+
+
+def test_cores_share_the_bundles_of_an_operation():
+    chip = dataclasses.replace(CHIP, cores=2)
+    row = timed(LOOP, {"add-row": (10, 3)}, chip)["add-row"]
+    assert row.bundles_ms == pytest.approx(4 * (10 * 2 + 3) / 2)
+    assert row.hbm_ms == pytest.approx(4 * 1.0)
 
 
 def test_a_loop_without_a_trip_count_is_refused():
@@ -317,7 +324,7 @@ def test_heads_have_the_flops_of_four_products(compiled, name):
     """jaxkl makes them in a loop over tiles, with several operations a tile."""
     found = compiled[name]
     assert found["flops_ms"] == pytest.approx(PRODUCTS_MS, rel=1e-6)
-    assert PRODUCTS_MS < found["schedule_ms"] < 4 * PRODUCTS_MS
+    assert 1 - 1e-6 < found["schedule_ms"] / PRODUCTS_MS < 4
     looped = [x["times"] for x in found["longest"] if x["times"] > 1]
     assert bool(looped) == (name == "jaxkl")
 
