@@ -69,7 +69,7 @@ def walk_columns(
 
     def finished(start, width):
         """The last phase; the gradients that are sums over blocks, and the others."""
-        block = columns(start, width)
+        block = columns(start, width).made_first()
         done = finish(block, maxima, sums, of_slopes, everything, recompute=False)
         result = Result(None, None, done.gradients, done.counted)
         pulled = pull_back(block.x, result, ("student", "teacher"))
