@@ -120,7 +120,8 @@ def plan(platform: Platform, work: Workload) -> Plan:
         return lean
     fast = _fast_plan(platform, work)
     is_free = work.plan is None and work.tile is None and platform == "accelerator"
-    return lean if is_free and _fast_bytes(fast, work) > _MOST_BYTES else fast
+    fits = fast.tile is None or _fits(fast.tile, fast.part, work)
+    return fast if fits or not is_free else lean
 
 
 def _fast_plan(platform: Platform, work: Workload) -> Plan:
@@ -138,17 +139,18 @@ def _fast_plan(platform: Platform, work: Workload) -> Plan:
     return Plan(tile, _order(work), recompute, part, one_pass)
 
 
-def _fast_bytes(fast: Plan, work: Workload) -> int:
-    """Roughly what a fast plan holds on a device: two models' logits of a tile, what a
-    part leaves, and sums of gradients; 0 if it is not known."""
+def _fits(tile: int, part: int | None, work: Workload) -> bool:
+    """Whether a fast plan is within its budget: two models' logits of a tile, what a
+    part leaves, and sums of gradients over parts or tiles."""
     if work.sharding == "auto" and work.many_devices:
-        return 0  # XLA's partitioner may spread the tokens
-    if fast.tile is None or work.tokens_per_sum == 0:
-        return 0
-    bytes_held = 2 * _tile_bytes(fast.tile, work)
-    part = min(fast.part or 0, work.tokens)
-    bytes_held += part * work.sum_bytes // work.tokens_per_sum
-    return bytes_held + (work.sum_bytes if part < work.tokens else 0)
+        return True  # XLA's partitioner may spread the tokens
+    bytes_held = 2 * _tile_bytes(tile, work)
+    part = min(part or 0, work.tokens)
+    if part:
+        bytes_held += part * work.sum_bytes // work.tokens_per_sum
+    if part < work.tokens:
+        bytes_held += work.sum_bytes
+    return bytes_held <= _MOST_BYTES
 
 
 def _tile_bytes(tile: int, work: Workload) -> int:
@@ -166,8 +168,8 @@ def _columns(platform: Platform, work: Workload) -> int:
 def _part(tile: int, work: Workload) -> int | None:
     """Tokens of a part: its tiles leave no more than the sum that it replaces holds.
 
-    All parts have the same number of tiles, if one near the largest allows for it. For
-    several parts of few tiles it is None: they take as long as a sum over tiles (by the
+    All parts have the same number of tiles, if one near the largest allows for it. They
+    are smaller if the plan fits only so. For several parts of few tiles it is None: they take as long as a sum over tiles (by the
     TPU compiler's schedule, at a hidden size of 1024) and hold both.
     """
     if work.tokens_per_sum == 0:
@@ -176,9 +178,12 @@ def _part(tile: int, work: Workload) -> int | None:
     parts = -(-tiles // most)
     if parts == 1:
         return tiles * tile
-    even = [n for n in range(parts, min(2 * parts, tiles) + 1) if tiles % n == 0]
-    sizes = [-(-tiles // n) for n in (*even, parts)]
-    return next((n * tile for n in sizes if n >= _LEAST_IN_PART), None)
+    even = [n for n in range(parts, tiles + 1) if tiles % n == 0]
+    near = [n for n in even if n <= 2 * parts]
+    counts = [-(-tiles // n) for n in (*near, parts, *even)]
+    sizes = [n * tile for n in counts if n >= _LEAST_IN_PART]
+    fitting = [size for size in sizes if _fits(tile, size, work)]
+    return next(iter((*fitting, *sizes)), None)
 
 
 def _tile(platform: Platform, work: Workload) -> int | None:

@@ -133,15 +133,16 @@ SUM = dict(sum_bytes=HIDDEN * VOCAB * 4)  # of one head
     "work, is_lean",
     [
         (SUM, False),  # 2 GiB
-        (dict(SUM, tokens=16384), True),  # two parts, and their sum
+        (dict(SUM, tokens=16384), False),  # four parts, as two and their sum do not fit
+        (dict(SUM, tokens=31 * 512), True),  # parts of 16 and 15 tiles
         (dict(SUM, sum_bytes=2 * SUM["sum_bytes"]), True),  # of both heads
         (dict(SUM, sum_bytes=4 * SUM["sum_bytes"], tokens_per_sum=8 * HIDDEN), False),
         (dict(tokens=65536), False),  # frozen heads
         (dict(columns=2**21), True),  # tiles that are large themselves
-        (dict(SUM, tokens=16384, many_devices=True), False),  # spread, perhaps
-        (dict(SUM, tokens=16384, many_devices=True, sharding="manual"), True),
-        (dict(SUM, tokens=16384, plan="fast"), False),
-        (dict(SUM, tokens=16384, tile=512), False),
+        (dict(SUM, tokens=31 * 512, many_devices=True), False),  # spread, perhaps
+        (dict(SUM, tokens=31 * 512, many_devices=True, sharding="manual"), True),
+        (dict(SUM, tokens=31 * 512, plan="fast"), False),
+        (dict(SUM, tokens=31 * 512, tile=512), False),
         (dict(SUM, tokens="symbolic"), False),
         (dict(plan="lean", tokens="symbolic"), True),
         (dict(plan="lean", teacher="logits"), True),
