@@ -1,0 +1,72 @@
+"""Sums over blocks of columns add up to those of the row, once they are moved."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxkl._row_sums import Maxima, moved, pair_sums, RowSums, sum_exp
+from jaxkl._softmax import Model, SoftmaxStats
+
+from .helpers import assert_close
+
+
+def row_sums(teacher, student, maxima, temperatures):
+    u, z = (
+        Model(x, SoftmaxStats(largest, temperature))
+        for x, largest, temperature in zip(
+            (teacher, student),
+            (maxima.teacher, maxima.student),
+            temperatures,
+            strict=True,
+        )
+    )
+    of_pair = pair_sums(u, z, same_temperature=False, reverse=True)
+    at_1 = sum_exp(Model(student, SoftmaxStats(maxima.student)))
+    return RowSums(
+        student=sum_exp(z),
+        teacher=sum_exp(u),
+        student_at_1=at_1,
+        teacher_at_1=sum_exp(Model(teacher, SoftmaxStats(maxima.teacher))),
+        unlabelled=at_1 / 2,
+        listed=sum_exp(z) / 3,
+        unlisted=2 * sum_exp(z) / 3,
+        unlisted_at_1=at_1 / 5,
+        **of_pair,
+    )
+
+
+def maxima_of(teacher, student):
+    return Maxima(jnp.max(student, axis=-1), jnp.max(teacher, axis=-1))
+
+
+@pytest.mark.parametrize("scale", [1.0, 20.0])
+@pytest.mark.parametrize("noise", [1e-3, 3.0])
+def test_moved(rng, scale, noise):
+    """Of rows whose largest column is in the first block, the second, or both."""
+    student = scale * rng.normal(size=(30, 11))
+    teacher = student + noise * rng.normal(size=student.shape)
+    # Columns that are absent from one model or both, and a block without any
+    student[3, 2] = student[4, 7] = teacher[4, 7] = teacher[5, 1] = -jnp.inf
+    student[6, :4] = teacher[6, :4] = -jnp.inf
+    student[7, 1] = student[7, 8] = 50.0
+    student, teacher = (jnp.asarray(x, jnp.float32) for x in (student, teacher))
+    temperatures = jnp.full(30, 1.5), jnp.full(30, 0.8)
+    maxima = maxima_of(teacher, student)
+    whole = row_sums(teacher, student, maxima, temperatures)
+    total = None
+    for start, stop in itertools.pairwise((0, 4, 11)):
+        block = teacher[:, start:stop], student[:, start:stop]
+        own = maxima_of(*block)
+        sums = row_sums(*block, own, temperatures)
+        sums = moved(sums, own, maxima, temperatures[1], temperatures[0])
+        total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+    assert total is not None
+    leaves = jax.tree.leaves(total), jax.tree.leaves(whole)
+    for part, expected in zip(*leaves, strict=True):
+        assert jnp.isfinite(expected).all()
+        error = jnp.abs(part - expected) / (jnp.abs(expected) + 1)
+        assert float(error.max()) < 2e-5
+    for name in ("student", "teacher", "difference"):
+        assert_close(getattr(total, name), getattr(whole, name), 2e-6, name)
