@@ -58,10 +58,16 @@ class Mesh:
         """Seconds for student logits, teacher logits, `d hidden` and `d kernel`."""
         return 4 * 2 * TOKENS * HIDDEN * self.columns / self.chip.flops
 
-    def hbm(self):
-        """A tile reads three kernels, and reads and writes the sum of `d kernel`."""
-        a_tile = (3 * BF16 + 2 * FLOAT32) * HIDDEN * self.columns
-        return self.tiles * a_tile / self.chip.hbm
+    def hbm(self, tiles=None):
+        """Seconds to read and write all that is as large as a kernel or as logits.
+
+        A tile reads two kernels. Its logits of both models are written once and read
+        twice. Its gradient of the logits is written, copied, and read by two products,
+        of which one reads a kernel and the other writes its gradient.
+        """
+        kernels = BF16 * (2 * (tiles or self.tiles) + 2) * HIDDEN
+        logits = (2 * 3 * FLOAT32 + 5 * BF16) * TOKENS
+        return (kernels + logits) * self.columns / self.chip.hbm
 
     @property
     def vocab_is_ring(self):
@@ -222,7 +228,7 @@ def facts():
         )
     rows = 128  # tokens a chip in a tile, as compiled from plain `jit`
     tiles = math.ceil(TOKENS / rows)
-    hbm = MESHES[0].hbm() / MESHES[0].tiles * tiles
+    hbm = MESHES[0].hbm(tiles)
     lines.append(f"jit on 4 × 4 v5e: {tiles} tiles, {1e3 * hbm:.0f} ms of HBM")
     return "\n".join(lines)
 
