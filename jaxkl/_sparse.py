@@ -79,9 +79,7 @@ class SparseTeacher(Source):
 
     def checked(self, name):
         if name == "student":
-            raise TypeError(
-                "`student` must be logits or a LinearHead, got SparseTeacher."
-            )
+            raise TypeError("`student` must be logits or a head, got SparseTeacher.")
         indices = check.int_array(f"{name}.indices", self.indices)
         log_probs = check.float_array(f"{name}.log_probs", self.log_probs)
         if indices.ndim == 0 or indices.shape != log_probs.shape:
