@@ -210,6 +210,21 @@ class Source(Given):
         del divergence, vocab_size, mask, teacher_temperature, differentiate
         return self
 
+    def on_list(
+        self, student: jax.Array, vocab: Vocabulary
+    ) -> tuple[jax.Array, jax.Array] | None:
+        """Logits of the teacher and of the student, `[B, k]`, of the few columns that
+        alone are outcomes; `-inf` for those that are not at hand.
+
+        None: all columns are outcomes. `student` are its logits, `[B, V]`.
+        """
+        del student, vocab
+        return None
+
+    def off_list(self, d_listed: jax.Array, vocab: Vocabulary) -> jax.Array:
+        """The gradient of the logits, `[B, V]`, from that of `on_list`."""
+        raise NotImplementedError
+
     def list_sums(
         self, student: Model, vocab: Vocabulary
     ) -> tuple[jax.Array, jax.Array] | None:

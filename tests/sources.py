@@ -11,7 +11,7 @@ from jaxkl import FunctionHead, LinearHead, SparseTeacher
 from . import oracle
 
 
-TAILS = ("renormalize", "drop", "bucket", "uniform")
+TAILS = ("renormalize", "drop", "bucket", "uniform", "conditional")
 
 
 def rounded(rng, shape, dtype="float32", scale=1.0):
