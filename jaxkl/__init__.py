@@ -16,6 +16,7 @@ from ._divergences import (
     SymmetricKL as SymmetricKL,
     TotalVariation as TotalVariation,
 )
+from ._function_head import FunctionHead as FunctionHead
 from ._kl_div import kl_div as kl_div, KLDivLoss as KLDivLoss
 from ._linear_head import LinearHead as LinearHead
 from ._metrics import DistillationMetrics as DistillationMetrics

@@ -41,12 +41,14 @@ class Columns(NamedTuple):
     vocab: Vocabulary  # these columns
     teacher: jax.Array  # logits, [B, V]
     student: jax.Array
+    listed: tuple[jax.Array, jax.Array] | None  # see `Source.on_list`
 
     @classmethod
     def of(cls, spec: Spec, x: Operands, vocab: Vocabulary) -> "Columns":
         teacher = x.teacher.logits(spec.dtype, vocab)
         student = x.student.logits(spec.dtype, vocab)
-        return cls(spec, x, vocab, teacher, student)
+        listed = x.teacher.on_list(student, vocab)
+        return cls(spec, x, vocab, teacher, student, listed)
 
     def made_first(self) -> "Columns":
         """The columns, with logits that are complete before anything is made of them.
@@ -97,10 +99,13 @@ def _at_two_temperatures(
 
 
 def row_maxima(c: Columns) -> Maxima:
-    student = c.x.student.max(c.student)
+    maxima = Maxima(c.x.student.max(c.student))
+    if c.listed is not None:
+        of_teacher, of_student = (jnp.max(x, axis=-1) for x in c.listed)
+        maxima = maxima._replace(listed=Maxima(of_student, of_teacher))
     if c.x.teacher.is_normalized and not c.spec.statistics:
-        return Maxima(student)
-    return Maxima(student, c.x.teacher.max(c.teacher))
+        return maxima
+    return maxima._replace(teacher=c.x.teacher.max(c.teacher))
 
 
 def row_sums(c: Columns, maxima: Maxima) -> RowSums:
@@ -108,16 +113,14 @@ def row_sums(c: Columns, maxima: Maxima) -> RowSums:
     p, q, p_at_1, q_at_1 = Models.of(c, maxima, RowSums())
     sums = RowSums(student=sum_exp(q))
     if p is not None:
-        weights = kl_weights(c.spec.divergence)
-        of_pair = pair_sums(
-            p,
-            q,
-            same_temperature=c.spec.same_temperature,
-            reverse=weights is not None and weights[1] != 0,
-        )
-        sums = sums._replace(teacher=sum_exp(p), **of_pair)
+        sums = sums._replace(**_pair_sums(c, p, q, c.spec.same_temperature))
         if p_at_1 is not None and p.stats.temperature is not None:
             sums = sums._replace(teacher_at_1=sum_exp(p_at_1))
+    if c.listed is not None:
+        T = c.x.student_temperature
+        sums = sums._replace(of_list=_list_sums(c, maxima, T))
+        if T is not None and c.spec.statistics:
+            sums = sums._replace(of_list_at_1=_list_sums(c, maxima, None))
     of_list = c.x.teacher.list_sums(q, c.vocab)
     if of_list is not None:
         sums = sums._replace(listed=of_list[0], unlisted=of_list[1])
@@ -132,8 +135,35 @@ def row_sums(c: Columns, maxima: Maxima) -> RowSums:
     return sums._replace(unlabelled=jnp.sum(others, axis=-1))
 
 
+def _pair_sums(
+    c: Columns, p: Model, q: Model, same_temperature: bool
+) -> dict[str, Any]:
+    weights = kl_weights(c.spec.divergence)
+    reverse = weights is not None and weights[1] != 0
+    of_pair = pair_sums(p, q, same_temperature=same_temperature, reverse=reverse)
+    return dict(teacher=sum_exp(p), **of_pair)
+
+
+def _list_sums(c: Columns, maxima: Maxima, temperature: jax.Array | None) -> RowSums:
+    pair = _listed_pair(c, maxima, RowSums(), temperature)
+    of_pair = _pair_sums(c, pair.teacher, pair.student, pair.same_temperature)
+    return RowSums(student=sum_exp(pair.student), **of_pair)
+
+
+def _listed_pair(
+    c: Columns, maxima: Maxima, sums: RowSums, temperature: jax.Array | None
+) -> Pair:
+    """The models given that the outcome is listed, `[B, k]`."""
+    assert c.listed is not None
+    teacher, student = c.listed
+    of_teacher = SoftmaxStats(maxima.listed.teacher, None, sums.teacher)
+    of_student = SoftmaxStats(maxima.listed.student, temperature, sums.student)
+    models = Model(teacher, of_teacher), Model(student, of_student)
+    return Pair(*models, sums, temperature is None)
+
+
 def sums_of_slopes(c: Columns, maxima: Maxima, sums: RowSums) -> OfEach:
-    pair = _pair(c, Models.of(c, maxima, sums), sums)
+    pair = _pair(c, Models.of(c, maxima, sums), maxima, sums)
     return c.x.teacher.sums_of_slopes(c.spec.divergence, pair, c.vocab)
 
 
@@ -179,7 +209,7 @@ def finish(
     """
     spec, x, vocab = c.spec, c.x, c.vocab
     models = Models.of(c, maxima, sums)
-    pair = _pair(c, models, sums)
+    pair = _pair(c, models, maxima, sums)
     p, q = pair.softmaxes()
     compared = x.teacher.compare(
         spec.divergence, pair, vocab, of_slopes, recompute=recompute
@@ -193,6 +223,8 @@ def finish(
     d_s, d_student_temperature = _d_logits(
         weight, compared.d_student, q, x.student_temperature
     )
+    if c.listed is not None:
+        d_s = x.teacher.off_list(d_s, vocab)
     if spec.same_temperature:
         both = d_student_temperature, d_teacher_temperature
         d_student_temperature = jax.tree.map(jnp.add, *both)
@@ -209,8 +241,13 @@ def finish(
         d_label = jnp.where(is_label, -others, q_at_1.prob)
         d_s += _d_logits_at_1(x.weights, q_at_1, d_label, vocab)
         if spec.statistics:
-            p_at_1 = p if models.teacher_at_1 is None else models.teacher_at_1.softmax()
-            terms = terms._replace(**_statistics(x, p_at_1, q_at_1, vocab, sums))
+            if c.listed is not None:
+                statistics = _listed_statistics(c, maxima, sums, q_at_1)
+            else:
+                at_1 = models.teacher_at_1
+                p_at_1 = p if at_1 is None else at_1.softmax()
+                statistics = _statistics(x, p_at_1, q_at_1, vocab, sums)
+            terms = terms._replace(**statistics)
             tops = Tops(
                 _top(c.student, maxima.student, vocab),
                 _top(c.teacher, maxima.teacher, vocab),
@@ -255,7 +292,9 @@ def complete(
     return loss_terms, Statistics(terms.kl, *entropies, agree)
 
 
-def _pair(c: Columns, models: Models, sums: RowSums) -> Pair:
+def _pair(c: Columns, models: Models, maxima: Maxima, sums: RowSums) -> Pair:
+    if c.listed is not None:
+        return _listed_pair(c, maxima, sums.of_list, c.x.student_temperature)
     teacher = c.teacher if models.teacher is None else models.teacher
     return Pair(teacher, models.student, sums, c.spec.same_temperature)
 
@@ -331,6 +370,19 @@ def _statistics(
         student_entropy=entropy(q.outcomes),
         teacher_entropy=x.teacher.entropy(p.outcomes, vocab),
     )
+
+
+def _listed_statistics(
+    c: Columns, maxima: Maxima, sums: RowSums, q_at_1: Softmax
+) -> dict[str, jax.Array]:
+    """Those of the models given that the outcome is listed, but for the entropy of the
+    student, which is of all columns."""
+    of_list = sums.of_list if sums.of_list_at_1 is None else sums.of_list_at_1
+    pair = _listed_pair(c, maxima, of_list, None)
+    p, q = (model.outcomes for model in pair.softmaxes())
+    kl = c.x.teacher.sum_terms(ForwardKL(), p, q, c.vocab, pair.log_ratio())
+    student, teacher = entropy(q_at_1.outcomes), entropy(p)
+    return dict(kl=kl, student_entropy=student, teacher_entropy=teacher)
 
 
 def _top(logits: jax.Array, largest: jax.Array, vocab: Vocabulary) -> jax.Array:

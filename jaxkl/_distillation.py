@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 
 from ._divergences import Divergence, ForwardKL
 from ._engine import weighted_loss
+from ._function_head import FunctionHead
 from ._keywords import suggest_keywords
 from ._linear_head import LinearHead
 from ._metrics import DistillationMetrics, metrics_of
@@ -19,8 +20,8 @@ from ._sparse import SparseTeacher
 
 @suggest_keywords
 def distillation_loss(
-    student: ArrayLike | LinearHead,
-    teacher: ArrayLike | LinearHead | SparseTeacher,
+    student: ArrayLike | LinearHead | FunctionHead,
+    teacher: ArrayLike | LinearHead | FunctionHead | SparseTeacher,
     *,
     divergence: Divergence = ForwardKL(),
     temperature: ArrayLike = 1.0,
@@ -66,11 +67,12 @@ def distillation_loss(
     three small reductions for each tile of tokens, and each gradient once.
 
     Args:
-      student: Logits $s$, `[..., vocab]`, or a `LinearHead` that makes them. It comes
-        first; Keras and others have the teacher first, and values do not tell the two
-        apart. There is a warning if only the teacher is differentiated.
-      teacher: Logits $t$, `[..., vocab]`, with the same leading shape, a `LinearHead`,
-        or a `SparseTeacher`. A constant unless `differentiate_teacher`.
+      student: Logits $s$, `[..., vocab]`, or a `LinearHead` or `FunctionHead` that
+        makes them. It comes first; Keras and others have the teacher first, and values
+        do not tell the two apart. There is a warning if only the teacher is
+        differentiated.
+      teacher: Logits $t$, `[..., vocab]`, with the same leading shape, a head, or a
+        `SparseTeacher`. A constant unless `differentiate_teacher`.
       divergence: $D$: one of the catalogue, or any hashable, elementwise callable
         `(log_p, log_q) -> f`, of which $D$ is the sum over the vocabulary.
       temperature: $T > 0$, a scalar or `[...]`. Differentiable. Here and below, a value
@@ -106,7 +108,8 @@ def distillation_loss(
       token_axes: Mesh axis, or several, that spread the first dimension of the tokens.
         None: each device has all tokens.
       vocab_axis: Mesh axis that spreads the vocabulary of both models. None: each
-        device has all of it.
+        device has all of it. If a model is a `FunctionHead` without `param_specs`, its
+        devices split the tokens instead.
       axis_name: Instead of a mesh, inside your own `jax.shard_map`: the mesh axis over
         which the vocabulary of both models is spread. Logits, kernels and biases hold
         this device's columns; everything else, and the loss, is the same on all devices
@@ -119,8 +122,8 @@ def distillation_loss(
         time. It makes all logits twice (three times if the divergence is neither
         `ForwardKL`, `ReverseKL` nor `SymmetricKL`), holds nothing as large as a head or
         as logits, and takes no `tile`. Logits without a head are in memory already, and
-        have one plan. None: the fast one, or on an accelerator the lean one where the
-        fast one would hold more than 4 GiB.
+        have one plan, and a `FunctionHead` has the fast one. None: the fast one, or on
+        an accelerator the lean one where the fast one would hold more than 4 GiB.
 
     Returns:
       The loss, float64 if an argument is, else float32: `[...]` if `reduction="none"`,
@@ -181,8 +184,8 @@ def distillation_loss(
 
 @suggest_keywords
 def distillation_loss_with_metrics(
-    student: ArrayLike | LinearHead,
-    teacher: ArrayLike | LinearHead | SparseTeacher,
+    student: ArrayLike | LinearHead | FunctionHead,
+    teacher: ArrayLike | LinearHead | FunctionHead | SparseTeacher,
     *,
     divergence: Divergence = ForwardKL(),
     temperature: ArrayLike = 1.0,

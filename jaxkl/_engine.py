@@ -138,13 +138,16 @@ def _awaits_cotangent(spec: Spec, perturbed: Operands) -> bool:
     They do if there is one for each token, and in float16, where the gradient of a mean
     may underflow without its loss scale.
     """
-    return not spec.reduce or "float16" in jax.tree.leaves(perturbed)
+    is_half = spec.passes_float16 or "float16" in jax.tree.leaves(perturbed)
+    return is_half or not spec.reduce
 
 
 def _with_dtypes(dtypes: tuple[str, ...], operands: Operands) -> Operands:
     leaves, structure = jax.tree.flatten(operands)
     pairs = zip(leaves, dtypes, strict=True)
-    return structure.unflatten([x.astype(dtype) for x, dtype in pairs])
+    # A random key has no `astype`.
+    cast = lambda x, dtype: x if x.dtype.name == dtype else x.astype(dtype)
+    return structure.unflatten([cast(x, dtype) for x, dtype in pairs])
 
 
 def _outputs(spec: Spec, operands: Operands, result: Result) -> Any:
@@ -159,7 +162,7 @@ def _run(spec: Spec, operands: Operands, perturbed: Operands) -> Result:
     if work.sharding == "explicit" and work.kinds != ("logits", "logits"):
         raise ValueError(
             "`student` and `teacher` must be logits if mesh axes are Explicit: for a "
-            "LinearHead or a SparseTeacher pass `mesh`."
+            "head or a SparseTeacher pass `mesh`."
         )
     walk_by = lambda plan: ft.partial(
         walk if plan.columns is None else walk_columns, spec, perturbed, plan

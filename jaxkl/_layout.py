@@ -21,6 +21,12 @@ class Layout:
     def vocab_shards(self) -> int:
         return 1 if self.vocab_axis is None else self.mesh.shape[self.vocab_axis]
 
+    def without_vocab_axis(self) -> "Layout":
+        """Its devices split the tokens instead."""
+        if self.vocab_axis is None:
+            return self
+        return Layout(self.mesh, (*self.token_axes, self.vocab_axis), None)
+
 
 def as_layout(
     mesh: Mesh | AbstractMesh | None,

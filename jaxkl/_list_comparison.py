@@ -117,11 +117,17 @@ def _equal_unless(condition: jax.Array, *models: Outcomes) -> list[Outcomes]:
 
 
 def evaluate_where(
-    condition: jax.Array, divergence: Divergence, p: Outcomes, q: Outcomes
+    condition: jax.Array,
+    divergence: Divergence,
+    p: Outcomes,
+    q: Outcomes,
+    log_ratio: jax.Array | None = None,
 ) -> jax.Array:
     """`f(log p, log q)` where `condition`, and 0 elsewhere."""
     p, q = _equal_unless(condition, p, q)
-    return zero_unless(condition, evaluate(divergence, p, q))
+    if log_ratio is not None:
+        log_ratio = zero_unless(condition, log_ratio)
+    return zero_unless(condition, evaluate(divergence, p, q, log_ratio))
 
 
 def plain_kl(p: Outcomes, q: Outcomes) -> jax.Array:

@@ -107,6 +107,7 @@ class Spec:
     same_temperature: bool = False  # whether the teacher has the student's
     tile: int | None = None  # the user's choice
     plan: PlanName | None = None  # likewise
+    passes_float16: bool = False  # whether a gradient does: see `Source`
 
     def teacher_temperature(self, x: Operands) -> jax.Array | None:
         return x.student_temperature if self.same_temperature else x.teacher_temperature

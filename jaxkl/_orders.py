@@ -21,8 +21,10 @@ class Tiles(abc.ABC):
     shape: tuple[int, ...]
     stacked_shape: tuple[int, ...]
 
-    def __init__(self, tokens: int, tile: int):
-        self.tokens, self.tile = tokens, tile
+    def __init__(self, tokens: int, tile: int, *, write_again: bool = True):
+        """`write_again` is whether a tile may write the row of a token that it does not
+        count: the same as is there, which saves a read."""
+        self.tokens, self.tile, self.write_again = tokens, tile, write_again
         self.count = -(-tokens // tile)
 
     @abc.abstractmethod
@@ -54,12 +56,12 @@ class Tiles(abc.ABC):
 class Blocks(Tiles):
     """Tiles of consecutive tokens, which are slices without a copy.
 
-    The last tile starts early enough to be full. It writes some tokens again, with the
-    same values, and does not count them again.
+    The last tile starts early enough to be full. It has some tokens again, and does not
+    count them again.
     """
 
-    def __init__(self, tokens, tile):
-        super().__init__(tokens, tile)
+    def __init__(self, tokens, tile, **options):
+        super().__init__(tokens, tile, **options)
         self.shape = self.stacked_shape = (tokens,)
 
     def _start(self, i):
@@ -75,9 +77,15 @@ class Blocks(Tiles):
         return self._start(i) + jnp.arange(self.tile) >= i * self.tile
 
     def write(self, i, x, rows):
+        if self.tokens % self.tile and not self.write_again:
+            rest = tuple(range(1, rows.ndim))
+            is_new = jnp.expand_dims(self.counted(i), rest)
+            rows = jnp.where(is_new, rows, self.read(i, x))
+        return self.stack(i, x, rows)
+
+    def stack(self, i, x, rows):
         return jax.lax.dynamic_update_slice_in_dim(x, rows, self._start(i), 0)
 
-    stack = write
     restore = stacked = unstacked = arrange
 
 
@@ -88,8 +96,8 @@ class Strided(Tiles):
     block would be gathered. The tokens are padded at the end.
     """
 
-    def __init__(self, tokens, tile):
-        super().__init__(tokens, tile)
+    def __init__(self, tokens, tile, **options):
+        super().__init__(tokens, tile, **options)
         self.shape, self.stacked_shape = (tile, self.count), (self.count, tile)
 
     def arrange(self, x):

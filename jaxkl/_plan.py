@@ -12,7 +12,6 @@ import jax
 from ._compat import is_explicitly_sharded, many_devices, varying_axes
 from ._operands import Operands, PlanName, Spec
 from ._sources import Kind, Source
-from ._trees import keep
 
 
 Platform = Literal["cpu", "accelerator"]
@@ -54,6 +53,8 @@ class Workload:
     # Tokens whose `d_outputs` are as large as the float32 sum of a head's gradient.
     tokens_per_sum: int = 0
     sum_bytes: int = 0  # of these sums, if their gradients are asked for
+    # Whether a block of columns can be made alone, as the lean plan does.
+    makes_blocks: bool = True
     many_devices: bool = False  # whether the program may run on several devices
     # How tokens are spread over devices: by XLA's partitioner, by a `shard_map` around
     # the loss, so that all tokens are local, or as their types say.
@@ -82,8 +83,9 @@ def workload(spec: Spec, operands: Operands, perturbed: Operands) -> Workload:
         teacher,
         itemsize=spec.dtype.itemsize,
         half_logits=any(x.dtype.itemsize == 2 for x in logits),
-        tokens_per_sum=_tokens_per_sum(spec, sources),
+        tokens_per_sum=_tokens_per_sum(spec, operands, perturbed),
         sum_bytes=_sum_bytes(spec, operands, perturbed),
+        makes_blocks=all(x.makes_blocks for x in sources),
         many_devices=many_devices(),
         sharding=sharding,
         tile=spec.tile,
@@ -91,19 +93,20 @@ def workload(spec: Spec, operands: Operands, perturbed: Operands) -> Workload:
     )
 
 
-def _tokens_per_sum(spec: Spec, sources: tuple[Source, Source]) -> int:
-    heads = [source for source in sources if source.kind == "head"]
-    if not heads:
-        return 0
-    shared = keep(heads[0].shared_flags(), heads[0])
-    sum_bytes = sum(x.size * spec.dtype.itemsize for x in jax.tree.leaves(shared))
-    row_bytes = spec.vocab.width * heads[0].output_dtype(spec.dtype).itemsize
-    return sum_bytes // row_bytes
+def _tokens_per_sum(spec: Spec, operands: Operands, perturbed: Operands) -> int:
+    """It is 0 where no sum is asked for, or tiles are better pulled back one by one."""
+    for source, asked in zip(operands[:2], perturbed[:2], strict=True):
+        sum_bytes = _sum_bytes(spec, source, asked)
+        if sum_bytes:
+            row_bytes = spec.vocab.width * source.output_dtype(spec.dtype).itemsize
+            at_once = source.pulls_back_at_once(asked)
+            return sum_bytes // row_bytes if at_once else 0
+    return 0
 
 
-def _sum_bytes(spec: Spec, operands: Operands, perturbed: Operands) -> int:
+def _sum_bytes(spec: Spec, x: Source | Operands, asked: Any) -> int:
     size = lambda is_shared, asked, x: x.size if is_shared and asked else 0
-    sizes = jax.tree.map(size, operands.shared_flags(), perturbed, operands)
+    sizes = jax.tree.map(size, x.shared_flags(), asked, x)
     return sum(jax.tree.leaves(sizes)) * spec.dtype.itemsize
 
 
@@ -119,9 +122,9 @@ def plan(platform: Platform, work: Workload) -> Plan:
     if work.plan == "lean":
         return lean
     fast = _fast_plan(platform, work)
-    is_free = work.plan is None and work.tile is None and platform == "accelerator"
+    is_free = work.makes_blocks and work.plan is None and work.tile is None
     fits = fast.tile is None or _fits(fast.tile, fast.part, work)
-    return fast if fits or not is_free else lean
+    return lean if platform == "accelerator" and is_free and not fits else fast
 
 
 def _fast_plan(platform: Platform, work: Workload) -> Plan:

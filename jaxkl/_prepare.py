@@ -5,6 +5,7 @@ does the rest: the gradients of weights, T² and the normaliser are those of the
 lines in `_term_weights`.
 """
 
+import functools as ft
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -27,7 +28,7 @@ from ._divergences import Divergence
 from ._layout import as_layout, Layout
 from ._numerics import loss_dtype, zero_unless
 from ._operands import LossTerms, Operands, PlanName, Spec
-from ._sources import as_source, flattened, Source
+from ._sources import as_source, flattened, Given
 from ._swapped import as_constant
 
 
@@ -49,8 +50,8 @@ class Prepared(NamedTuple):
 
 
 def prepare(
-    student: ArrayLike | Source,
-    teacher: ArrayLike | Source,
+    student: ArrayLike | Given,
+    teacher: ArrayLike | Given,
     *,
     divergence: Divergence,
     temperature: ArrayLike,
@@ -89,6 +90,14 @@ def prepare(
         )
     layout = as_layout(mesh, token_axes, vocab_axis, axis_name)
     student, teacher = as_source("student", student), as_source("teacher", teacher)
+    for name, source in (("student", student), ("teacher", teacher)):
+        if plan == "lean" and not source.makes_blocks:
+            raise ValueError(
+                f'`plan` must not be "lean" with a FunctionHead as `{name}`, whose '
+                "columns can be made together only; take a LinearHead or another plan."
+            )
+        if layout is not None and not source.splits_columns:
+            layout = layout.without_vocab_axis()
     shape = student.batch_shape
     if shape != teacher.batch_shape:
         raise ValueError(
@@ -118,8 +127,9 @@ def prepare(
         name = "teacher_temperature"
         temperatures[1] = check.temperature(name, teacher_temperature, shape)
     weights = None if weights is None else check.float_array("weights", weights)
-    floats = jax.tree.leaves((temperatures, weights, student, teacher))
-    dtype = loss_dtype(*(x for x in floats if not check.is_number(x)))
+    arrays = jax.tree.leaves((temperatures, weights, student, teacher))
+    arrays += [student.vocab_array, teacher.vocab_array]
+    dtype = loss_dtype(*(x for x in arrays if not check.is_number(x)))
     temperatures = [per_token(x, shape, dtype) for x in temperatures]
     if mask is not None:
         # The temperature of a token that does not count may be NaN.
@@ -139,12 +149,26 @@ def prepare(
     )
     if mask is not None:
         term_weights = jax.tree.map(lambda w: zero_unless(mask, w), term_weights)
+    weightless = ft.reduce(
+        jnp.logical_and, [w == 0 for w in jax.tree.leaves(term_weights)]
+    )
+    student, teacher = student.spared(weightless), teacher.spared(weightless)
     operands = Operands(
         student, teacher, term_weights, temperatures[0], temperatures[1], labels, mask
     )
     reduce = reduction != "none"
+    passes_float16 = student.passes_float16
+    passes_float16 |= bool(differentiate_teacher) and teacher.passes_float16
     spec = Spec(
-        divergence, vocab, dtype, reduce, statistics, same_temperature, tile, plan
+        divergence,
+        vocab,
+        dtype,
+        reduce,
+        statistics,
+        same_temperature,
+        tile,
+        plan,
+        passes_float16,
     )
     if axis_name is not None:
         check_slices(axis_name, operands)

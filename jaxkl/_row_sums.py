@@ -29,6 +29,7 @@ class Maxima(NamedTuple):
 
     student: Any
     teacher: Any = None  # None: the teacher's logits are log-probabilities
+    listed: Any = None  # Maxima of a list, if its columns alone are outcomes
 
 
 class ReverseSums(NamedTuple):
@@ -53,6 +54,10 @@ class RowSums(NamedTuple):
     listed: Any = None
     unlisted: Any = None
     unlisted_at_1: Any = None
+    # RowSums of a list whose columns alone are outcomes; at temperature 1, if it is
+    # another and the metrics ask for it
+    of_list: Any = None
+    of_list_at_1: Any = None
 
 
 def pair_sums(
@@ -127,6 +132,12 @@ def moved(
         unlisted=times(sums.unlisted, z),
         unlisted_at_1=times(sums.unlisted_at_1, z_at_1),
     )
+    if sums.of_list is not None:
+        of_list = moved(sums.of_list, old.listed, new.listed, student_temperature, None)
+        result = result._replace(of_list=of_list)
+    if sums.of_list_at_1 is not None:
+        of_list = moved(sums.of_list_at_1, old.listed, new.listed, None, None)
+        result = result._replace(of_list_at_1=of_list)
     if sums.teacher is None:
         return result
     u_at_1 = _move(old.teacher, new.teacher)

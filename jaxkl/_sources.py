@@ -8,6 +8,7 @@ methods. The other methods have defaults that fit a source of dense rows of logi
 
 import abc
 import dataclasses
+import functools as ft
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, Self
 
@@ -29,7 +30,19 @@ from ._vocabulary import Vocabulary
 Kind = Literal["logits", "head", "list"]
 
 
-class Source(abc.ABC):
+class Given(abc.ABC):
+    """What a user passes for a source, beside arrays of logits."""
+
+    @abc.abstractmethod
+    def checked(self, name: str) -> "Source":
+        """The source, with its fields checked and made arrays.
+
+        `name` is the argument, `"student"` or `"teacher"`, for the messages. Raises
+        `TypeError` for a wrong type or dtype, `ValueError` for a wrong shape.
+        """
+
+
+class Source(Given):
     """A pytree of arrays with a row for each token, and of arrays that tokens share.
 
     The user's per-token arrays are `[..., n]`. `flattened` makes them `[B, n]`, and the
@@ -39,16 +52,12 @@ class Source(abc.ABC):
     shared: ClassVar[frozenset[str]] = frozenset()  # the fields that all tokens share
     by_column: ClassVar[frozenset[str]] = frozenset()  # whose last axis is the columns
     kind: ClassVar[Kind]
+    # Whether a few of the columns can be made without the others: see `take_columns`.
+    makes_blocks: ClassVar[bool] = True
+    # Whether `vjp` makes gradients of a token's own arrays where it is not counted.
+    pulls_back_uncounted: ClassVar[bool] = True
     # Whether a teacher's logits are log-probabilities, at a temperature of its own.
     is_normalized: ClassVar[bool] = False
-
-    @abc.abstractmethod
-    def checked(self, name: str) -> Self:
-        """The source with its fields checked and made arrays.
-
-        `name` is the argument, `"student"` or `"teacher"`, for the messages. Raises
-        `TypeError` for a wrong type or dtype, `ValueError` for a wrong shape.
-        """
 
     @property
     @abc.abstractmethod
@@ -57,8 +66,9 @@ class Source(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def vocab_array(self) -> jax.Array | None:
-        """An array whose last axis is the vocabulary; None, of a teacher: none is."""
+    def vocab_array(self) -> Any:
+        """An array whose last axis is the vocabulary, or the type of one; None, of a
+        teacher: there is none."""
 
     @abc.abstractmethod
     def pad_columns(self, width: int) -> Self:
@@ -89,12 +99,46 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def vjp(self, d_outputs: jax.Array, counted: jax.Array) -> Self:
-        """The gradient of each array, from `d_outputs`, in the array's place.
+        """The gradient of each array, from `d_outputs`, in the array's place, or None
+        where an array has none.
 
         Gradients of shared arrays are sums over the tokens that are `counted`, bool
         `[B]`, in at least float32. The others have their array's dtype or a wider one.
         Here the tokens may be on several axes, in place of `B`.
         """
+
+    def linearized(self, asked: Self) -> Self:
+        """The source that is told of a `vjp` which follows.
+
+        `asked` has a flag in the place of every array: whether its gradient is needed.
+        """
+        del asked
+        return self
+
+    def pulls_back_at_once(self, asked: Self) -> bool:
+        """Whether one `vjp` of many tokens, after `linearized(asked)`, needs no memory
+        but for its results and `d_outputs`, and so is better than one for each tile."""
+        del asked
+        return True
+
+    @property
+    def passes_float16(self) -> bool:
+        """Whether gradients in float32 have been in float16 on their way, in which that
+        of a mean may underflow without a loss scale."""
+        return False
+
+    @property
+    def splits_columns(self) -> bool:
+        """Whether the devices of a mesh axis can each make a part of the columns."""
+        return True
+
+    def spared(self, weightless: jax.Array) -> Self:
+        """The source, told which tokens have no weight, bool `[B]`.
+
+        What they hold must not enter the gradients, even if it is NaN.
+        """
+        del weightless
+        return self
 
     @property
     def width(self) -> int | None:
@@ -104,9 +148,9 @@ class Source(abc.ABC):
     def map_fields(self, f: Callable[[str, Any], Any]) -> Self:
         """`f(name, array)` in the place of every array; absent ones stay None."""
         children = {
-            x.name: f(x.name, getattr(self, x.name))
+            x.name: jax.tree.map(ft.partial(f, x.name), getattr(self, x.name))
             for x in dataclasses.fields(self)  # pyright: ignore[reportArgumentType]
-            if not x.metadata.get("static") and getattr(self, x.name) is not None
+            if not x.metadata.get("static")
         }
         return dataclasses.replace(self, **children)  # pyright: ignore[reportArgumentType]
 
@@ -165,6 +209,21 @@ class Source(abc.ABC):
         """
         del divergence, vocab_size, mask, teacher_temperature, differentiate
         return self
+
+    def on_list(
+        self, student: jax.Array, vocab: Vocabulary
+    ) -> tuple[jax.Array, jax.Array] | None:
+        """Logits of the teacher and of the student, `[B, k]`, of the few columns that
+        alone are outcomes; `-inf` for those that are not at hand.
+
+        None: all columns are outcomes. `student` are its logits, `[B, V]`.
+        """
+        del student, vocab
+        return None
+
+    def off_list(self, d_listed: jax.Array, vocab: Vocabulary) -> jax.Array:
+        """The gradient of the logits, `[B, V]`, from that of `on_list`."""
+        raise NotImplementedError
 
     def list_sums(
         self, student: Model, vocab: Vocabulary
@@ -282,9 +341,9 @@ class Logits(Source):
         return self.maxima.astype(logits.dtype)
 
 
-def as_source(name: str, x: Source | ArrayLike) -> Source:
+def as_source(name: str, x: Given | ArrayLike) -> Source:
     """`x` as a source, once its arrays are checked."""
-    source = (x if isinstance(x, Source) else Logits(x)).checked(name)
+    source = (x if isinstance(x, Given) else Logits(x)).checked(name)
     if not isinstance(source.width, int | None):
         raise ValueError(
             f"`{name}` must have a vocabulary of known size, got {source.width}: only "

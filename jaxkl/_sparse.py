@@ -18,8 +18,8 @@ from ._sources import Kind, Source
 from ._vocabulary import Vocabulary
 
 
-Tail = Literal["renormalize", "drop", "bucket", "uniform"]
-TAILS = ("renormalize", "drop", "bucket", "uniform")
+Tail = Literal["renormalize", "drop", "bucket", "uniform", "conditional"]
+TAILS = ("renormalize", "drop", "bucket", "uniform", "conditional")
 
 
 @jax.tree_util.register_dataclass
@@ -38,6 +38,11 @@ class SparseTeacher(Source):
     - `"bucket"`: the rest is one more outcome, of probability $\rho$ in the teacher and
       $1 - \sum_L q$ in the student.
     - `"uniform"`: $\rho$ is spread evenly over the columns outside $L$.
+    - `"conditional"`: both models are taken given that the outcome is in $L$. The
+      listed mass is scaled to 1, and the student is
+      $q_v = e^{z_v} / \sum_{w \in L} e^{z_w}$, a softmax over the listed columns alone.
+      The other logits have no influence, and a gradient of 0: nothing teaches the
+      student to leave mass in the list. Any divergence has a meaning.
 
     The log-probabilities are at the teacher's temperature already: the `temperature` of
     a loss divides the student's logits only. They are constants to differentiation. If
@@ -45,8 +50,8 @@ class SparseTeacher(Source):
 
     Args:
       indices: Columns, integers `[..., k]`. -1 is an empty slot, and repeated columns
-        add up. A token whose slots are all empty has nothing to renormalize: its loss
-        is NaN.
+        add up. A token whose slots are all empty has nothing to renormalize, and
+        nothing that is given: its loss is NaN.
       log_probs: The log-probabilities of these columns, `[..., k]`.
       tail: What becomes of the mass that is not listed.
 
@@ -79,9 +84,7 @@ class SparseTeacher(Source):
 
     def checked(self, name):
         if name == "student":
-            raise TypeError(
-                "`student` must be logits or a LinearHead, got SparseTeacher."
-            )
+            raise TypeError("`student` must be logits or a head, got SparseTeacher.")
         indices = check.int_array(f"{name}.indices", self.indices)
         log_probs = check.float_array(f"{name}.log_probs", self.log_probs)
         if indices.ndim == 0 or indices.shape != log_probs.shape:
@@ -93,7 +96,8 @@ class SparseTeacher(Source):
             raise ValueError(
                 f"`{name}.indices` must list a column at least, got k = 0."
             )
-        return dataclasses.replace(self, indices=indices, log_probs=log_probs)
+        kind = _ConditionalList if self.tail == "conditional" else SparseTeacher
+        return kind(indices, log_probs, tail=self.tail)
 
     @property
     def batch_shape(self):
@@ -133,7 +137,7 @@ class SparseTeacher(Source):
         columns, log_probs = self._entries(dtype)
         others = jnp.full_like(log_probs[:, :1], -jnp.inf)
         total = jax.nn.logsumexp(log_probs, axis=-1, keepdims=True)
-        if self.tail == "renormalize":
+        if self.tail in ("renormalize", "conditional"):
             log_probs -= total
             others = jnp.where(total == -jnp.inf, jnp.nan, others)
         elif self.tail == "uniform":
@@ -238,12 +242,55 @@ class SparseTeacher(Source):
                 f"slot, got {indices[is_bad][0]}."
             )
         is_nan = is_bad.any(axis=-1, keepdims=True)
-        if self.tail == "renormalize":
+        if self.tail in ("renormalize", "conditional"):
             is_nan |= (indices == -1).all(axis=-1, keepdims=True)
         # The NaN is put at a column that exists, so that no tail leaves it out.
         indices = jnp.where(is_nan, 0, indices)
         log_probs = jnp.where(is_nan, jnp.nan, self.log_probs)
         return dataclasses.replace(self, indices=indices, log_probs=log_probs)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _ConditionalList(SparseTeacher):
+    """A list whose columns alone are outcomes, of both models.
+
+    The listed columns are compared as a vocabulary of their own, `[B, k]`.
+    """
+
+    def on_list(self, student, vocab):
+        columns, log_probs = self._entries(student.dtype)
+        at = positions(columns, vocab)
+        log_p = jnp.where(_is_here(at, vocab), log_probs, -jnp.inf)
+        return log_p, student.at[at].get(mode="fill", fill_value=-jnp.inf)
+
+    def off_list(self, d_listed, vocab):
+        columns, _ = self._entries(d_listed.dtype)
+        d_logits = jnp.zeros((d_listed.shape[0], vocab.width), d_listed.dtype)
+        return d_logits.at[positions(columns, vocab)].set(d_listed, mode="drop")
+
+    def sum_terms(self, divergence, p, q, vocab, log_ratio=None):
+        columns, _ = self._entries(p.log.dtype)
+        is_here = _is_here(positions(columns, vocab), vocab)
+        terms = evaluate_where(is_here, divergence, p, q, log_ratio)
+        return jnp.sum(terms, axis=-1)
+
+    def divergence_of(self, divergence, p, q, vocab, q_unlisted=None):
+        """From the softmax of all columns, all of which are at hand."""
+        listed = self.on_list(q.log, vocab)
+        p, q = (Outcomes.of_log(jax.nn.log_softmax(x, axis=-1)) for x in listed)
+        return self.sum_terms(divergence, p, q, vocab)
+
+    def list_sums(self, student, vocab):
+        return None
+
+    def _is_lumped(self, divergence):
+        return False
+
+
+def _is_here(at: tuple[jax.Array, jax.Array], vocab: Vocabulary) -> jax.Array:
+    """Whether `positions` are columns at hand, `[B, k]`."""
+    return at[1] < vocab.width
 
 
 def _check_tail(tail: Tail, divergence: Divergence) -> None:

@@ -1,7 +1,7 @@
 """The walk over tokens, a tile at a time."""
 
 import functools as ft
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from ._compat import abstract_eval, zeros
 from ._operands import Operands, Result, Spec
 from ._orders import ORDERS, Tiles
 from ._plan import Plan
-from ._tile import pull_back, run_tile
+from ._tile import masked, pull_back, run_tile
 from ._trees import cast, keep, merge, split
 
 
@@ -26,7 +26,8 @@ def walk(spec: Spec, perturbed: Operands, plan: Plan, operands: Operands) -> Res
     """
     is_shared = operands.shared_flags()  # before `with_max` adds an array
     waiting = _sources_with_sums(perturbed, is_shared)
-    order = ORDERS[plan.order]
+    write_again = all(source.pulls_back_uncounted for source in operands[:2])
+    order = ft.partial(ORDERS[plan.order], write_again=write_again)
 
     def finished(result, gradients):
         """The rows of a result, and its part of the gradients of shared arrays."""
@@ -34,6 +35,7 @@ def walk(spec: Spec, perturbed: Operands, plan: Plan, operands: Operands) -> Res
         return result._replace(gradients=cast(perturbed, rows)), totals
 
     def of_tile(x, counted):
+        x = _linearized(perturbed, _SOURCES, x)
         result = run_tile(spec, x, counted, recompute=plan.recompute)
         return finished(result, pull_back(x, result, _SOURCES))
 
@@ -66,6 +68,13 @@ def _sources_with_sums(perturbed: Operands, is_shared: Operands) -> list[str]:
     return [name for name in _SOURCES if any(jax.tree.leaves(getattr(sums, name)))]
 
 
+def _linearized(perturbed: Operands, names: Sequence[str], x: Operands) -> Operands:
+    """The operands, of which these sources are about to be pulled back."""
+    x = masked(x)._replace(mask=None)
+    ready = {n: getattr(x, n).linearized(getattr(perturbed, n)) for n in names}
+    return x._replace(**ready)
+
+
 def _run_part(
     spec: Spec,
     perturbed: Operands,
@@ -88,6 +97,7 @@ def _run_part(
     }
 
     def of_tile(x, counted):
+        x = _linearized(perturbed, others, x)
         # A tile that takes a token again writes its row again: that is harmless here.
         counted = jnp.full_like(counted, True)
         result = run_tile(spec, x, counted, recompute=plan.recompute)
@@ -111,7 +121,8 @@ def _run_part(
     unfinished = x._replace(**outputs)
     counted = tiles.stacked(result.counted & counted)
     stacked = Result(None, None, unfinished, counted)
-    pulled = pull_back(x.map_tokens(tiles.stacked), stacked, waiting)
+    x = _linearized(perturbed, waiting, x.map_tokens(tiles.stacked))
+    pulled = pull_back(x, stacked, waiting)
     restored = {
         name: getattr(pulled, name).map_tokens(tiles.unstacked) for name in waiting
     }

@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
 from ._divergences import Divergence, ForwardKL
+from ._function_head import FunctionHead
 from ._keywords import suggest_keywords
 from ._linear_head import LinearHead
 from ._numerics import zero_unless
@@ -83,8 +84,8 @@ def kl_div(
 
 @suggest_keywords
 def distillation_loss(
-    student: ArrayLike | LinearHead,
-    teacher: ArrayLike | LinearHead | SparseTeacher,
+    student: ArrayLike | LinearHead | FunctionHead,
+    teacher: ArrayLike | LinearHead | FunctionHead | SparseTeacher,
     *,
     divergence: Divergence = ForwardKL(),
     temperature: ArrayLike = 1.0,

@@ -354,7 +354,7 @@ def _outcomes(log_q, indices, log_probs, tail):
     listed = np.isin(np.arange(len(log_q)), indices[used])
     rest = 0 if listed.all() else max(1 - p.sum(), 0)
     columns = np.eye(len(log_q), dtype=log_q.dtype)
-    if tail == "renormalize":
+    if tail in ("renormalize", "conditional"):
         p = p / p.sum()
     elif tail == "uniform":
         p = np.where(listed, p, rest / max((~listed).sum(), 1))
@@ -370,6 +370,14 @@ def _outcomes(log_q, indices, log_probs, tail):
 def _listed_divergence_and_grad(divergence, student_logits, indices, log_probs, tail):
     losses, grads = np.zeros_like(student_logits[:, 0]), np.zeros_like(student_logits)
     for i, log_q in enumerate(log_softmax(student_logits)):
+        if tail == "conditional":  # a loss of a smaller vocabulary
+            listed = np.unique(indices[i][indices[i] >= 0])
+            log_p, _, _ = _outcomes(log_q, indices[i], log_probs[i], tail)
+            small = student_logits[i : i + 1, listed], log_p[None, listed]
+            (losses[i],), (grads[i, listed],), _ = _divergence_and_grad(
+                divergence, *small
+            )
+            continue
         log_p, log_Q, columns = _outcomes(log_q, indices[i], log_probs[i], tail)
         f, _, f_Q = divergence(log_p, log_Q)
         if tail == "drop":  # not a whole sum, over which the oracle's `q - p` is 0

@@ -2,15 +2,16 @@
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkl import LinearHead, SparseTeacher
+from jaxkl import FunctionHead, LinearHead, SparseTeacher
 
 from . import oracle
 
 
-TAILS = ("renormalize", "drop", "bucket", "uniform")
+TAILS = ("renormalize", "drop", "bucket", "uniform", "conditional")
 
 
 def rounded(rng, shape, dtype="float32", scale=1.0):
@@ -27,6 +28,32 @@ def make_head(rng, shape, hidden, vocab, dtype="float32", *, bias=False, **setti
         jnp.asarray(rng.normal(size=vocab), dtype) if bias else None,
         **settings,
     )
+
+
+CAP = 3.0
+
+
+def normed(params, x):
+    """The logits of an RMS norm, which is NaN at 0, and a product with a bias."""
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True))
+    return (x * params["scale"][None]) @ params["kernel"] + params["bias"][None]
+
+
+def capped(params, x):
+    """The same, and a soft cap."""
+    return CAP * jnp.tanh(normed(params, x) / CAP)
+
+
+def make_function(rng, shape, hidden, vocab, dtype="float32", apply=normed):
+    """A head whose logits are of order one, from parameters of all kinds."""
+    kernel = rng.normal(size=(hidden, vocab)) / np.sqrt(hidden)
+    params = dict(
+        scale=rounded(rng, (hidden,), dtype),
+        kernel=jnp.asarray(kernel, dtype),
+        bias=rounded(rng, (vocab,), dtype),
+        absent=None,
+    )
+    return FunctionHead(apply, params, rounded(rng, (*shape, hidden), dtype))
 
 
 def make_list(rng, shape, vocab, k, tail, dtype="float32"):
@@ -82,6 +109,8 @@ def exact_logits(source, vocab_size=None):
     """
     if isinstance(source, SparseTeacher):
         return source, lambda d: d
+    if isinstance(source, FunctionHead):
+        return _exact_function(source, vocab_size)
     if not isinstance(source, LinearHead):
         return np.asarray(source, np.float64), lambda d: d
     hidden, kernel = (np.asarray(x, np.float64) for x in (source.hidden, source.kernel))
@@ -106,6 +135,42 @@ def exact_logits(source, vocab_size=None):
             kernel=source.scale * wide(flat.T @ rows),
             bias=None if source.bias is None else wide(rows.sum(0)),
         )
+
+    return logits, pull
+
+
+def _exact_function(source, vocab_size):
+    """The same for `normed` and `capped`."""
+    x = np.asarray(source.hidden, np.float64)
+    params = {
+        name: np.asarray(source.params[name], np.float64)
+        for name in ("scale", "kernel", "bias")
+    }
+    scale, width = params["scale"], params["bias"].size
+    kernel, bias = params["kernel"][:, :vocab_size], params["bias"][:vocab_size]
+    root = np.sqrt(np.mean(x * x, axis=-1, keepdims=True))
+    unit = x / root
+    z = (unit * scale) @ kernel + bias
+    logits = CAP * np.tanh(z / CAP) if source.apply is capped else z
+
+    def pull(d_logits):
+        d_z = np.asarray(d_logits, np.float64)
+        if source.apply is capped:
+            d_z = d_z / np.cosh(z / CAP) ** 2
+        rows = lambda x: x.reshape(-1, x.shape[-1])
+        wide = lambda d: np.pad(
+            d, ((0, 0),) * (d.ndim - 1) + ((0, width - d.shape[-1]),)
+        )
+        d_y = d_z @ kernel.T
+        d_unit = d_y * scale
+        along = np.mean(d_unit * unit, axis=-1, keepdims=True)
+        params = dict(
+            scale=rows(d_y * unit).sum(0),
+            kernel=wide(rows(unit * scale).T @ rows(d_z)),
+            bias=wide(rows(d_z).sum(0)),
+            absent=None,
+        )
+        return replace(source, params=params, hidden=(d_unit - unit * along) / root)
 
     return logits, pull
 

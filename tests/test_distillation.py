@@ -69,12 +69,14 @@ def test_value_and_gradients_match_the_oracle(
     *each("bucket", ("reverse", "js_normalized")),
     "drop forward",
     "uniform reverse",
+    "conditional js_normalized",
     slow=(
         *each("logits", OTHERS),
         *each("head", OTHERS),
         *each("renormalize", ("js", "alpha_half", "total_variation", "skew_reverse")),
         *each("bucket", ("forward", "user")),
         *each("uniform", ("forward", "total_variation")),
+        *each("conditional", [x for x in ALL if x != "js_normalized"]),
     ),
 )
 def test_every_divergence(rng, source, divergence):
@@ -95,7 +97,9 @@ def test_two_sources(rng, source, divergence):
     assert_matches(*make_models(rng, source, (2, 5), 11), divergence, tile=3)
 
 
-@pytest.mark.parametrize("tail", ["bucket", *rarely("renormalize", "drop", "uniform")])
+@pytest.mark.parametrize(
+    "tail", ["bucket", *rarely("renormalize", "drop", "uniform", "conditional")]
+)
 def test_a_head_beside_a_list_in_bfloat16(rng, tail):
     models = make_models(rng, f"head, {tail}", (2, 5), 701, "bfloat16")
     assert_matches(*models, FORWARD, temperature=2.0, tile=3)

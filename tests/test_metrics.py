@@ -52,7 +52,9 @@ def test_metrics_match_the_oracle(rng, divergence, reference, reduction, dtype):
     assert_close(loss, plain(s, t, counted), 1e-6)
 
 
-@pytest.mark.parametrize("source", ["head", "renormalize", "bucket", "uniform"])
+@pytest.mark.parametrize(
+    "source", ["head", "renormalize", "bucket", "uniform", "conditional"]
+)
 def test_metrics_of_heads_and_lists(rng, source):
     student, teacher = make_models(rng, source, (3, 5), 11, pad=(3, 1))
     shared = per_token(rng, (3, 5), "weights", "where")

@@ -150,7 +150,9 @@ def test_frozen_arrays(rng, take, name, frozen):
 
 
 @over_plans
-@pytest.mark.parametrize("other", ["logits", "bucket", *rarely("uniform", "drop")])
+@pytest.mark.parametrize(
+    "other", ["logits", "bucket", "conditional", *rarely("uniform", "drop")]
+)
 def test_a_head_beside_another_source(rng, take, name, other):
     student, _ = heads(rng)
     teacher = rounded(rng, (TOKENS, VOCAB))

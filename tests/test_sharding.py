@@ -240,7 +240,9 @@ def test_columns_that_are_masked_in_both(rng):
 
 
 @pytest.mark.parametrize("form", ["dense", *rarely("heads")])
-@pytest.mark.parametrize("tail", ["bucket", *rarely("renormalize", "drop", "uniform")])
+@pytest.mark.parametrize(
+    "tail", ["bucket", "conditional", *rarely("renormalize", "drop", "uniform")]
+)
 def test_sparse_teacher(rng, form, tail):
     shape, vocab = (11,), 29
     student = sources(rng, form, shape, vocab)[0]
@@ -258,7 +260,9 @@ def test_sparse_teacher(rng, form, tail):
     assert_source_gradient(student, grad, want_grad, "student", 1e-5)
 
 
-@pytest.mark.parametrize("tail", ["uniform", *rarely("renormalize", "drop", "bucket")])
+@pytest.mark.parametrize(
+    "tail", ["uniform", *rarely("renormalize", "drop", "bucket", "conditional")]
+)
 def test_a_list_of_all_columns_is_the_dense_teacher(rng, tail):
     """Though padding columns are never listed."""
     s, t = (rounded(rng, (3, 29)) for _ in range(2))
@@ -269,7 +273,9 @@ def test_a_list_of_all_columns_is_the_dense_teacher(rng, tail):
     assert_close(grad, want_grad, 1e-5)
 
 
-@pytest.mark.parametrize("teacher_form", ["bucket", *rarely("dense", "uniform")])
+@pytest.mark.parametrize(
+    "teacher_form", ["bucket", *rarely("dense", "uniform", "conditional")]
+)
 @pytest.mark.parametrize(
     "layout",
     ["2x4", *rarely("8x1", "2x2x2")],

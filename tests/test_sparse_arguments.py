@@ -30,8 +30,9 @@ def a_list_and_an_empty_one(rng, **options):
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("divergence", FINITE_WITHOUT_MASS)
-def test_an_empty_list_has_no_mass_to_renormalize(rng, loss, divergence):
-    s, teacher = rounded(rng, (2, 5)), a_list_and_an_empty_one(rng)
+@pytest.mark.parametrize("tail", ["renormalize", "conditional"])
+def test_an_empty_list_has_no_mass_to_renormalize(rng, loss, divergence, tail):
+    s, teacher = rounded(rng, (2, 5)), a_list_and_an_empty_one(rng, tail=tail)
     options = dict(divergence=divergence, reduction="none")
 
     @jax.jit

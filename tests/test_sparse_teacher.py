@@ -25,6 +25,7 @@ from .helpers import assert_close
 from .sources import expected_of, make_list, make_models
 
 
+# test_conditional.py has the tail that is left out.
 over_tails = pytest.mark.parametrize(
     "tail", ["bucket", *rarely("renormalize", "drop", "uniform")]
 )

@@ -33,6 +33,8 @@ def arguments(x: np.ndarray, mesh: Mesh):
     """Whatever can be an array is one."""
     head = jaxkl.LinearHead(x, x.T, softcap=30.0)
     teacher = jaxkl.SparseTeacher(x.astype(int), x, tail="bucket")
+    function = jaxkl.FunctionHead(lambda kernel, x: x @ kernel, x.T, x)
+    jaxkl.distillation_loss(function, function)
     jaxkl.distillation_loss(head, teacher, temperature=x, weights=x, z_loss=1e-4)
     jaxkl.distillation_loss(x, x, labels=x, alpha=0.5, where=x > 0, normalizer=7)
     jaxkl.distillation_loss(x, x, mesh=mesh, token_axes=["data"], vocab_axis="model")
