@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from ._comparison import OfEach, Pair
-from ._divergences import ForwardKL, kl_weights
+from ._divergences import ForwardKL, is_zero, kl_weights
 from ._numerics import weigh, zero_unless
 from ._operands import LossTerms, Operands, Spec, Statistics
 from ._row_sums import Maxima, pair_sums, RowSums, sum_exp
@@ -99,12 +99,12 @@ def row_sums(c: Columns, maxima: Maxima) -> RowSums:
     p, q, p_at_1, q_at_1 = Models.of(c, maxima, RowSums())
     sums = RowSums(student=sum_exp(q))
     if p is not None:
-        weights = kl_weights(c.spec.divergence)
+        weights = kl_weights(c.spec.whole_divergence(c.x))
         of_pair = pair_sums(
             p,
             q,
             same_temperature=c.spec.same_temperature,
-            reverse=weights is not None and weights[1] != 0,
+            reverse=weights is not None and not is_zero(weights[1]),
         )
         sums = sums._replace(teacher=sum_exp(p), **of_pair)
         if p_at_1 is not None and p.stats.temperature is not None:
@@ -125,7 +125,8 @@ def row_sums(c: Columns, maxima: Maxima) -> RowSums:
 
 def sums_of_slopes(c: Columns, maxima: Maxima, sums: RowSums) -> OfEach:
     pair = _pair(c, Models.of(c, maxima, sums), sums)
-    return c.x.teacher.sums_of_slopes(c.spec.divergence, pair, c.vocab)
+    divergence = c.spec.whole_divergence(c.x)
+    return c.x.teacher.sums_of_slopes(divergence, pair, c.vocab)
 
 
 class TermSums(NamedTuple):
@@ -173,7 +174,7 @@ def finish(
     pair = _pair(c, models, sums)
     p, q = pair.softmaxes()
     compared = x.teacher.compare(
-        spec.divergence, pair, vocab, of_slopes, recompute=recompute
+        spec.whole_divergence(x), pair, vocab, of_slopes, recompute=recompute
     )
     terms = TermSums(compared.divergence)
     teacher_temperature = spec.teacher_temperature(x)

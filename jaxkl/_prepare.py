@@ -27,6 +27,7 @@ from ._divergences import Divergence
 from ._layout import as_layout, Layout
 from ._numerics import loss_dtype, zero_unless
 from ._operands import LossTerms, Operands, PlanName, Spec
+from ._parameters import split
 from ._sources import as_source, flattened, Source
 from ._swapped import as_constant
 
@@ -99,6 +100,7 @@ def prepare(
     vocab = as_vocabulary(vocab_size, student, teacher, axis_name)
     is_spread = not (axis_name is None and vocab_axis is None)
     check_divergence(divergence, vocab, teacher, is_spread)
+    divergence, parameters = split(divergence)
     mask = None if where is None else as_mask(where, shape)
     if not check.boolean("differentiate_teacher", differentiate_teacher):
         teacher = as_constant(student, teacher)
@@ -118,7 +120,8 @@ def prepare(
         name = "teacher_temperature"
         temperatures[1] = check.temperature(name, teacher_temperature, shape)
     weights = None if weights is None else check.float_array("weights", weights)
-    floats = jax.tree.leaves((temperatures, weights, student, teacher))
+    arrays = [check.float_array(x.name, x.value) for x in parameters]
+    floats = jax.tree.leaves((temperatures, weights, student, teacher, arrays))
     dtype = loss_dtype(*(x for x in floats if not check.is_number(x)))
     temperatures = [per_token(x, shape, dtype) for x in temperatures]
     if mask is not None:
@@ -140,7 +143,14 @@ def prepare(
     if mask is not None:
         term_weights = jax.tree.map(lambda w: zero_unless(mask, w), term_weights)
     operands = Operands(
-        student, teacher, term_weights, temperatures[0], temperatures[1], labels, mask
+        student,
+        teacher,
+        term_weights,
+        temperatures[0],
+        temperatures[1],
+        labels,
+        mask,
+        tuple(x.as_operand(shape, dtype, mask) for x in parameters),
     )
     reduce = reduction != "none"
     spec = Spec(
