@@ -20,6 +20,7 @@ from ._function_head import FunctionHead as FunctionHead
 from ._kl_div import kl_div as kl_div, KLDivLoss as KLDivLoss
 from ._linear_head import LinearHead as LinearHead
 from ._metrics import DistillationMetrics as DistillationMetrics
+from ._mixture import Mixture as Mixture
 from ._sparse import SparseTeacher as SparseTeacher
 from ._sparse_from_logits import (
     sampled_teacher as sampled_teacher,

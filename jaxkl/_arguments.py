@@ -1,6 +1,5 @@
 """The arguments of a distillation loss, each checked and made an array."""
 
-from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ from jax.typing import ArrayLike
 
 from . import _checks as check
 from ._compat import varying_axes
-from ._divergences import is_catalogued
+from ._divergences import check_callable, foreign_members
 from ._operands import Operands
 from ._sources import Source
 from ._vocabulary import Vocabulary
@@ -70,6 +69,7 @@ def check_slices(axis_name: str, operands: Operands) -> None:
         "temperature": operands.student_temperature,
         "teacher_temperature": operands.teacher_temperature,
         "weights": operands.weights,
+        "divergence": operands.parameters,
     }
     if operands.teacher.width is None:
         replicated["teacher"] = operands.teacher
@@ -121,17 +121,10 @@ def check_divergence(
 
     `is_spread` is whether the vocabulary is spread over devices.
     """
-    name = "`divergence`"
-    if isinstance(divergence, type):
-        made = f"{divergence.__name__}()"
-        raise TypeError(f"{name} must be an instance, such as {made}, got the class.")
-    if not callable(divergence):
-        raise TypeError(f"{name} must be callable, got {divergence!r}.")
-    if not isinstance(divergence, Hashable):
-        raise TypeError(f"{name} must be hashable, got {divergence!r}.")
-    if not is_catalogued(divergence):
-        sees_any_width = teacher.width is None or is_spread
-        _check_elementwise(divergence, vocab.size, sees_any_width)
+    check_callable("divergence", divergence)
+    sees_any_width = teacher.width is None or is_spread
+    for own in foreign_members(divergence):
+        _check_elementwise(own, vocab.size, sees_any_width)
 
 
 def _check_elementwise(divergence: Any, vocab_size: int, sees_any_width: bool) -> None:

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from ._comparison import OfEach, Pair
-from ._divergences import ForwardKL, kl_weights
+from ._divergences import ForwardKL, is_zero, kl_weights
 from ._numerics import weigh, zero_unless
 from ._operands import LossTerms, Operands, Spec, Statistics
 from ._row_sums import Maxima, pair_sums, RowSums, sum_exp
@@ -138,8 +138,8 @@ def row_sums(c: Columns, maxima: Maxima) -> RowSums:
 def _pair_sums(
     c: Columns, p: Model, q: Model, same_temperature: bool
 ) -> dict[str, Any]:
-    weights = kl_weights(c.spec.divergence)
-    reverse = weights is not None and weights[1] != 0
+    weights = kl_weights(c.spec.whole_divergence(c.x))
+    reverse = weights is not None and not is_zero(weights[1])
     of_pair = pair_sums(p, q, same_temperature=same_temperature, reverse=reverse)
     return dict(teacher=sum_exp(p), **of_pair)
 
@@ -164,7 +164,8 @@ def _listed_pair(
 
 def sums_of_slopes(c: Columns, maxima: Maxima, sums: RowSums) -> OfEach:
     pair = _pair(c, Models.of(c, maxima, sums), maxima, sums)
-    return c.x.teacher.sums_of_slopes(c.spec.divergence, pair, c.vocab)
+    divergence = c.spec.whole_divergence(c.x)
+    return c.x.teacher.sums_of_slopes(divergence, pair, c.vocab)
 
 
 class TermSums(NamedTuple):
@@ -212,7 +213,7 @@ def finish(
     pair = _pair(c, models, maxima, sums)
     p, q = pair.softmaxes()
     compared = x.teacher.compare(
-        spec.divergence, pair, vocab, of_slopes, recompute=recompute
+        spec.whole_divergence(x), pair, vocab, of_slopes, recompute=recompute
     )
     terms = TermSums(compared.divergence)
     teacher_temperature = spec.teacher_temperature(x)

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from . import _checks as check
 from ._divergence_terms import q_less_p
-from ._divergences import Divergence, kl_weights
-from ._numerics import zero_unless
+from ._divergences import Divergence, is_zero, kl_weights
+from ._numerics import weigh, zero_unless
 from ._row_sums import difference_of_shifted, log_sum_ratio, RowSums
 from ._slopes import centred, sum_slopes
 from ._softmax import Model, Outcomes, Softmax
@@ -152,13 +153,21 @@ def _known_gradient(divergence: Divergence, pair: Pair) -> jax.Array:
     forward, reverse = weights
     p, q = pair.softmaxes()
     gradients = []
-    if forward != 0:
+    if not is_zero(forward):
         ratio = pair.log_ratio()
         assert ratio is not None
-        gradients.append(forward * q_less_p(p.outcomes, q.outcomes, ratio))
-    if reverse != 0:
-        gradients.append(reverse * _reverse_gradient(pair, q.prob))
-    return sum(gradients[1:], gradients[0])
+        of_forward = q_less_p(p.outcomes, q.outcomes, ratio)
+        gradients.append(_weighted(forward, of_forward))
+    if not is_zero(reverse):
+        gradients.append(_weighted(reverse, _reverse_gradient(pair, q.prob)))
+    return sum(gradients[1:], gradients[0]) if gradients else jnp.zeros_like(q.prob)
+
+
+def _weighted(weight: Any, gradient: jax.Array) -> jax.Array:
+    """Of a number, or of an array, `[B]`, which leaves out what it has at 0."""
+    if check.is_number(weight):
+        return weight * gradient
+    return weigh(weight[:, None], gradient)
 
 
 def _reverse_gradient(pair: Pair, q: jax.Array) -> jax.Array:

@@ -74,7 +74,9 @@ def distillation_loss(
       teacher: Logits $t$, `[..., vocab]`, with the same leading shape, a head, or a
         `SparseTeacher`. A constant unless `differentiate_teacher`.
       divergence: $D$: one of the catalogue, or any hashable, elementwise callable
-        `(log_p, log_q) -> f`, of which $D$ is the sum over the vocabulary.
+        `(log_p, log_q) -> f`, of which $D$ is the sum over the vocabulary. Parameters
+        of the catalogue's may be arrays, scalars or `[...]`: see `Mixture`. They are
+        constants.
       temperature: $T > 0$, a scalar or `[...]`. Differentiable. Here and below, a value
         out of range is an error; if it is traced, the loss is NaN.
       teacher_temperature: $T_t$, a scalar or `[...]`. Differentiable. None: the same as
@@ -120,10 +122,11 @@ def distillation_loss(
       plan: How heads are walked; it changes memory and time, not the result. `"fast"`:
         tiles of tokens. `"lean"`: all tokens at once and a block of the vocabulary at a
         time. It makes all logits twice (three times if the divergence is neither
-        `ForwardKL`, `ReverseKL` nor `SymmetricKL`), holds nothing as large as a head or
-        as logits, and takes no `tile`. Logits without a head are in memory already, and
-        have one plan, and a `FunctionHead` has the fast one. None: the fast one, or on
-        an accelerator the lean one where the fast one would hold more than 4 GiB.
+        `ForwardKL`, `ReverseKL`, `SymmetricKL` nor a `Mixture` of these), holds nothing
+        as large as a head or as logits, and takes no `tile`. Logits without a head are
+        in memory already, and have one plan, and a `FunctionHead` has the fast one.
+        None: the fast one, or on an accelerator the lean one where the fast one would
+        hold more than 4 GiB.
 
     Returns:
       The loss, float64 if an argument is, else float32: `[...]` if `reduction="none"`,

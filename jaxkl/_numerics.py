@@ -27,7 +27,9 @@ def weigh(weight: jax.Array, x: jax.Array) -> jax.Array:
 NEAR = 0.5  # |r| below which a difference is summed as a series
 
 
-def near_part(ratio: jax.Array, limit: float = NEAR) -> tuple[jax.Array, jax.Array]:
+def near_part(
+    ratio: jax.Array, limit: float | jax.Array = NEAR
+) -> tuple[jax.Array, jax.Array]:
     """Whether a log-ratio is small; and the ratio there, 0 elsewhere."""
     near = jnp.abs(ratio) < limit
     return near, zero_unless(near, ratio)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from ._compat import to_varying, varying_axes
 from ._divergences import Divergence
+from ._parameters import join
 from ._sources import Source
 from ._vocabulary import Vocabulary
 
@@ -51,6 +52,7 @@ class Operands(NamedTuple):
     teacher_temperature: Any = None  # None: 1, or the student's if they are the same
     labels: Any = None  # -100: none
     mask: Any = None  # the tokens that `where` keeps; None: all
+    parameters: tuple[Any, ...] = ()  # those of the divergence that are arrays
 
     @property
     def tokens(self) -> int:
@@ -99,7 +101,7 @@ class Operands(NamedTuple):
 class Spec:
     """All of a loss that is not an array."""
 
-    divergence: Divergence
+    divergence: Divergence  # its static part
     vocab: Vocabulary
     dtype: jnp.dtype
     reduce: bool = True  # whether the loss is summed over tokens
@@ -108,6 +110,10 @@ class Spec:
     tile: int | None = None  # the user's choice
     plan: PlanName | None = None  # likewise
     passes_float16: bool = False  # whether a gradient does: see `Source`
+
+    def whole_divergence(self, x: Operands) -> Divergence:
+        """The divergence with its arrays, `[B]` each."""
+        return join(self.divergence, x.parameters)
 
     def teacher_temperature(self, x: Operands) -> jax.Array | None:
         return x.student_temperature if self.same_temperature else x.teacher_temperature

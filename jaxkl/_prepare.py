@@ -28,6 +28,7 @@ from ._divergences import Divergence
 from ._layout import as_layout, Layout
 from ._numerics import loss_dtype, zero_unless
 from ._operands import LossTerms, Operands, PlanName, Spec
+from ._parameters import split
 from ._sources import as_source, flattened, Given
 from ._swapped import as_constant
 
@@ -108,6 +109,7 @@ def prepare(
     vocab = as_vocabulary(vocab_size, student, teacher, axis_name)
     is_spread = not (axis_name is None and vocab_axis is None)
     check_divergence(divergence, vocab, teacher, is_spread)
+    divergence, parameters = split(divergence)
     mask = None if where is None else as_mask(where, shape)
     if not check.boolean("differentiate_teacher", differentiate_teacher):
         teacher = as_constant(student, teacher)
@@ -127,8 +129,9 @@ def prepare(
         name = "teacher_temperature"
         temperatures[1] = check.temperature(name, teacher_temperature, shape)
     weights = None if weights is None else check.float_array("weights", weights)
+    parameter_arrays = [check.float_array(x.name, x.value) for x in parameters]
     arrays = jax.tree.leaves((temperatures, weights, student, teacher))
-    arrays += [student.vocab_array, teacher.vocab_array]
+    arrays += [*parameter_arrays, student.vocab_array, teacher.vocab_array]
     dtype = loss_dtype(*(x for x in arrays if not check.is_number(x)))
     temperatures = [per_token(x, shape, dtype) for x in temperatures]
     if mask is not None:
@@ -154,7 +157,14 @@ def prepare(
     )
     student, teacher = student.spared(weightless), teacher.spared(weightless)
     operands = Operands(
-        student, teacher, term_weights, temperatures[0], temperatures[1], labels, mask
+        student,
+        teacher,
+        term_weights,
+        temperatures[0],
+        temperatures[1],
+        labels,
+        mask,
+        tuple(x.as_operand(shape, dtype, mask) for x in parameters),
     )
     reduce = reduction != "none"
     passes_float16 = student.passes_float16

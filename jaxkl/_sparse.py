@@ -13,6 +13,7 @@ from ._divergences import Divergence, ForwardKL, is_catalogued
 from ._list_comparison import evaluate_where, List, plain_kl
 from ._lists import is_listed, merge_repeated, positions, safe_log, unlisted_mass
 from ._numerics import zero_unless
+from ._parameters import with_numbers
 from ._softmax import entropy, Outcomes
 from ._sources import Kind, Source
 from ._vocabulary import Vocabulary
@@ -303,7 +304,9 @@ def _check_tail(tail: Tail, divergence: Divergence) -> None:
     if tail != "renormalize":
         return
     with jax.ensure_compile_time_eval():
-        f = divergence(jnp.full((1, 1), -jnp.inf), jnp.log(jnp.full((1, 1), 0.5)))
+        # Arrays are not known. They most often hold no end of their interval.
+        f = with_numbers(divergence)
+        f = f(jnp.full((1, 1), -jnp.inf), jnp.log(jnp.full((1, 1), 0.5)))
         finite = bool(jnp.isfinite(f).all())
     if not finite:
         raise ValueError(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from ._distillation import distillation_loss
-from ._divergences import Divergence, ForwardKL, is_catalogued
+from ._divergences import Divergence, ForwardKL, is_ours
 from ._elementwise import (
     Axis,
     broadcast,
@@ -284,7 +284,8 @@ def softmax_divergence(
       student_logits: Unnormalised log-probabilities $s$, `[..., vocab]`.
       teacher_logits: Unnormalised log-probabilities $t$, of a batch shape that
         broadcasts with it.
-      divergence: One of jaxkl's, such as `jaxkl.ReverseKL()`, or any elementwise
+      divergence: One of jaxkl's, such as `jaxkl.ReverseKL()`, whose parameters may be
+        arrays, scalars or of the loss's shape (see `jaxkl.Mixture`), or any elementwise
         function $f$ of two arrays, $\log p$ of the teacher first. It sees no class
         that `where` removes.
       axis: Axis or axes of the classes. All of them if None.
@@ -359,8 +360,9 @@ def _of_possible_classes(divergence: Divergence) -> Divergence:
 
     Divergences of the catalogue are 0 there already.
     """
-    is_function = callable(divergence) and not isinstance(divergence, type)
-    if is_catalogued(divergence) or not is_function:
+    if is_ours(divergence):
+        return divergence.map_members(_of_possible_classes)  # pyright: ignore[reportFunctionMemberAccess]
+    if not callable(divergence) or isinstance(divergence, type):
         return divergence  # `distillation_loss` says what is wrong with it
     hashable = isinstance(divergence, Hashable)
     return _OfPossibleClasses(divergence) if hashable else divergence

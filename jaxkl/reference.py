@@ -166,7 +166,7 @@ def distillation_loss(
     log_q_at_1 = jax.nn.log_softmax(s, axis=-1)
 
     p, q = Outcomes.of_log(log_p), Outcomes.of_log(log_q)
-    divergence = x.teacher.divergence_of(spec.divergence, p, q, vocab)
+    divergence = x.teacher.divergence_of(spec.whole_divergence(x), p, q, vocab)
     loss = x.weights.divergence * divergence
     if x.weights.label is not None:
         is_label = jnp.arange(vocab.size)[None, :] == x.labels[:, None]

@@ -110,7 +110,10 @@ def evaluate(
 
     The models may come from any source. A list is a constant: it has no gradient.
     """
-    traced = {k: v for k, v in arguments.items() if isinstance(v, jax.Array)}
+    is_traced = lambda x: any(
+        isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x)
+    )
+    traced = {k: v for k, v in arguments.items() if is_traced(v)}
     static = {k: v for k, v in arguments.items() if k not in traced}
     floats = {k: v for k, v in traced.items() if k in FLOATS} | dict(student=student)
     others = {k: v for k, v in traced.items() if k not in FLOATS}
@@ -142,7 +145,7 @@ def assert_matches(
     value, grads = evaluate(
         student, teacher, divergence=mine, cotangent=cotangent, **arguments
     )
-    for name in ("loss", "tile", "differentiate_teacher"):
+    for name in ("loss", "tile", "plan", "differentiate_teacher"):
         arguments.pop(name, None)
     arguments |= expect or {}
     expected = expected_of(

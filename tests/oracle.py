@@ -191,6 +191,27 @@ def squared_error(log_p, log_q):
     return d**2, 2 * d * np.exp(log_p), -2 * d * np.exp(log_q)
 
 
+def mixture(*terms):
+    """Of pairs of a weight and a divergence; one without weight plays no part."""
+
+    def divergence(log_p, log_q):
+        parts = [(np.longdouble(w), f(log_p, log_q)) for w, f in terms if w != 0]
+        return tuple(sum(w * part[i] for w, part in parts) for i in range(3))
+
+    return divergence
+
+
+def by_token(divergences):
+    """A divergence of its own for each row."""
+
+    def divergence(log_p, log_q):
+        rows = zip(divergences, log_p, log_q, strict=True)
+        parts = [f(p, q) for f, p, q in rows]
+        return tuple(map(np.stack, zip(*parts, strict=True)))
+
+    return divergence
+
+
 class Result(NamedTuple):
     loss: Any
     student: Any

@@ -151,7 +151,7 @@ def test_parameters_in_range(make, name):
         lambda x: jaxkl.AlphaDivergence(x),
     ],
 )
-@pytest.mark.parametrize("value", [jnp.float32(0.5), True, "0.5", None])
-def test_parameters_are_python_numbers(make, value):
+@pytest.mark.parametrize("value", [True, "0.5", None])
+def test_parameters_are_numbers_or_arrays(make, value):
     with pytest.raises(TypeError, match="Python number"):
         make(value)

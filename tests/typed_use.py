@@ -37,12 +37,17 @@ def arguments(x: np.ndarray, mesh: Mesh):
     jaxkl.distillation_loss(function, function)
     jaxkl.distillation_loss(head, teacher, temperature=x, weights=x, z_loss=1e-4)
     jaxkl.distillation_loss(x, x, labels=x, alpha=0.5, where=x > 0, normalizer=7)
+    moving = jaxkl.Mixture([(x, jaxkl.SymmetricKL(x)), (0.5, jaxkl.ReverseKL())])
+    jaxkl.distillation_loss(x, x, divergence=moving)
     jaxkl.distillation_loss(x, x, mesh=mesh, token_axes=["data"], vocab_axis="model")
     jaxkl.distillation_loss(x, x, divergence=lambda log_p, log_q: log_p - log_q)
     jaxkl.reference.distillation_loss(head, x, mesh=mesh, token_axes="data")
 
 
 def misuse(x: jax.Array, t: jax.Array):
+    jaxkl.JensenShannon("0.5")  # pyright: ignore[reportArgumentType]
+    jaxkl.ReverseKL(0.5)  # pyright: ignore[reportCallIssue]
+    jaxkl.Mixture((0.5, jaxkl.ForwardKL()))  # pyright: ignore[reportArgumentType]
     print(jaxkl.kl_divergence)  # pyright: ignore[reportAttributeAccessIssue]
     jaxkl.kl_div(x, t, reduction=1)  # pyright: ignore[reportArgumentType]
     jaxkl.kl_div(x)  # pyright: ignore[reportCallIssue]

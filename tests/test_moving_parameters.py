@@ -1,0 +1,671 @@
+"""Parameters of divergences that are arrays: traced scalars, or one for each token."""
+
+import functools as ft
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import jaxkl
+import jaxkl.reference
+from jaxkl import (
+    AlphaDivergence,
+    distillation_loss,
+    ForwardKL,
+    JensenShannon,
+    Mixture,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    SymmetricKL,
+    TotalVariation,
+)
+
+from . import oracle
+from .cases import assert_matches, evaluate, rarely, squared_error
+from .helpers import assert_close
+from .sources import expected_of, make_head, make_models, per_token, rounded
+from .test_sharding import mesh_of, sharded
+
+
+class Moving(NamedTuple):
+    """A divergence of one parameter, its oracle, and values with all its limits."""
+
+    make: Callable[[Any], Any]
+    oracle: Callable[[Any], Any]
+    values: tuple[float, ...] = (0.3, 0, 1e-6, 0.5, 1 - 1e-6, 1, 0.9)
+
+    def array(self, tokens, dtype="float32"):
+        return jnp.resize(jnp.asarray(self.values, dtype), tokens)
+
+    def pair(self, tokens, dtype="float32", where=None):
+        """The divergence of all tokens, and the oracle of those in `where`."""
+        x = self.array(tokens, dtype)
+        exact = np.asarray(x, np.float64)
+        kept = exact if where is None else exact[np.asarray(where)]
+        return self.make(x), oracle.by_token([self.oracle(value) for value in kept])
+
+
+def _skew(of):
+    # At α = 1 the mixture is the model itself.
+    return lambda x: oracle.mixture((0, of(0))) if x == 1 else of(x)
+
+
+MOVING = {
+    "symmetric": Moving(SymmetricKL, oracle.symmetric_kl),
+    "js": Moving(JensenShannon, oracle.jensen_shannon),
+    "js_normalized": Moving(
+        lambda x: JensenShannon(x, normalized=True),
+        lambda x: oracle.jensen_shannon(x, normalized=True),
+    ),
+    "skew_forward": Moving(
+        SkewForwardKL, oracle.skew_forward_kl, (0.3, 0, 1e-6, 0.5, 1 - 1e-6, 0.9)
+    ),
+    "skew_reverse": Moving(
+        SkewReverseKL, oracle.skew_reverse_kl, (0.3, 0, 1e-6, 0.5, 1 - 1e-6, 0.9)
+    ),
+    "alpha": Moving(
+        AlphaDivergence,
+        oracle.alpha_divergence,
+        (0.3, 0, 1e-6, 0.5, 1, -1, 2, 1 + 1e-6),
+    ),
+    "kls": Moving(
+        lambda x: Mixture(((x, ForwardKL()), (0.5, ReverseKL()), (x, SymmetricKL(x)))),
+        lambda x: oracle.mixture(
+            (x, oracle.forward_kl),
+            (0.5, oracle.reverse_kl),
+            (x, oracle.symmetric_kl(x)),
+        ),
+    ),
+    "mixture": Moving(
+        lambda x: Mixture(
+            ((x, ReverseKL()), (2.0, JensenShannon(x)), (1 - x, squared_error))
+        ),
+        lambda x: oracle.mixture(
+            (x, oracle.reverse_kl),
+            (2, oracle.jensen_shannon(x)),
+            (1 - x, oracle.squared_error),
+        ),
+    ),
+}
+
+
+def over_moving(*quick, without=()):
+    """Parametrises a test over names; only CI runs those that are not `quick`."""
+    others = [name for name in MOVING if name not in (*quick, *without)]
+    return pytest.mark.parametrize("name", [*quick, *rarely(*others)])
+
+
+# Values and gradients.
+
+
+@over_moving("symmetric", "js_normalized", "mixture")
+@pytest.mark.parametrize("source", ["logits", *rarely("head")])
+def test_a_value_for_each_token(rng, name, source):
+    student, teacher = make_models(rng, source, (9,), 11)
+    assert_matches(
+        student, teacher, MOVING[name].pair(9), temperature=2.0, cotangent=-1.7
+    )
+
+
+@pytest.mark.parametrize("plan", [dict(plan="lean"), dict(tile=2)], ids=str)
+@pytest.mark.parametrize("name", ["kls", *rarely("mixture", "js", "alpha")])
+def test_plans_of_heads(rng, name, plan):
+    student, teacher = make_models(rng, "head", (9,), 300)
+    cotangent = rng.normal(size=9).astype(np.float32)
+    assert_matches(
+        student, teacher, MOVING[name].pair(9), reduction="none", cotangent=cotangent,
+        **plan,
+    )  # fmt: skip
+
+
+@over_moving("mixture")
+def test_all_arguments_at_once(rng, name):
+    student, teacher = make_models(rng, "logits", (9,), 11)
+    more = per_token(
+        rng, (9,), "temperature", "teacher_temperature", "weights", "where", "labels"
+    )
+    pair = MOVING[name].pair(9, where=more["where"])
+    assert_matches(
+        student, teacher, pair, alpha=0.6, label_smoothing=0.1, z_loss=0.01, tile=4,
+        **more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(3, 5), ()])
+def test_shapes_of_tokens(rng, shape):
+    s, t = rounded(rng, (*shape, 7)), rounded(rng, (*shape, 7))
+    beta = jnp.asarray(rng.uniform(size=shape), jnp.float32)
+    got = distillation_loss(s, t, divergence=JensenShannon(beta), reduction="none")
+    assert got.shape == shape
+    for i in np.ndindex(shape):
+        one = oracle.jensen_shannon(float(beta[i]))
+        want = oracle.distillation_loss(s[i][None], t[i][None], divergence=one).loss
+        np.testing.assert_allclose(got[i], float(want), rtol=2e-6)
+
+
+@over_moving("alpha")
+def test_a_scalar_is_the_same_for_all_tokens(rng, name):
+    moving = MOVING[name]
+    s, t = rounded(rng, (4, 7)), rounded(rng, (4, 7))
+    for value in moving.values:
+        x = jnp.float32(value)
+        pair = moving.make(x), moving.oracle(float(x))
+        assert_matches(s, t, pair, value_tol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+@over_moving("js_normalized")
+def test_dtypes(rng, name, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        student, teacher = make_models(rng, "logits", (9,), 11, dtype)
+        assert_matches(student, teacher, MOVING[name].pair(9, dtype), temperature=2.0)
+
+
+def test_a_float64_parameter_makes_a_float64_loss(rng):
+    with jax.enable_x64(True):
+        s, t = rounded(rng, (2, 7)), rounded(rng, (2, 7))
+        f = lambda w: distillation_loss(s, t, divergence=SymmetricKL(w))
+        assert f(jnp.float64(0.3)).dtype == jnp.float64
+        assert f(jnp.float32(0.3)).dtype == f(0.3).dtype == jnp.float32
+
+
+# Digits: near the teacher, in confident rows, and at infinite terms.
+
+
+@pytest.mark.parametrize("noise", [1e-2, 1e-4])
+@over_moving("symmetric", without=("mixture",))
+def test_near_the_teacher(rng, name, noise):
+    t = rounded(rng, (9, 500))
+    s = t + rounded(rng, t.shape, scale=noise)
+    divergence, reference = MOVING[name].pair(9)
+    arguments = dict(reduction="none", temperature=2.0)
+    value, grads = evaluate(s, t, divergence=divergence, **arguments)
+    want = expected_of(s, t, divergence=reference, **arguments)
+    # The rounding of logits less their maximum, about 1e-7, relative to the noise.
+    tol = 2e-7 / noise
+    np.testing.assert_allclose(value, np.float64(want.loss), rtol=tol, atol=1e-30)
+    for i in range(9):
+        assert_close(grads["student"][i], want.student[i], tol)
+    same, grads = evaluate(t, t, divergence=divergence, **arguments)
+    assert not same.any() and not grads["student"].any() and not grads["teacher"].any()
+
+
+CONFIDENT = {
+    "confident": ([20, 1, 0], [20, 0, 0.5]),
+    "confident student": ([14, 0, 0.3], [-60, 0, 0.1]),
+    "apart": ([0, -60, 3], [0, 2, 1]),
+    "far apart": ([0, -300, 3], [-300, 0, 1]),
+}
+
+
+@pytest.mark.parametrize("rows", CONFIDENT.values(), ids=CONFIDENT)
+@over_moving("symmetric", "js_normalized", without=("mixture",))
+def test_digits_of_confident_rows(name, rows):
+    moving = MOVING[name]
+    s, t = (jnp.tile(jnp.asarray(row, jnp.float32), (9, 1)) for row in rows)
+    divergence, reference = moving.pair(9)
+    value, grads = evaluate(s, t, divergence=divergence, reduction="none")
+    want = expected_of(s, t, divergence=reference, reduction="none")
+    for i, x in enumerate(moving.array(9)):
+        if not np.abs(np.float64(want.loss[i])) < 3e38:
+            continue  # α = 2 overflows
+        assert_close(value[i], want.loss[i], 5e-6, f"value at {x}")
+        assert_close(grads["student"][i], want.student[i], 5e-6, f"student at {x}")
+
+
+@over_moving("symmetric")
+def test_infinite_terms_are_those_of_numbers(rng, name):
+    make = MOVING[name].make
+    s, t = rounded(rng, (2, 7)), rounded(rng, (2, 7))
+    s, t = s.at[:, 3].set(-jnp.inf), t.at[:, 3].set(-jnp.inf)
+    s, t = s.at[0, 1].set(-jnp.inf), t.at[1, 1].set(-jnp.inf)
+
+    @jax.jit
+    def run(divergence):
+        f = lambda s, t: distillation_loss(
+            s, t, divergence=divergence, reduction="none", differentiate_teacher=True
+        )
+        value, vjp = jax.vjp(f, s, t)
+        return value, *vjp(jnp.ones_like(value))
+
+    for x in MOVING[name].values:
+        if name in ("js", "mixture") and x in (0, 1):
+            continue  # There is no such number.
+        number = run(make(float(np.float32(x))))
+        for got, want in zip(run(make(jnp.float32(x))), number, strict=True):
+            np.testing.assert_array_equal(np.isinf(got), np.isinf(want), str(x))
+            np.testing.assert_array_equal(np.isnan(got), np.isnan(want), str(x))
+            finite = lambda y: np.where(np.isfinite(y), y, 0)
+            assert_close(finite(got), finite(want), 5e-6, str(x))
+
+
+def test_a_weight_of_zero_leaves_out_what_is_infinite(rng):
+    s, t = rounded(rng, (2, 7)), rounded(rng, (2, 7)).at[:, 1].set(-jnp.inf)
+    for last in (ReverseKL(), lambda log_p, log_q: jnp.exp(log_q) * (log_q - log_p)):
+        mixture = lambda w, last=last: Mixture(((1.0, JensenShannon()), (w, last)))
+        want = evaluate(s, t, divergence=JensenShannon())
+        got = evaluate(s, t, divergence=mixture(jnp.float32(0)))
+        jax.tree.map(ft.partial(assert_close, tol=1e-6), got, want)
+        with pytest.raises(AssertionError):
+            value, _ = evaluate(s, t, divergence=mixture(jnp.float32(0.1)))
+            assert np.isfinite(value)
+
+
+# Compilation and transformations.
+
+
+@over_moving("symmetric", "mixture")
+def test_a_schedule_compiles_once(rng, name):
+    moving = MOVING[name]
+    s, t = rounded(rng, (4, 7)), rounded(rng, (4, 7))
+    traces = []
+
+    @jax.jit
+    def step(s, t, x):
+        traces.append(x)
+        return jax.value_and_grad(distillation_loss)(s, t, divergence=moving.make(x))
+
+    @jax.jit
+    def of_divergence(s, t, divergence):
+        traces.append(divergence)
+        return jax.value_and_grad(distillation_loss)(s, t, divergence=divergence)
+
+    for x in map(jnp.float32, moving.values):
+        value, grad = step(s, t, x)
+        value_, grad_ = of_divergence(s, t, moving.make(x))
+        want = expected_of(s, t, divergence=moving.oracle(float(x)))
+        assert_close(value, want.loss, 2e-6)
+        assert_close(grad, want.student, 1e-5)
+        assert value == value_ and (grad == grad_).all()
+    assert len(traces) == 2
+
+
+def test_the_engine_compiles_once_without_jit(rng):
+    from jaxkl._engine import weighted_loss
+
+    s, t = rounded(rng, (4, 7)), rounded(rng, (4, 7))
+    f = lambda x: distillation_loss(s, t, divergence=SymmetricKL(jnp.float32(x)))
+    f(0.1)
+    before = weighted_loss._cache_size()
+    assert f(0.2) != f(0.7)
+    assert weighted_loss._cache_size() == before
+
+
+def test_a_mixture_is_one_pass(rng):
+    """As many products, and as many exponentials of logits, as a `SymmetricKL`."""
+    student, teacher = make_models(rng, "head", (8,), 300)
+
+    def operations(divergence, *names):
+        f = jax.grad(ft.partial(distillation_loss, divergence=divergence, tile=4))
+        text = jax.jit(f).lower(student, teacher).as_text()
+        return [text.count(f"stablehlo.{name} ") for name in names]
+
+    kinds = "dot_general", "exponential"
+    x = jnp.float32(0.3)
+    want = operations(SymmetricKL(0.3), *kinds)
+    for divergence in (
+        SymmetricKL(x),
+        Mixture(((0.3, ForwardKL()), (0.7, ReverseKL()))),
+        Mixture(((x, ForwardKL()), (1 - x, SymmetricKL(x)))),
+    ):
+        assert operations(divergence, *kinds) == want
+    dots = lambda divergence: operations(divergence, "dot_general")
+    assert dots(MOVING["mixture"].make(x)) == dots(JensenShannon())
+
+
+def test_a_mixture_of_numbers_is_the_program_of_a_symmetric_kl(rng):
+    s, t = rounded(rng, (4, 7)), rounded(rng, (4, 7))
+    f = lambda d: jax.jit(jax.grad(ft.partial(distillation_loss, divergence=d)))
+    text = lambda d: f(d).lower(s, t).as_text()
+    mixture = Mixture(((0.25, ForwardKL()), (0.75, ReverseKL())))
+    assert text(mixture) == text(SymmetricKL(0.25))
+
+
+@over_moving("skew_forward")
+def test_vmap_over_values(rng, name):
+    moving = MOVING[name]
+    s, t = rounded(rng, (4, 3, 7)), rounded(rng, (4, 3, 7))
+    values = moving.array(4)
+    grad = jax.value_and_grad(lambda s, t, d: distillation_loss(s, t, divergence=d))
+    loss, d_s = jax.vmap(grad)(s, t, moving.make(values))
+    for i, x in enumerate(values):
+        want = expected_of(s[i], t[i], divergence=moving.oracle(float(x)))
+        assert_close(loss[i], want.loss, 2e-6)
+        assert_close(d_s[i], want.student, 1e-5)
+
+
+@pytest.mark.parametrize("wrap", [jax.checkpoint, *rarely(lambda f: f)])
+def test_scan_over_a_schedule(rng, wrap):
+    s, t = rounded(rng, (3, 7)), rounded(rng, (3, 7))
+    betas = jnp.linspace(0, 1, 5)
+
+    @jax.jit
+    @jax.grad
+    def grad(s):
+        def step(total, beta):
+            divergence = JensenShannon(beta, normalized=True)
+            f = wrap(ft.partial(distillation_loss, divergence=divergence))
+            return total + f(s, t), None
+
+        return jax.lax.scan(step, jnp.float32(0), betas)[0]
+
+    of = lambda beta: oracle.jensen_shannon(float(beta), normalized=True)
+    wants = [expected_of(s, t, divergence=of(beta)).student for beta in betas]
+    assert_close(grad(s), sum(wants), 1e-5)
+
+
+@over_moving("js_normalized")
+@pytest.mark.parametrize("reduction", ["mean", *rarely("none")])
+def test_second_order(rng, name, reduction):
+    moving = MOVING[name]
+    s, t = (rng.normal(size=(3, 4)) for _ in range(2))
+    g = rng.normal(size=3) if reduction == "none" else 1.0
+    x = np.asarray(moving.array(3, "float32"), np.float64)
+    reference = oracle.by_token([moving.oracle(value) for value in x])
+
+    def theirs(s):
+        return oracle.distillation_loss(
+            s.reshape(3, 4), t, divergence=reference, cotangent=g, reduction=reduction
+        ).student.ravel()
+
+    def mine(s, divergence):
+        value = distillation_loss(
+            s.reshape(3, 4), t, divergence=divergence, reduction=reduction
+        )
+        return jnp.sum(value * g)
+
+    for point in (s, t):
+        expected = oracle.jacobian(theirs, point.ravel())
+        with jax.enable_x64(True):
+            divergence = moving.make(jnp.asarray(x))
+            for jacobian in jax.jacfwd, jax.jacrev:
+                hessian = jax.jit(jacobian(jax.grad(mine)))
+                got = hessian(jnp.asarray(point.ravel()), divergence)
+                assert_close(got, expected, 1e-8)
+
+
+@over_moving("symmetric", "alpha")
+def test_arrays_are_constants(rng, name):
+    moving = MOVING[name]
+    s, t = rounded(rng, (7, 5)), rounded(rng, (7, 5))
+    divergence = moving.make(moving.array(7))
+    for loss in distillation_loss, jaxkl.reference.distillation_loss:
+        f = lambda d, loss=loss: loss(s, t, divergence=d, reduction="none").sum()
+        for d in jax.tree.leaves(jax.grad(f)(divergence)):
+            assert d.shape == (7,) and not d.any()
+    direct = lambda d: d(jax.nn.log_softmax(s), jax.nn.log_softmax(t)).sum()
+    assert not any(d.any() for d in jax.tree.leaves(jax.grad(direct)(divergence)))
+
+
+# Many devices.
+
+
+@pytest.mark.parametrize("layout", ["2x4", *rarely("1x8", "8x1", "2x2x2")])
+@pytest.mark.parametrize("form", ["head", *rarely("logits")])
+@pytest.mark.parametrize("name", ["kls", *rarely("mixture", "js")])
+def test_meshes(rng, name, form, layout):
+    student, teacher = make_models(rng, form, (13,), 37)
+    assert_matches(
+        student, teacher, MOVING[name].pair(13), loss=sharded(layout), cotangent=-1.7,
+        temperature=2.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["symmetric", *rarely("mixture")])
+def test_axis_name(rng, name):
+    divergence, reference = MOVING[name].pair(12)
+    student, teacher = (make_head(rng, (12,), n, 24) for n in (5, 3))
+    head = jaxkl.LinearHead(P("data"), P(None, "model"))
+    by_token = jax.tree.map(lambda _: P("data"), divergence)
+
+    def f(student, teacher, divergence):
+        value = distillation_loss(
+            student, teacher, divergence=divergence, axis_name="model", normalizer=12.0
+        )
+        return jax.lax.psum(value, "data")
+
+    f = jax.shard_map(
+        f, mesh=mesh_of("2x4"), in_specs=(head, head, by_token), out_specs=P()
+    )
+    value, grad = jax.jit(jax.value_and_grad(f))(student, teacher, divergence)
+    want = expected_of(student, teacher, divergence=reference)
+    assert_close(value, want.loss, 5e-6)
+    for x, y in zip(*map(jax.tree.leaves, (grad, want.student)), strict=True):
+        assert_close(x, y, 1e-5)
+
+
+def test_an_array_that_differs_over_the_vocabulary_axis(rng):
+    s, t = rounded(rng, (4, 8)), rounded(rng, (4, 8))
+    f = lambda s, t, x: distillation_loss(
+        s, t, axis_name="model", divergence=SymmetricKL(x)
+    )
+    columns = P(None, "model")
+    f = jax.shard_map(
+        f, mesh=mesh_of("2x4"), in_specs=(columns, columns, P("model")), out_specs=P()
+    )
+    with pytest.raises(
+        ValueError, match="`divergence` must be the same on all devices"
+    ):
+        jax.jit(f)(s, t, jnp.full(16, 0.5))
+
+
+# Lists, metrics, and the other losses.
+
+
+def _refused(name, tail):
+    """Whether a list with this tail takes no such divergence."""
+    infinite = ("symmetric", "kls", "mixture")
+    return tail == "drop" or (tail == "renormalize" and name in infinite)
+
+
+@pytest.mark.parametrize("tail", ["bucket", *rarely("renormalize", "uniform")])
+@over_moving("symmetric")
+def test_lists(rng, name, tail):
+    if _refused(name, tail):
+        pytest.skip("It is refused.")
+    moving = MOVING[name]
+    if tail == "renormalize":  # p = 0 outside the list, where a limit may be infinite
+        finite = [x for x in moving.values if 0 < x < 1 or name == "alpha" and x > 0]
+        moving = moving._replace(values=finite)
+    student, teacher = make_models(rng, tail, (9,), 11)
+    value, grads = evaluate(
+        student, teacher, divergence=moving.pair(9)[0], reduction="none", tile=4
+    )
+    for i, x in enumerate(moving.array(9)):
+        want = expected_of(
+            student[i : i + 1],
+            jax.tree.map(lambda x: x[i : i + 1], teacher),  # noqa: B023
+            divergence=moving.oracle(float(x)),
+        )
+        assert_close(value[i], want.loss, 5e-6, f"value at {x}", 1e-12)
+        got = grads["student"][i : i + 1]
+        assert_close(got, want.student, 2e-5, f"gradient at {x}", 1e-12)
+
+
+@pytest.mark.parametrize("tail", ["renormalize", "drop"])
+def test_tails_that_refuse_an_array(rng, tail):
+    student, teacher = make_models(rng, tail, (3,), 11)
+    for make in (SymmetricKL, lambda x: Mixture(((x, ReverseKL()),))):
+        f = lambda x, make=make: distillation_loss(student, teacher, divergence=make(x))
+        with pytest.raises(ValueError, match="`divergence`.*array"):
+            jax.jit(f)(jnp.float32(0.5))
+
+
+@over_moving("symmetric")
+def test_metrics(rng, name):
+    s, t = rounded(rng, (9, 7)), rounded(rng, (9, 7))
+    weights = jnp.asarray(rng.uniform(0.5, 2, 9), jnp.float32)
+    divergence, reference = MOVING[name].pair(9)
+    arguments = dict(weights=weights, temperature=2.0)
+    _, got = jaxkl.distillation_loss_with_metrics(
+        s, t, divergence=divergence, **arguments
+    )
+    want = oracle.metrics(s, t, divergence=reference, **arguments)
+    assert_close(got.divergence, want.divergence, 2e-6)
+    assert_close(got.kl, want.kl, 2e-6)
+
+
+@over_moving("mixture")
+def test_the_reference(rng, name):
+    s, t = rounded(rng, (9, 7)), rounded(rng, (9, 7))
+    where = jnp.asarray(rng.random(9) < 0.7)
+    divergence, reference = MOVING[name].pair(9, where=where)
+    f = lambda s: jaxkl.reference.distillation_loss(
+        s, t, divergence=divergence, temperature=2.0, where=where
+    )
+    want = expected_of(s, t, divergence=reference, temperature=2.0, where=where)
+    value, grad = jax.value_and_grad(f)(s)
+    assert_close(value, want.loss, 2e-6)
+    assert_close(grad, want.student, 1e-5)
+    _, slope = jax.jvp(f, (s,), (t,))
+    assert_close(slope, np.sum(want.student * np.asarray(t, np.float64)), 1e-5)
+
+
+@over_moving("mixture")
+def test_softmax_divergence(rng, name):
+    s, t = rounded(rng, (7, 9)), rounded(rng, (7, 9))
+    divergence, reference = MOVING[name].pair(9)
+    where = jnp.arange(7) != 2
+    f = ft.partial(jaxkl.losses.softmax_divergence, axis=0, where=where[:, None])
+    got, vjp = jax.vjp(lambda s: f(s, t, divergence), s)
+    kept = lambda x: np.asarray(x)[np.asarray(where)].T
+    want = expected_of(kept(s), kept(t), divergence=reference, reduction="none")
+    assert_close(got, want.loss, 2e-6)
+    (d_s,) = vjp(jnp.ones_like(got))
+    assert_close(kept(d_s), want.student, 1e-5)
+    assert not d_s[2].any()
+
+
+# A divergence as a value.
+
+
+def test_a_divergence_is_a_pytree_of_its_arrays():
+    x, w = jnp.array([0, 0.5, 1]), jnp.ones(3)
+    terms = (w, JensenShannon(x)), (0.5, ForwardKL()), (2, squared_error)
+    divergence = Mixture(terms)
+    leaves, structure = jax.tree.flatten(divergence)
+    assert len(leaves) == 2 and leaves[0] is w and leaves[1] is x
+    again = jax.tree.unflatten(structure, leaves)
+    assert again.terms[0][1].beta is x and again.terms[2] == (2, squared_error)
+    assert jax.tree.structure(jax.tree.map(lambda _: None, divergence)) is not None
+    assert jax.tree.map(lambda _: object(), divergence) is not None
+    assert hash(structure) == hash(jax.tree.structure(again))
+    for number in (0.5, 1, np.float64(0.5)):
+        assert not jax.tree.leaves(SymmetricKL(number))
+    assert jax.tree.structure(SymmetricKL(0.5)) != jax.tree.structure(SymmetricKL(0.4))
+    assert jax.tree.leaves(ForwardKL()) == []
+
+
+def test_a_divergence_with_numbers_is_a_constant_of_jit(rng):
+    s, t = rounded(rng, (3, 7)), rounded(rng, (3, 7))
+    f = jax.jit(lambda s, t, d: distillation_loss(s, t, divergence=d))
+    for divergence in ForwardKL(), SymmetricKL(0.2), Mixture(((2, TotalVariation()),)):
+        assert f(s, t, divergence) == distillation_loss(s, t, divergence=divergence)
+
+
+def test_mixtures_are_hashable_and_equal_by_value():
+    make = lambda w: Mixture([[w, ForwardKL()], (1, SymmetricKL(0.2))])
+    assert make(0.5) == make(0.5) and hash(make(0.5)) == hash(make(0.5))
+    assert make(0.5) != make(0.4)
+    with pytest.raises(TypeError, match="hash"):
+        hash(make(jnp.float32(0.5)))
+    assert "0.5" in repr(make(0.5)) and "ForwardKL()" in repr(make(0.5))
+
+
+def test_a_direct_call_takes_parameters_of_leading_axes(rng):
+    log_p, log_q = (jax.nn.log_softmax(rounded(rng, (2, 3, 5))) for _ in range(2))
+    x = jnp.asarray(rng.uniform(size=(2, 3)), jnp.float32)
+    got = SkewForwardKL(x)(log_p, log_q).sum(-1)
+    for i in np.ndindex(2, 3):
+        want = SkewForwardKL(float(x[i]))(log_p[i], log_q[i]).sum()
+        np.testing.assert_allclose(got[i], want, rtol=2e-6)
+
+
+def test_mixtures_of_mixtures_and_of_nothing(rng):
+    s, t = rounded(rng, (3, 7)), rounded(rng, (3, 7))
+    inner = lambda w: Mixture(((w, ReverseKL()),))
+    nested = lambda w: Mixture(((2.0, inner(w)), (0, squared_error)))
+    pair = nested(jnp.float32(0.3)), oracle.mixture((0.6, oracle.reverse_kl))
+    assert_matches(s, t, pair, value_tol=2e-6)
+    for w in 0, jnp.float32(0):
+        value, grads = evaluate(s, t, divergence=nested(w))
+        assert value == 0 and not any(x.any() for x in grads.values())
+
+
+# Bad values.
+
+
+@pytest.mark.parametrize("name", [x for x in MOVING if x not in ("mixture", "kls")])
+def test_values_out_of_range(rng, name):
+    make = MOVING[name].make
+    s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
+    parameter = {"symmetric": "weight", "js": "beta", "js_normalized": "beta"}
+    word = parameter.get(name, "alpha")
+    bad = [np.nan, np.inf] + ([] if name == "alpha" else [-0.1, 1.1])
+    where = jnp.array([True, False, True])
+
+    @jax.jit
+    def f(x):
+        loss = ft.partial(distillation_loss, s, t, divergence=make(x), reduction="none")
+        plain = jaxkl.reference.distillation_loss(
+            s, t, divergence=make(x), reduction="none", where=where
+        )
+        return loss(), loss(where=where), plain
+
+    for value in bad:
+        x = jnp.array([0.5, value, 0.5], jnp.float32)
+        with pytest.raises(ValueError, match=f"`{word}` must be .* got {value}"):
+            make(x)
+        every, kept, plain = f(x)
+        np.testing.assert_array_equal(np.isnan(every), [False, True, False])
+        assert np.isfinite(kept).all() and np.isfinite(plain).all()
+
+
+def test_weights_of_mixtures_are_finite():
+    for bad in np.nan, np.inf, jnp.float32(jnp.nan):
+        with pytest.raises(ValueError, match="`weight`"):
+            Mixture(((bad, ForwardKL()),))
+    Mixture(((-1, ForwardKL()), (jnp.float32(-1), ReverseKL())))
+
+
+@pytest.mark.parametrize("value", [True, "0.5", None, [0.5], jnp.int32(1), 1j])
+@pytest.mark.parametrize("name", MOVING)
+def test_parameters_are_numbers_or_arrays_of_floats(name, value):
+    with pytest.raises(TypeError, match="`(beta|alpha|weight)` must be"):
+        Mixture(((value, ForwardKL()),)) if name == "kls" else MOVING[name].make(value)
+
+
+def test_shapes_that_do_not_fit(rng):
+    s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
+    for make in (SymmetricKL, lambda x: Mixture(((x, ForwardKL()),))):
+        for shape in (2,), (3, 1), (1, 3), (5,):
+            with pytest.raises(ValueError, match=r"`weight` must have .* \(3,\), got"):
+                distillation_loss(s, t, divergence=make(jnp.full(shape, 0.5)))
+
+
+@pytest.mark.parametrize(
+    "terms, error, message",
+    [
+        ((), ValueError, "`terms` must be pairs"),
+        (ForwardKL(), ValueError, "`terms` must be pairs"),
+        ((0.5, ForwardKL()), ValueError, "`terms` must be pairs"),
+        (((0.5, ForwardKL),), TypeError, r"`divergence` .* such as ForwardKL\(\)"),
+        (((0.5, 0.5),), TypeError, "`divergence` must be callable"),
+        (((0.5, ForwardKL(), 1),), ValueError, "`terms` must be pairs"),
+    ],
+)
+def test_terms_of_mixtures(terms, error, message):
+    with pytest.raises(error, match=message):
+        Mixture(terms)
+
+
+def test_a_mixture_of_a_function_that_is_not_elementwise(rng):
+    s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
+    mixture = Mixture(((1, ForwardKL()), (1, lambda log_p, log_q: log_p.sum(-1))))
+    with pytest.raises(ValueError, match="`divergence` must be elementwise"):
+        distillation_loss(s, t, divergence=mixture)
