@@ -53,8 +53,8 @@ class Columns(NamedTuple):
     def made_first(self) -> "Columns":
         """The columns, with logits that are complete before anything is made of them.
 
-        XLA would fuse the gradient with a product of a head. On a TPU, this fusion takes
-        several times as long as product and gradient do one after the other.
+        XLA would fuse the gradient with a product of a head. On a TPU, this fusion
+        takes several times as long as product and gradient do one after the other.
         """
         logits = jax.lax.optimization_barrier((self.teacher, self.student))
         return self._replace(teacher=logits[0], student=logits[1])

@@ -172,8 +172,9 @@ def _part(tile: int, work: Workload) -> int | None:
     """Tokens of a part: its tiles leave no more than the sum that it replaces holds.
 
     All parts have the same number of tiles, if one near the largest allows for it. They
-    are smaller if the plan fits only so. For several parts of few tiles it is None: they take as long as a sum over tiles (by the
-    TPU compiler's schedule, at a hidden size of 1024) and hold both.
+    are smaller if the plan fits only so. For several parts of few tiles it is None:
+    they take as long as a sum over tiles (by the TPU compiler's schedule, at a hidden
+    size of 1024) and hold both.
     """
     if work.tokens_per_sum == 0:
         return None
