@@ -145,9 +145,10 @@ def _pair_sums(
 
 
 def _list_sums(c: Columns, maxima: Maxima, temperature: jax.Array | None) -> RowSums:
-    pair = _listed_pair(c, maxima, RowSums(), temperature)
-    of_pair = _pair_sums(c, pair.teacher, pair.student, pair.same_temperature)
-    return RowSums(student=sum_exp(pair.student), **of_pair)
+    p, q, _, same_temperature = _listed_pair(c, maxima, RowSums(), temperature)
+    assert isinstance(p, Model)
+    of_pair = _pair_sums(c, p, q, same_temperature)
+    return RowSums(student=sum_exp(q), **of_pair)
 
 
 def _listed_pair(

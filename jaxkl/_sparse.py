@@ -14,7 +14,7 @@ from ._list_comparison import evaluate_where, List, plain_kl
 from ._lists import is_listed, merge_repeated, positions, safe_log, unlisted_mass
 from ._numerics import zero_unless
 from ._parameters import with_numbers
-from ._softmax import entropy, Outcomes
+from ._softmax import entropy, Model, Outcomes
 from ._sources import Kind, Source
 from ._vocabulary import Vocabulary
 
@@ -155,7 +155,9 @@ class SparseTeacher(Source):
         del d_outputs, counted
         return self.map_fields(lambda _, x: jnp.zeros_like(x))  # it is a constant
 
-    def list_sums(self, student, vocab):
+    def list_sums(
+        self, student: Model, vocab: Vocabulary
+    ) -> tuple[jax.Array, jax.Array] | None:
         return self._list(student.logits.dtype, vocab).sums(student, vocab)
 
     def divergence_of(self, divergence, p, q, vocab, q_unlisted=None):
