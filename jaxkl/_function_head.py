@@ -25,7 +25,8 @@ class FunctionHead(Given):
     is made a tile of tokens at a time, and so is its gradient, by `jax.vjp`: logits are
     never all in memory. A final norm with its head, a head with LoRA factors, or a head
     of 8-bit weights are such functions. For one product with a bias and a soft cap,
-    `LinearHead` has the plan that saves the most memory, and needs no `param_specs`.
+    `LinearHead` also has the lean plan, which makes a few columns at a time, and needs
+    no `param_specs`.
 
     It is a pytree, whose floating-point parameters and hidden states get gradients.
     Integers, bools and random keys have none (float0, as of `jax.grad`), and parameters
@@ -39,16 +40,20 @@ class FunctionHead(Given):
     one that ends in a soft cap, is pulled back a tile at a time.
 
     On a mesh, each device has all parameters, and the devices of `token_axes` and of
-    `vocab_axis` take tokens each. With `param_specs`, the devices of `vocab_axis` split
-    the columns instead. Inside your own `shard_map`, with `axis_name`, `apply` makes
-    the columns of its device from the parameters that it is given there.
+    `vocab_axis` take tokens each. If both models can be split, a function by its
+    `param_specs`, the devices of `vocab_axis` split the columns instead. Inside your
+    own `shard_map`, with `axis_name`, `apply` makes the columns of its device from the
+    parameters that it is given there.
+
+    Tokens that do not count may hold NaN. Columns beyond `vocab_size` have no part in
+    the loss, but the gradient of `apply` must be finite there.
 
     Args:
       apply: `(params, hidden) -> logits`, for any number of tokens: from
         `[tokens, hidden]` it makes `[tokens, vocab]`, each row from its own token. It
         must be hashable, and everything that is differentiated or traced must come in
-        `params`. It is part of the program: define it once and not in the training
-        loop, as another function, even with the same text, compiles again.
+        `params`. It is part of the program, and functions are told apart by identity:
+        define it once, outside the training loop, or each step compiles again.
       params: Any pytree of arrays: a Flax NNX state, the variables of Linen, a dict
         with None in it.
       hidden: Hidden states, `[..., hidden]`.
@@ -64,7 +69,7 @@ class FunctionHead(Given):
       >>> import jax, jax.numpy as jnp
       >>> def apply(params, x):
       ...     x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
-      ...     return (x * params["scale"]) @ params["kernel"]
+      ...     return (x * params["scale"][None, :]) @ params["kernel"]
       >>> params = dict(scale=jnp.ones(2), kernel=jnp.array([[0.0, 0.5], [0.0, 0.5]]))
       >>> head = jaxkl.FunctionHead(apply, params, jnp.full((1, 2), 3.0))
       >>> print(f"{jaxkl.distillation_loss(jnp.zeros((1, 2)), head):.4f}")

@@ -280,7 +280,7 @@ class _ConditionalList(SparseTeacher):
 
     def divergence_of(self, divergence, p, q, vocab, q_unlisted=None):
         """From the softmax of all columns, all of which are at hand."""
-        listed = self.on_list(q.log, vocab)
+        listed: tuple[jax.Array, jax.Array] = self.on_list(q.log, vocab)
         p, q = (Outcomes.of_log(jax.nn.log_softmax(x, axis=-1)) for x in listed)
         return self.sum_terms(divergence, p, q, vocab)
 
