@@ -5,9 +5,10 @@ student; a token's divergence is the sum of `f` over the vocabulary. That is all
 divergence is: a user's own function of this form works wherever these do.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Hashable
-from typing import Any, ClassVar, dataclass_transform, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -81,9 +82,8 @@ _CATALOGUE = set[type]()
 _T = TypeVar("_T")
 
 
-@dataclass_transform(frozen_default=True)
 def catalogued(cls: type[_T]) -> type[_T]:
-    """Makes a class a frozen dataclass, a pytree of its arrays, and one of ours.
+    """Makes a frozen dataclass a pytree of its arrays, and one of ours.
 
     A user's subclass is none of ours: its formula may differ.
     """
@@ -172,6 +172,7 @@ def _where(condition: jax.Array, x: Outcomes, y: Outcomes) -> Outcomes:
 
 
 @catalogued
+@dataclasses.dataclass(frozen=True)
 class ForwardKL(CataloguedDivergence):
     r"""Forward KL divergence $\mathrm{KL}(p \,\|\, q)$ of the student from the teacher.
 
@@ -202,6 +203,7 @@ class ForwardKL(CataloguedDivergence):
 
 
 @catalogued
+@dataclasses.dataclass(frozen=True)
 class ReverseKL(CataloguedDivergence):
     r"""Reverse KL divergence $\mathrm{KL}(q \,\|\, p)$ of the teacher from the student.
 
@@ -224,6 +226,7 @@ class ReverseKL(CataloguedDivergence):
 
 
 @catalogued
+@dataclasses.dataclass(frozen=True)
 class SymmetricKL(CataloguedDivergence):
     r"""$w\,\mathrm{KL}(p \,\|\, q) + (1 - w)\,\mathrm{KL}(q \,\|\, p)$.
 
@@ -262,6 +265,7 @@ class SymmetricKL(CataloguedDivergence):
 
 
 @catalogued
+@dataclasses.dataclass(frozen=True)
 class JensenShannon(CataloguedDivergence):
     r"""Generalised Jensen-Shannon divergence, with the weights of TRL and Liger.
 
@@ -309,6 +313,7 @@ class JensenShannon(CataloguedDivergence):
 
 
 @catalogued
+@dataclasses.dataclass(frozen=True)
 class SkewForwardKL(CataloguedDivergence):
     r"""Skewed forward KL, $\mathrm{KL}(p \,\|\, \alpha p + (1 - \alpha) q)$.
 
@@ -337,6 +342,7 @@ class SkewForwardKL(CataloguedDivergence):
 
 
 @catalogued
+@dataclasses.dataclass(frozen=True)
 class SkewReverseKL(CataloguedDivergence):
     r"""Skewed reverse KL, $\mathrm{KL}(q \,\|\, (1 - \alpha) p + \alpha q)$.
 
@@ -360,6 +366,7 @@ class SkewReverseKL(CataloguedDivergence):
 
 
 @catalogued
+@dataclasses.dataclass(frozen=True)
 class TotalVariation(CataloguedDivergence):
     r"""Total variation distance $\tfrac12 \sum_v |p_v - q_v|$, in [0, 1].
 
@@ -377,6 +384,7 @@ class TotalVariation(CataloguedDivergence):
 
 
 @catalogued
+@dataclasses.dataclass(frozen=True)
 class AlphaDivergence(CataloguedDivergence):
     r"""Amari's alpha-divergence.
 

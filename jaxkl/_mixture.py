@@ -1,5 +1,6 @@
 """Mixtures: weighted sums of divergences."""
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -22,6 +23,7 @@ from ._parameters import check_parameter, REAL
 
 
 @catalogued
+@dataclasses.dataclass(frozen=True)
 class Mixture(CataloguedDivergence):
     r"""A weighted sum of divergences, $\sum_i w_i D_i$, in one pass over the logits.
 

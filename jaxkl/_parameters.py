@@ -6,7 +6,6 @@ and has a `Slot` in the place of each array, and the arrays.
 """
 
 import copy
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, dataclass_transform, NamedTuple, Self, TypeVar
 
@@ -146,8 +145,7 @@ def with_numbers(static: Any) -> Any:
 
 @dataclass_transform(frozen_default=True)
 def as_pytree(cls: type[_T]) -> type[_T]:
-    """The frozen dataclass of that class, as a pytree whose leaves are its arrays."""
-    cls = dataclasses.dataclass(frozen=True)(cls)
+    """The dataclass as a pytree, whose leaves are its arrays."""
 
     def flatten(x):
         static, arrays = split(x)
