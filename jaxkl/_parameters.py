@@ -7,7 +7,7 @@ and has a `Slot` in the place of each array, and the arrays.
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, dataclass_transform, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -143,7 +143,6 @@ def with_numbers(static: Any) -> Any:
     )
 
 
-@dataclass_transform(frozen_default=True)
 def as_pytree(cls: type[_T]) -> type[_T]:
     """The dataclass as a pytree, whose leaves are its arrays."""
 
