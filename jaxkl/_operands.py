@@ -19,14 +19,21 @@ PlanName = Literal["fast", "lean"]
 class LossTerms(NamedTuple):
     """The terms of a token's loss, `[B]` each, or the weights of these terms.
 
-    All but the first are of the student at temperature 1. A term is None if it is not
-    part of the loss.
+    All but the first are of the student alone: at temperature 1 if there is a
+    divergence, else at the student's. A term is None if it is not part of the loss.
     """
 
     divergence: Any
-    label: Any = None  # -log q[label]
+    label: Any = None  # -log q[label], of the labels' shape
     uniform: Any = None  # -mean_v log q_v, for label smoothing
     lse_squared: Any = None
+    entropy: Any = None
+
+    @property
+    def per_token(self) -> jax.Array:
+        """One of them that is `[B]`, or the first of each token."""
+        x = jax.tree.leaves(self)[0]
+        return x if x.ndim == 1 else x[:, 0]
 
 
 class Statistics(NamedTuple):
@@ -39,7 +46,7 @@ class Statistics(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """All arrays of a loss. Those that are not in a source are `[B]`.
+    """All arrays of a loss. Those that are not in a source are `[B]`, but for labels.
 
     A tree of flags, dtypes or gradients, one for each array, is an `Operands` too.
     """
@@ -49,12 +56,12 @@ class Operands(NamedTuple):
     weights: LossTerms
     student_temperature: Any = None  # None: 1
     teacher_temperature: Any = None  # None: 1, or the student's if they are the same
-    labels: Any = None  # -100: none
+    labels: Any = None  # [B], or several a token, [B, k]; negative: none
     mask: Any = None  # the tokens that `where` keeps; None: all
 
     @property
     def tokens(self) -> int:
-        return self.weights.divergence.shape[0]
+        return jax.tree.leaves(self.weights)[0].shape[0]
 
     def map_sources(self, f: Callable[[Source], Source]) -> Self:
         return self._replace(student=f(self.student), teacher=f(self.teacher))
@@ -99,7 +106,7 @@ class Operands(NamedTuple):
 class Spec:
     """All of a loss that is not an array."""
 
-    divergence: Divergence
+    divergence: Divergence | None  # None: there is no teacher
     vocab: Vocabulary
     dtype: jnp.dtype
     reduce: bool = True  # whether the loss is summed over tokens

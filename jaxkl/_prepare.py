@@ -25,10 +25,12 @@ from ._arguments import (
 )
 from ._divergences import Divergence
 from ._layout import as_layout, Layout
+from ._no_teacher import NoTeacher
 from ._numerics import loss_dtype, zero_unless
 from ._operands import LossTerms, Operands, PlanName, Spec
 from ._sources import as_source, flattened, Source
 from ._swapped import as_constant
+from ._vocabulary import Vocabulary
 
 
 REDUCTIONS = ("none", "sum", "mean")
@@ -52,7 +54,7 @@ def prepare(
     student: ArrayLike | Source,
     teacher: ArrayLike | Source,
     *,
-    divergence: Divergence,
+    divergence: Divergence | None,
     temperature: ArrayLike,
     teacher_temperature: ArrayLike | None,
     t_squared: bool,
@@ -76,30 +78,29 @@ def prepare(
 ) -> Prepared:
     """Checks the arguments of `distillation_loss` and makes the engine's operands.
 
-    `statistics` is whether the metrics are asked for too.
+    `statistics` is whether the metrics are asked for too. With `NoTeacher()`, the loss
+    is that of the student alone: then `divergence` is not looked at, and a token
+    without a label does not count.
     """
     check.one_of("reduction", reduction, REDUCTIONS)
     t_squared = check.boolean("t_squared", t_squared)
-    tile = None if tile is None else check.positive_int("tile", tile)
-    if plan is not None:
-        check.one_of("plan", plan, PLANS)
-    if plan == "lean" and tile is not None:
-        raise ValueError(
-            f'`tile` must be None with plan="lean", which has no tiles; got {tile}.'
-        )
-    layout = as_layout(mesh, token_axes, vocab_axis, axis_name)
-    student, teacher = as_source("student", student), as_source("teacher", teacher)
-    shape = student.batch_shape
-    if shape != teacher.batch_shape:
-        raise ValueError(
-            "`student` and `teacher` must have the same batch shape, got "
-            f"{shape} and {teacher.batch_shape}."
-        )
-    student, teacher = flattened(student), flattened(teacher)
-    vocab = as_vocabulary(vocab_size, student, teacher, axis_name)
-    is_spread = not (axis_name is None and vocab_axis is None)
-    check_divergence(divergence, vocab, teacher, is_spread)
-    mask = None if where is None else as_mask(where, shape)
+    models = checked_models(
+        student,
+        teacher,
+        where=where,
+        vocab_size=vocab_size,
+        axis_name=axis_name,
+        mesh=mesh,
+        token_axes=token_axes,
+        vocab_axis=vocab_axis,
+        tile=tile,
+        plan=plan,
+    )
+    student, teacher, vocab, mask, layout, shape = models
+    is_alone = isinstance(teacher, NoTeacher)
+    if not is_alone:
+        is_spread = not (axis_name is None and vocab_axis is None)
+        check_divergence(divergence, vocab, teacher, is_spread)
     if not check.boolean("differentiate_teacher", differentiate_teacher):
         teacher = as_constant(student, teacher)
     teacher = teacher.checked_as_teacher(
@@ -126,7 +127,10 @@ def prepare(
         temperatures = jax.tree.map(lambda x: jnp.where(mask, x, 1), temperatures)
 
     weight = _weight(weights, mask, shape, dtype)
-    labels = None if labels is None else as_labels(labels, mask, shape, vocab.size)
+    if is_alone or labels is not None:
+        labels = as_labels(labels, mask, shape, vocab.size)  # pyright: ignore
+    if is_alone:
+        weight = zero_unless(labels != IGNORED_LABEL, weight)
     term_weights = _term_weights(
         _normalized(weight, reduction, normalizer),
         temperatures[0] if t_squared else None,
@@ -137,6 +141,8 @@ def prepare(
         z_loss=check.scalar("z_loss", z_loss, 0),
         statistics=statistics,
     )
+    if is_alone:
+        term_weights = term_weights._replace(divergence=None)
     if mask is not None:
         term_weights = jax.tree.map(lambda w: zero_unless(mask, w), term_weights)
     operands = Operands(
@@ -144,11 +150,64 @@ def prepare(
     )
     reduce = reduction != "none"
     spec = Spec(
-        divergence, vocab, dtype, reduce, statistics, same_temperature, tile, plan
+        None if is_alone else divergence,
+        vocab,
+        dtype,
+        reduce,
+        statistics,
+        same_temperature,
+        tile,
+        plan,
     )
     if axis_name is not None:
         check_slices(axis_name, operands)
     return Prepared(spec, operands, layout, weight, label_smoothing, shape)
+
+
+class CheckedModels(NamedTuple):
+    """What any walk over tokens is given, its tokens flattened to one axis."""
+
+    student: Source
+    teacher: Source
+    vocab: Vocabulary
+    mask: jax.Array | None  # [B], of `where`
+    layout: Layout | None
+    batch_shape: tuple[int, ...]
+
+
+def checked_models(
+    student: ArrayLike | Source,
+    teacher: ArrayLike | Source,
+    *,
+    where: ArrayLike | None,
+    vocab_size: int | None,
+    axis_name: str | None,
+    mesh: Mesh | AbstractMesh | None,
+    token_axes: str | Sequence[str] | None,
+    vocab_axis: str | None,
+    tile: int | None,
+    plan: PlanName | None,
+) -> CheckedModels:
+    if tile is not None:
+        tile = check.positive_int("tile", tile)
+    if plan is not None:
+        check.one_of("plan", plan, PLANS)
+    if plan == "lean" and tile is not None:
+        raise ValueError(
+            f'`tile` must be None with plan="lean", which has no tiles; got {tile}.'
+        )
+    layout = as_layout(mesh, token_axes, vocab_axis, axis_name)
+    student, teacher = as_source("student", student), as_source("teacher", teacher)
+    shape = student.batch_shape
+    if not isinstance(teacher, NoTeacher) and shape != teacher.batch_shape:
+        raise ValueError(
+            "`student` and `teacher` must have the same batch shape, got "
+            f"{shape} and {teacher.batch_shape}."
+        )
+    student, teacher = flattened(student), flattened(teacher)
+    vocab = as_vocabulary(vocab_size, student, teacher, axis_name)
+    mask = None if where is None else as_mask(where, shape)
+    return CheckedModels(student, teacher, vocab, mask, layout, shape)
 
 
 def _weight(
