@@ -17,6 +17,7 @@ from ._no_teacher import NoTeacher
 from ._numerics import loss_dtype, zero_unless
 from ._operands import LossTerms, Operands, PlanName, Spec
 from ._prepare import checked_models, Prepared
+from ._sources import Source
 
 
 LogProbs = jax.Array | tuple[jax.Array, jax.Array]
@@ -146,7 +147,7 @@ def token_log_probs(
 
 
 def prepare_tokens(
-    student: ArrayLike | LinearHead,
+    student: ArrayLike | Source,
     tokens: ArrayLike,
     *,
     temperature: ArrayLike,
