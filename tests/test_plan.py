@@ -156,6 +156,14 @@ def test_the_lean_plan_is_for_heads_that_would_hold_more_than_4_gib(work, is_lea
     assert (plan("cpu", work).columns is not None) == (is_lean and work.plan == "lean")
 
 
+def test_parts_shrink_until_they_fit():
+    work = Workload(16384, VOCAB, **HEADS | SUM)
+    assert plan("accelerator", work).part == 4096
+    # Their size is not known to matter where tokens may be spread.
+    work = dataclasses.replace(work, many_devices=True)
+    assert plan("accelerator", work).part == 8192
+
+
 @pytest.mark.parametrize("tokens", [1024, 4096, 6144, 8192, 15 * 512, 32768])
 @pytest.mark.parametrize("near", [1, 5, 48, 65, 384, 392, 770, 1024])
 def test_tiles_that_devices_share_evenly(tokens, near):
