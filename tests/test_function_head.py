@@ -15,6 +15,7 @@ from jaxkl import _engine, distillation_loss, FunctionHead, LinearHead
 from jaxkl._plan import Plan, plan, Workload
 
 from .cases import (
+    assert_dropped_rows_may_hold_nan,
     assert_matches,
     assert_source_gradient,
     evaluate,
@@ -144,24 +145,8 @@ def test_reference_and_forward_mode(rng):
 @pytest.mark.parametrize("by", ["where", "weights"])
 @mostly_normed
 def test_a_dropped_row_may_hold_nan(rng, by, reduction, tile, apply):
-    student, teacher = heads(rng, (5,), apply=apply)
-    spoil = lambda head, junk: replace(
-        head, hidden=head.hidden.at[1].set(junk).at[4, 0].set(junk)
-    )
-    keep = jnp.array([True, False, True, True, False])
-    drop = keep if by == "where" else keep.astype(jnp.float32)
-    arguments = {by: drop, "reduction": reduction, "tile": tile}
-    value, grads = evaluate(spoil(student, np.nan), spoil(teacher, np.inf), **arguments)
-    expected = expected_of(
-        spoil(student, 1.0),
-        spoil(teacher, 1.0),
-        where=np.asarray(keep),
-        reduction=reduction,
-    )
-    assert_close(value, expected.loss, 5e-6)
-    for name, head in (("student", student), ("teacher", teacher)):
-        assert_source_gradient(head, grads[name], getattr(expected, name), name)
-        assert not grads[name].hidden[~keep].any()
+    models = heads(rng, (5,), apply=apply)
+    assert_dropped_rows_may_hold_nan(*models, by=by, reduction=reduction, tile=tile)
 
 
 def test_a_row_with_weight_may_be_infinite(rng):

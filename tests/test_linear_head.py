@@ -14,6 +14,7 @@ from jaxkl import distillation_loss, LinearHead
 
 from . import oracle
 from .cases import (
+    assert_dropped_rows_may_hold_nan,
     assert_matches,
     assert_source_gradient,
     evaluate,
@@ -73,23 +74,8 @@ def test_a_dropped_row_may_hold_nan(rng, by, reduction, tile):
     settings = dict(bias=True, softcap=3.0)
     student = make_head(rng, (5,), 4, 11, **settings)
     teacher = make_head(rng, (5,), 3, 11, **settings)
-    spoil = lambda head, junk: dataclasses.replace(
-        head, hidden=head.hidden.at[1].set(junk).at[4, 0].set(junk)
-    )
-    keep = jnp.array([True, False, True, True, False])
-    drop = keep if by == "where" else keep.astype(jnp.float32)
-    arguments = {by: drop, "reduction": reduction, "tile": tile}
-    value, grads = evaluate(spoil(student, np.nan), spoil(teacher, np.inf), **arguments)
-    expected = expected_of(
-        spoil(student, 0.0),
-        spoil(teacher, 0.0),
-        where=np.asarray(keep),
-        reduction=reduction,
-    )
-    assert_close(value, expected.loss, 5e-6)
-    for name, head in (("student", student), ("teacher", teacher)):
-        assert_source_gradient(head, grads[name], getattr(expected, name), name)
-        assert not grads[name].hidden[~keep].any()
+    options = dict(by=by, reduction=reduction, tile=tile)
+    assert_dropped_rows_may_hold_nan(student, teacher, **options)
 
 
 def test_all_tokens_masked(rng):
