@@ -2,6 +2,7 @@
 
 from . import losses as losses, reference as reference
 from ._check_distributions import check_distributions as check_distributions
+from ._cross_entropy import cross_entropy as cross_entropy
 from ._distillation import (
     distillation_loss as distillation_loss,
     distillation_loss_with_metrics as distillation_loss_with_metrics,
@@ -26,6 +27,7 @@ from ._sparse_from_logits import (
     sampled_teacher as sampled_teacher,
     top_k_teacher as top_k_teacher,
 )
+from ._token_log_probs import token_log_probs as token_log_probs
 
 
 __version__ = "0.1.0"

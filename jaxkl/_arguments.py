@@ -34,9 +34,10 @@ def as_vocabulary(
                 "`vocab_size`."
             )
         if vocab_size is not None and vocab_size > min(width, other):
+            also = "" if teacher.width is None else f", and of `teacher`, {other}"
             raise ValueError(
-                f"`vocab_size` must be at most the columns of `student`, {width}, and "
-                f"of `teacher`, {other}, got {vocab_size}."
+                "`vocab_size` must be at most the columns of `student`, "
+                f"{width}{also}, got {vocab_size}."
             )
         return Vocabulary.whole(width if vocab_size is None else vocab_size)
     if width != other:
@@ -53,8 +54,11 @@ def as_vocabulary(
     return vocab
 
 
-def check_slices(axis_name: str, operands: Operands) -> None:
-    """Checks that the vocabulary, and nothing else, is spread over the axis."""
+def check_slices(axis_name: str, operands: Operands, labels: str = "labels") -> None:
+    """Checks that the vocabulary, and nothing else, is spread over the axis.
+
+    `labels` is the argument that holds them.
+    """
     slices = {"student": operands.student, "teacher": operands.teacher}
     for name, source in slices.items():
         array = source.vocab_array
@@ -65,7 +69,7 @@ def check_slices(axis_name: str, operands: Operands) -> None:
             )
     replicated = {
         "where": operands.mask,
-        "labels": operands.labels,
+        labels: operands.labels,
         "temperature": operands.student_temperature,
         "teacher_temperature": operands.teacher_temperature,
         "weights": operands.weights,
@@ -102,16 +106,57 @@ def as_labels(
     """The labels, `[B]`; those of tokens in `mask` are checked if they are known."""
     labels = check.int_array("labels", given)
     check.of_shape("labels", labels, shape, "the batch shape")
-    if check.is_known(labels) and check.is_known(mask):
-        known = np.asarray(labels).reshape(-1)
-        bad = (known != IGNORED_LABEL) & ((known < 0) | (known >= vocab_size))
-        bad &= True if mask is None else np.asarray(mask)
-        if bad.any():
-            raise ValueError(
-                f"`labels` must be in [0, {vocab_size}), or {IGNORED_LABEL} for no "
-                f"label, got {np.asarray(given).reshape(-1)[bad][0]}."
-            )
+    none = f"{IGNORED_LABEL} for no label"
+    check_columns("labels", given, labels, mask, vocab_size, IGNORED_LABEL, none)
     return labels.reshape(-1)
+
+
+def as_tokens(
+    given: ArrayLike, mask: jax.Array | None, shape: tuple[int, ...], vocab_size: int
+) -> tuple[jax.Array, tuple[int, ...]]:
+    """Tokens, `[B]` or several in each place, `[B, k]`, and their shape before.
+
+    Those in `mask` are checked if they are known.
+    """
+    tokens = check.int_array("tokens", given)
+    if tokens.shape != shape and tokens.shape[:-1] != shape:
+        raise ValueError(
+            f"`tokens` must have the batch shape {shape}, or an axis more for several "
+            f"tokens in each place, got {tokens.shape}."
+        )
+    none = "-1 for an empty slot"
+    check_columns("tokens", given, tokens, mask, vocab_size, -1, none)
+    k = tokens.shape[len(shape) :]
+    if k == (0,):
+        raise ValueError(f"`tokens` must hold a token at least, got {tokens.shape}.")
+    # A single one costs no gather.
+    return tokens.reshape(-1, *k) if k != (1,) else tokens.reshape(-1), tokens.shape
+
+
+def check_columns(
+    name: str,
+    given: ArrayLike,
+    columns: jax.Array,
+    mask: jax.Array | None,
+    vocab_size: int,
+    none: int,
+    what: str,
+) -> None:
+    """Checks that the columns of tokens in `mask` exist or are `none`, if known."""
+    if not (check.is_known(columns) and check.is_known(mask)):
+        return
+    known = np.asarray(columns)
+    bad = (known != none) & ((known < 0) | (known >= vocab_size))
+    if mask is not None:
+        kept = np.asarray(mask)
+        bad &= np.broadcast_to(
+            kept[:, None], (kept.size, bad.size // max(kept.size, 1))
+        ).reshape(bad.shape)
+    if bad.any():
+        raise ValueError(
+            f"`{name}` must be in [0, {vocab_size}), or {what}, got "
+            f"{np.asarray(given)[bad][0]}."
+        )
 
 
 def check_divergence(

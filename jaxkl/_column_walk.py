@@ -63,7 +63,7 @@ def walk_columns(
     of_slopes = over_blocks(add_slopes, _zeros(abstract_eval(lambda: slopes(0, width))))
     of_slopes = slopes_over_devices(vocab, of_slopes)
 
-    everything = jnp.full_like(x.weights.divergence, True, bool)
+    everything = jnp.full_like(x.weights.per_token, True, bool)
     asked = _with_gradients(perturbed)
     by_column = _with_gradients(operands.by_column_flags())
 

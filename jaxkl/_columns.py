@@ -6,7 +6,8 @@ $$ \frac{\partial D}{\partial z} = f_q - q \sum_v f_q, \qquad
    f_q = \frac{\partial f}{\partial \log q}, $$
 
 and the same for the teacher. Names follow this: `d_z` is $\partial D / \partial z$, and
-`q_at_1` the student's softmax at temperature 1.
+`q_at_1` the student's softmax at temperature 1. The student alone has more terms, which
+are those of `_student_terms`.
 
 Columns may be the whole vocabulary, a device's slice of it, or a block of a few. A
 column learns of the others in four phases. Each makes sums (or maxima) over the columns
@@ -24,7 +25,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ._comparison import OfEach, Pair
+from . import _student_terms as student_terms
+from ._comparison import Comparison, OfEach, Pair
 from ._divergences import ForwardKL, is_zero, kl_weights
 from ._numerics import weigh, zero_unless
 from ._operands import LossTerms, Operands, Spec, Statistics
@@ -39,7 +41,7 @@ class Columns(NamedTuple):
     spec: Spec
     x: Operands
     vocab: Vocabulary  # these columns
-    teacher: jax.Array  # logits, [B, V]
+    teacher: Any  # logits, [B, V]; None: there is no teacher
     student: jax.Array
     listed: tuple[jax.Array, jax.Array] | None  # see `Source.on_list`
 
@@ -61,12 +63,12 @@ class Columns(NamedTuple):
 
 
 class Models(NamedTuple):
-    """The two models, also at temperature 1; None: not needed there."""
+    """The two models, and those of terms and statistics of one; None: not needed."""
 
-    teacher: Model | None  # None: its logits are log-probabilities
+    teacher: Model | None  # None: its logits are log-probabilities, or there are none
     student: Model
     teacher_at_1: Model | None
-    student_at_1: Model | None
+    alone: Model | None  # the student at `student_terms.temperature`
 
     @classmethod
     def of(cls, c: Columns, maxima: Maxima, sums: RowSums) -> "Models":
@@ -84,9 +86,10 @@ class Models(NamedTuple):
                 sums.teacher_at_1,
             )
         has_more_terms = any(w is not None for w in x.weights[1:])
+        alone = q if spec.divergence is None else q_at_1
         if not (spec.statistics or has_more_terms):
-            q_at_1 = None
-        return cls(p, q, p_at_1 if spec.statistics else None, q_at_1)
+            alone = None
+        return cls(p, q, p_at_1 if spec.statistics else None, alone)
 
 
 def _at_two_temperatures(
@@ -110,7 +113,7 @@ def row_maxima(c: Columns) -> Maxima:
 
 def row_sums(c: Columns, maxima: Maxima) -> RowSums:
     """The sums, relative to any `maxima`, such as those of all columns."""
-    p, q, p_at_1, q_at_1 = Models.of(c, maxima, RowSums())
+    p, q, p_at_1, alone = Models.of(c, maxima, RowSums())
     sums = RowSums(student=sum_exp(q))
     if p is not None:
         sums = sums._replace(**_pair_sums(c, p, q, c.spec.same_temperature))
@@ -124,15 +127,14 @@ def row_sums(c: Columns, maxima: Maxima) -> RowSums:
     of_list = c.x.teacher.list_sums(q, c.vocab)
     if of_list is not None:
         sums = sums._replace(listed=of_list[0], unlisted=of_list[1])
-    if q_at_1 is None:
+    if alone is None:
         return sums
     if of_list is not None:
-        _, unlisted = c.x.teacher.list_sums(q_at_1, c.vocab)
+        _, unlisted = c.x.teacher.list_sums(alone, c.vocab)
         sums = sums._replace(unlisted_at_1=unlisted)
-    if q.stats.temperature is not None:
-        sums = sums._replace(student_at_1=sum_exp(q_at_1))
-    others = zero_unless(~_is_label(c), jnp.exp(q_at_1.shifted()))
-    return sums._replace(unlabelled=jnp.sum(others, axis=-1))
+    if alone.stats.temperature is not q.stats.temperature:
+        sums = sums._replace(student_at_1=sum_exp(alone))
+    return sums._replace(**student_terms.sums(c.x.weights, alone))
 
 
 def _pair_sums(
@@ -164,6 +166,8 @@ def _listed_pair(
 
 
 def sums_of_slopes(c: Columns, maxima: Maxima, sums: RowSums) -> OfEach:
+    if c.spec.divergence is None:
+        return OfEach(None, None)
     pair = _pair(c, Models.of(c, maxima, sums), maxima, sums)
     divergence = c.spec.whole_divergence(c.x)
     return c.x.teacher.sums_of_slopes(divergence, pair, c.vocab)
@@ -172,9 +176,9 @@ def sums_of_slopes(c: Columns, maxima: Maxima, sums: RowSums) -> OfEach:
 class TermSums(NamedTuple):
     """Sums over columns that make the terms of the loss and its statistics, `[B]`."""
 
-    divergence: Any
-    label: Any = None  # -log q of the label
-    uniform: Any = None  # -Σ log q
+    divergence: Any = None
+    label: Any = None  # see `student_terms.label_and_uniform`
+    uniform: Any = None
     kl: Any = None
     student_entropy: Any = None
     teacher_entropy: Any = None
@@ -211,38 +215,23 @@ def finish(
     """
     spec, x, vocab = c.spec, c.x, c.vocab
     models = Models.of(c, maxima, sums)
-    pair = _pair(c, models, maxima, sums)
-    p, q = pair.softmaxes()
-    compared = x.teacher.compare(
-        spec.whole_divergence(x), pair, vocab, of_slopes, recompute=recompute
-    )
-    terms = TermSums(compared.divergence)
-    teacher_temperature = spec.teacher_temperature(x)
-    weight = x.weights.divergence
-    d_t, d_teacher_temperature = _d_logits(
-        weight, compared.d_teacher, p, teacher_temperature
-    )
-    d_s, d_student_temperature = _d_logits(
-        weight, compared.d_student, q, x.student_temperature
-    )
-    if c.listed is not None:
-        d_s = x.teacher.off_list(d_s, vocab)
-    if spec.same_temperature:
-        both = d_student_temperature, d_teacher_temperature
-        d_student_temperature = jax.tree.map(jnp.add, *both)
-        d_teacher_temperature = None
-    tops = None
-    if models.student_at_1 is not None:
-        q_at_1 = models.student_at_1.softmax()
-        is_label = _is_label(c)
-        terms = terms._replace(
-            label=-jnp.sum(zero_unless(is_label, q_at_1.log), axis=-1),
-            uniform=-jnp.sum(vocab.mask(q_at_1.log), axis=-1),
+    terms, d_logits, lse = TermSums(), _DLogits(), models.student.stats.lse
+    if spec.divergence is not None:
+        pair = _pair(c, models, maxima, sums)
+        p, q = pair.softmaxes()
+        compared = x.teacher.compare(
+            spec.whole_divergence(x), pair, vocab, of_slopes, recompute=recompute
         )
-        others = _unlabelled_share(x, sums)[:, None]
-        d_label = jnp.where(is_label, -others, q_at_1.prob)
-        d_s += _d_logits_at_1(x.weights, q_at_1, d_label, vocab)
+        terms = terms._replace(divergence=compared.divergence)
+        d_logits, lse = _d_logits_of_pair(c, pair, compared), p.lse + q.lse
+    tops = None
+    if models.alone is not None:
+        of_label, uniform = student_terms.label_and_uniform(x, models.alone, vocab)
+        terms = terms._replace(label=of_label, uniform=uniform)
+        d_logits = d_logits.plus(*_d_logits_alone(x, models.alone, sums, vocab))
         if spec.statistics:
+            assert spec.divergence is not None
+            q_at_1 = models.alone.softmax()
             if c.listed is not None:
                 statistics = _listed_statistics(c, maxima, sums, q_at_1)
             else:
@@ -256,13 +245,12 @@ def finish(
             )
     # 0 · NaN is NaN in the product for `d kernel`: a token without weight does not
     # count if its hidden states may not be finite.
-    has_weight = ft.reduce(jnp.logical_or, [w != 0 for w in jax.tree.leaves(x.weights)])
-    counted &= has_weight | jnp.isfinite(p.lse + q.lse)
+    counted &= x.weights.any_nonzero | jnp.isfinite(lse)
     gradients = x._replace(
-        student=x.student.d_outputs(c.student, d_s),
-        teacher=x.teacher.d_outputs(c.teacher, d_t),
-        student_temperature=d_student_temperature,
-        teacher_temperature=d_teacher_temperature,
+        student=x.student.d_outputs(c.student, d_logits.student),
+        teacher=x.teacher.d_outputs(c.teacher, d_logits.teacher),
+        student_temperature=d_logits.student_temperature,
+        teacher_temperature=d_logits.teacher_temperature,
     )
     return Finished(terms, tops, gradients, counted)
 
@@ -276,22 +264,17 @@ def complete(
     tops: Tops | None,
 ) -> tuple[LossTerms, Statistics | None]:
     """The terms that have a weight, and the statistics, from sums over all columns."""
-    if terms.label is None:
-        return LossTerms(terms.divergence), None
-    others = _unlabelled_share(x, sums)
-    # When a label has q ≈ 1, `log q` has lost its digits; `1 - Σ_others q` has not.
-    is_certain = others < 0.5
-    accurate = -jnp.log1p(-zero_unless(is_certain, others))
-    label = jnp.where(is_certain, accurate, terms.label)
-    lse = SoftmaxStats(maxima.student, None, _sum_exp_at_1(x, sums)).lse
-    uniform = terms.uniform / spec.vocab.size
-    pairs = zip(x.weights, (terms.divergence, label, uniform, lse * lse), strict=True)
-    loss_terms = LossTerms(*(None if w is None else term for w, term in pairs))
+    of_loss = LossTerms(terms.divergence)
+    if terms.uniform is not None:
+        alone = student_terms.terms(
+            spec, x, maxima.student, sums, terms.label, terms.uniform
+        )
+        of_loss = alone._replace(divergence=terms.divergence)
     if tops is None:
-        return loss_terms, None
+        return of_loss, None
     agree = (tops.student == tops.teacher).astype(spec.dtype)
     entropies = terms.student_entropy, terms.teacher_entropy
-    return loss_terms, Statistics(terms.kl, *entropies, agree)
+    return of_loss, Statistics(terms.kl, *entropies, agree)
 
 
 def _pair(c: Columns, models: Models, maxima: Maxima, sums: RowSums) -> Pair:
@@ -301,23 +284,51 @@ def _pair(c: Columns, models: Models, maxima: Maxima, sums: RowSums) -> Pair:
     return Pair(teacher, models.student, sums, c.spec.same_temperature)
 
 
-def _sum_exp_at_1(x: Operands, sums: RowSums) -> jax.Array:
-    return sums.student if x.student_temperature is None else sums.student_at_1
+class _DLogits(NamedTuple):
+    """Gradients of the loss to logits, `[B, V]`, and temperatures, `[B]`, or None.
+
+    Those of temperatures are sums over the columns at hand.
+    """
+
+    teacher: Any = None
+    student: Any = 0
+    teacher_temperature: Any = None
+    student_temperature: Any = None
+
+    def plus(self, d_s: Any, d_temperature: jax.Array | None) -> "_DLogits":
+        """With the gradients of more terms to the student and its temperature."""
+        if d_temperature is not None:
+            self = self._replace(student_temperature=d_temperature)
+        return self._replace(student=self.student + d_s)
 
 
-def _unlabelled_share(x: Operands, sums: RowSums) -> jax.Array:
-    """The student's mass, at temperature 1, outside the label."""
-    total = _sum_exp_at_1(x, sums)
-    # A row with a logit of +inf is NaN, and its label may be the column that has it.
-    return jnp.where(total < jnp.inf, sums.unlabelled / total, jnp.nan)
+def _d_logits_of_pair(c: Columns, pair: Pair, compared: Comparison) -> _DLogits:
+    spec, x = c.spec, c.x
+    (p, q), weight = pair.softmaxes(), x.weights.divergence
+    d_t, d_teacher_temperature = _d_logits(
+        weight, compared.d_teacher, p, spec.teacher_temperature(x)
+    )
+    d_s, d_student_temperature = _d_logits(
+        weight, compared.d_student, q, x.student_temperature
+    )
+    if c.listed is not None:
+        d_s = x.teacher.off_list(d_s, c.vocab)
+    if spec.same_temperature:
+        both = d_student_temperature, d_teacher_temperature
+        d_student_temperature = jax.tree.map(jnp.add, *both)
+        d_teacher_temperature = None
+    return _DLogits(d_t, d_s, d_teacher_temperature, d_student_temperature)
 
 
-def _is_label(c: Columns) -> jax.Array:
-    """One True in each row with a label, `[B, V]`. (A gather would not shard.)"""
-    # It is made like the logits, whose type may say how they are spread over a mesh.
-    labels, like = c.x.labels, c.student
-    column = jnp.zeros_like(like, jnp.int32) + c.vocab.columns[None, :]
-    return jnp.zeros_like(like, bool) if labels is None else column == labels[:, None]
+def _d_logits_alone(
+    x: Operands, alone: Model, sums: RowSums, vocab: Vocabulary
+) -> tuple[Any, jax.Array | None]:
+    """Of the terms of the student alone: the gradients to logits and temperature."""
+    d_z = student_terms.d_shifted(x, alone, sums, vocab)
+    if alone.stats.temperature is None:
+        return d_z, None
+    is_weighted = x.weights.any_nonzero.astype(d_z.dtype)
+    return _d_logits(is_weighted, d_z, alone.softmax(), alone.stats.temperature)
 
 
 def _d_logits(
@@ -338,33 +349,12 @@ def _d_logits(
     return weigh(weight[:, None], d_z), weigh(weight, d_temperature)
 
 
-def _d_logits_at_1(
-    weights: LossTerms,
-    q_at_1: Softmax | None,
-    d_label: jax.Array | None,
-    vocab: Vocabulary,
-) -> jax.Array | int:
-    """The gradient of the terms at temperature 1 to the logits, `[B, V]`, or 0."""
-    if q_at_1 is None or d_label is None:
-        return 0
-    parts = []
-    q, lse = q_at_1.prob, q_at_1.lse
-    if weights.label is not None:
-        parts.append(weigh(weights.label[:, None], d_label))
-    if weights.uniform is not None:
-        d_uniform = vocab.mask(q - 1 / vocab.size)
-        parts.append(weigh(weights.uniform[:, None], d_uniform))
-    if weights.lse_squared is not None:
-        parts.append(weigh((2 * weights.lse_squared * lse)[:, None], q))
-    return sum(parts)
-
-
 def _statistics(
     x: Operands, p: Softmax, q: Softmax, vocab: Vocabulary, sums: RowSums
 ) -> dict[str, jax.Array]:
     q_unlisted = None
     if sums.unlisted_at_1 is not None:
-        q_unlisted = sums.unlisted_at_1 / _sum_exp_at_1(x, sums)
+        q_unlisted = sums.unlisted_at_1 / sums.alone
     return dict(
         kl=x.teacher.divergence_of(
             ForwardKL(), p.outcomes, q.outcomes, vocab, q_unlisted

@@ -7,14 +7,13 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
 from ._divergences import Divergence, ForwardKL
-from ._engine import weighted_loss
+from ._evaluate import evaluate
 from ._function_head import FunctionHead
 from ._keywords import suggest_keywords
 from ._linear_head import LinearHead
 from ._metrics import DistillationMetrics, metrics_of
-from ._operands import LossTerms, PlanName, Statistics
-from ._prepare import prepare, Prepared, Reduction
-from ._sharding import sharded_weighted_loss
+from ._operands import PlanName
+from ._prepare import prepare, Reduction
 from ._sparse import SparseTeacher
 
 
@@ -181,7 +180,7 @@ def distillation_loss(
         tile=tile,
         plan=plan,
     )
-    loss, _, _ = _evaluate(prepared)
+    loss, _, _ = evaluate(prepared)
     return loss
 
 
@@ -253,18 +252,6 @@ def distillation_loss_with_metrics(
         plan=plan,
         statistics=True,
     )
-    loss, terms, statistics = _evaluate(prepared)
+    loss, terms, statistics = evaluate(prepared)
     assert statistics is not None
     return loss, metrics_of(prepared, terms, statistics)
-
-
-def _evaluate(prepared: Prepared) -> tuple[jax.Array, LossTerms, Statistics | None]:
-    """The loss as the user gets it, and the engine's terms and statistics."""
-    spec, operands, layout, *_ = prepared
-    if layout is None:
-        loss, terms, statistics = weighted_loss(spec, operands)
-    else:
-        loss, terms, statistics = sharded_weighted_loss(spec, layout, operands)
-    if not spec.reduce:
-        loss = loss.reshape(prepared.batch_shape)
-    return loss, terms, statistics

@@ -2,10 +2,12 @@
 
     loss = Σ_tokens Σ_terms weight · term(teacher, student)
 
+or its parts `weight · term`, which the caller adds up, or takes as they are.
+
 Reductions, masks, T² and mixing factors are all in the weights when they get here, and
 so are known before the backward pass. The forward rule computes the gradients with the
 loss, a tile at a time, and keeps those alone; the backward rule multiplies them by the
-incoming cotangent. If there is a cotangent for each token, or a float16 gradient, the
+incoming cotangent. If there is a cotangent for each part, or a float16 gradient, the
 backward rule runs the tiles again instead.
 """
 
@@ -14,22 +16,25 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import CustomVJPPrimal
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from ._column_walk import walk_columns
 from ._compat import varying_axes
 from ._numerics import weigh
 from ._operands import LossTerms, Operands, Result, Spec, Statistics
 from ._plan import plan, workload
+from ._trees import keep
 from ._walk import walk
 
 
-Outputs = tuple[jax.Array, LossTerms, Statistics | None]
+Outputs = tuple[Any, LossTerms, Statistics | None]
 
 
 @ft.partial(jax.jit, static_argnums=0)
 def weighted_loss(spec: Spec, operands: Operands) -> Outputs:
-    """`Σ weight · term`, a scalar or `[B]`; the terms and statistics, `[B]` each.
+    """`Σ weight · term`, a scalar, or each `weight · term`, a `LossTerms`.
+
+    With it come the terms and statistics, `[B]` each.
 
     Terms and statistics are constants to differentiation.
     """
@@ -99,12 +104,20 @@ def _weighted_loss_bwd(spec, dtypes, res, cotangents):
     g, _, _ = cotangents
     perturbed = jax.tree.map(_flagged_dtype, res.flags)
     if _awaits_cotangent(spec, perturbed):
-        times_g = lambda x: x * g
-        weights = jax.tree.map(times_g, res.operands.weights)
+        of_terms = jax.tree.map(lambda _: g, perturbed.weights) if spec.reduce else g
+        # A term that has no part in what is differentiated is left out.
+        is_asked = jax.tree.map(lambda g: not isinstance(g, SymbolicZero), of_terms)
+        of_terms, asked = keep(is_asked, of_terms), keep(is_asked, perturbed.weights)
+        weights = keep(is_asked, res.operands.weights)
+        weights = jax.tree.map(jnp.multiply, of_terms, weights)
         operands = res.operands._replace(weights=weights)
+        perturbed = perturbed._replace(weights=asked)
         gradients = _run(spec, operands, perturbed).gradients
         # The gradient of a weight is its term, which has not seen the cotangent.
-        weights = jax.tree.map(times_g, gradients.weights)
+        times = lambda x, g: None if x is None else x * g
+        weights = jax.tree.map(
+            times, gradients.weights, of_terms, is_leaf=lambda x: x is None
+        )
         return (gradients._replace(weights=weights),)
     scale = lambda dtype, d: (d.astype(g.dtype) * g).astype(dtype) if dtype else None
     return (jax.tree.map(scale, perturbed, res.gradients),)
@@ -135,7 +148,7 @@ def _nothing(operands: Operands) -> Operands:
 def _awaits_cotangent(spec: Spec, perturbed: Operands) -> bool:
     """Whether gradients wait for the cotangent.
 
-    They do if there is one for each token, and in float16, where the gradient of a mean
+    They do if there is one for each part, and in float16, where the gradient of a mean
     may underflow without its loss scale.
     """
     is_half = spec.passes_float16 or "float16" in jax.tree.leaves(perturbed)
@@ -151,15 +164,16 @@ def _with_dtypes(dtypes: tuple[str, ...], operands: Operands) -> Operands:
 
 
 def _outputs(spec: Spec, operands: Operands, result: Result) -> Any:
-    weighted = jax.tree.map(weigh, operands.weights, result.terms)
-    loss = sum(jax.tree.leaves(weighted))
-    return jnp.sum(loss) if spec.reduce else loss, result.terms, result.statistics
+    loss = jax.tree.map(weigh, operands.weights, result.terms)
+    if spec.reduce:
+        loss = jnp.sum(sum(jax.tree.leaves(loss)))
+    return loss, result.terms, result.statistics
 
 
 def _run(spec: Spec, operands: Operands, perturbed: Operands) -> Result:
     """Walks over all tokens as planned for the platform; see `walk`."""
     work = workload(spec, operands, perturbed)
-    if work.sharding == "explicit" and work.kinds != ("logits", "logits"):
+    if work.sharding == "explicit" and not work.is_dense:
         raise ValueError(
             "`student` and `teacher` must be logits if mesh axes are Explicit: for a "
             "head or a SparseTeacher pass `mesh`."

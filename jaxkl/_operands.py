@@ -1,6 +1,7 @@
 """What the engine is given, and what it returns."""
 
 import dataclasses
+import functools as ft
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Self
 
@@ -20,14 +21,27 @@ PlanName = Literal["fast", "lean"]
 class LossTerms(NamedTuple):
     """The terms of a token's loss, `[B]` each, or the weights of these terms.
 
-    All but the first are of the student at temperature 1. A term is None if it is not
-    part of the loss.
+    All but the first are of the student alone: at temperature 1 if there is a
+    divergence, else at the student's. A term is None if it is not part of the loss.
     """
 
     divergence: Any
-    label: Any = None  # -log q[label]
+    label: Any = None  # -log q[label], of the labels' shape
     uniform: Any = None  # -mean_v log q_v, for label smoothing
     lse_squared: Any = None
+    entropy: Any = None
+
+    @property
+    def per_token(self) -> jax.Array:
+        """One of them that is `[B]`, or the first of each token."""
+        x = jax.tree.leaves(self)[0]
+        return x if x.ndim == 1 else x[:, 0]
+
+    @property
+    def any_nonzero(self) -> jax.Array:
+        """Whether a token has any that is not 0, bool `[B]`."""
+        of_token = lambda x: jnp.any(x.reshape(x.shape[0], -1) != 0, axis=-1)
+        return ft.reduce(jnp.logical_or, map(of_token, jax.tree.leaves(self)))
 
 
 class Statistics(NamedTuple):
@@ -40,7 +54,7 @@ class Statistics(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """All arrays of a loss. Those that are not in a source are `[B]`.
+    """All arrays of a loss. Those that are not in a source are `[B]`, but for labels.
 
     A tree of flags, dtypes or gradients, one for each array, is an `Operands` too.
     """
@@ -50,13 +64,13 @@ class Operands(NamedTuple):
     weights: LossTerms
     student_temperature: Any = None  # None: 1
     teacher_temperature: Any = None  # None: 1, or the student's if they are the same
-    labels: Any = None  # -100: none
+    labels: Any = None  # [B], or several a token, [B, k]; negative: none
     mask: Any = None  # the tokens that `where` keeps; None: all
     parameters: tuple[Any, ...] = ()  # those of the divergence that are arrays
 
     @property
     def tokens(self) -> int:
-        return self.weights.divergence.shape[0]
+        return jax.tree.leaves(self.weights)[0].shape[0]
 
     def map_sources(self, f: Callable[[Source], Source]) -> Self:
         return self._replace(student=f(self.student), teacher=f(self.teacher))
@@ -101,7 +115,7 @@ class Operands(NamedTuple):
 class Spec:
     """All of a loss that is not an array."""
 
-    divergence: Divergence  # its static part
+    divergence: Divergence | None  # its static part; None: there is no teacher
     vocab: Vocabulary
     dtype: jnp.dtype
     reduce: bool = True  # whether the loss is summed over tokens

@@ -66,6 +66,15 @@ class Workload:
     def kinds(self) -> tuple[Kind, Kind]:
         return self.student, self.teacher
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether all logits are arguments."""
+        return self.student == "logits" and self.teacher in ("logits", "none")
+
+    @property
+    def models(self) -> int:
+        return 1 if self.teacher == "none" else 2
+
 
 def workload(spec: Spec, operands: Operands, perturbed: Operands) -> Workload:
     sources = operands.student, operands.teacher
@@ -74,7 +83,7 @@ def workload(spec: Spec, operands: Operands, perturbed: Operands) -> Workload:
     sharding = "auto"
     if any(map(is_explicitly_sharded, jax.tree.leaves(operands))):
         sharding = "explicit"
-    elif varying_axes(operands.weights.divergence):
+    elif varying_axes(operands.weights.per_token):
         sharding = "manual"
     return Workload(
         operands.tokens,
@@ -133,8 +142,8 @@ def _fast_plan(platform: Platform, work: Workload) -> Plan:
         tile = None
     # Dense logits are already in memory: recompute slopes rather than store a
     # logits-sized array. A tile that stays in a CPU's cache may keep its slopes.
-    is_dense = work.kinds == ("logits", "logits")
-    recompute = platform == "accelerator" or (is_dense and tile is None)
+    recompute = platform == "accelerator" or (work.is_dense and tile is None)
+    recompute &= work.teacher != "none"  # the student alone has no slopes
     part, one_pass = None, False
     if tile is not None and platform == "accelerator":
         part = _part(tile, work)
@@ -143,11 +152,11 @@ def _fast_plan(platform: Platform, work: Workload) -> Plan:
 
 
 def _fits(tile: int, part: int | None, work: Workload) -> bool:
-    """Whether a fast plan is within its budget: two models' logits of a tile, what a
+    """Whether a fast plan is within its budget: the models' logits of a tile, what a
     part leaves, and sums of gradients over parts or tiles."""
     if work.sharding == "auto" and work.many_devices:
         return True  # XLA's partitioner may spread the tokens
-    bytes_held = 2 * _tile_bytes(tile, work)
+    bytes_held = work.models * _tile_bytes(tile, work)
     part = min(part or 0, work.tokens)
     if part:
         bytes_held += part * work.sum_bytes // work.tokens_per_sum
@@ -198,7 +207,7 @@ def _tile(platform: Platform, work: Workload) -> int | None:
     if work.tile is not None:
         return work.tile
     if platform == "accelerator":
-        if work.kinds == ("logits", "logits"):
+        if work.is_dense:
             return None  # XLA fuses the loss into passes over the logits
         # Each tile of a head reads the whole kernel. At a chip's published rates that
         # takes as long as the products of 240 tokens (v5e) to 560 (v6e). Logits beside

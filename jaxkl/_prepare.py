@@ -5,7 +5,6 @@ does the rest: the gradients of weights, T² and the normaliser are those of the
 lines in `_term_weights`.
 """
 
-import functools as ft
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -26,11 +25,13 @@ from ._arguments import (
 )
 from ._divergences import Divergence
 from ._layout import as_layout, Layout
+from ._no_teacher import NoTeacher
 from ._numerics import loss_dtype, zero_unless
 from ._operands import LossTerms, Operands, PlanName, Spec
 from ._parameters import split
 from ._sources import as_source, flattened, Given
 from ._swapped import as_constant
+from ._vocabulary import Vocabulary
 
 
 REDUCTIONS = ("none", "sum", "mean")
@@ -54,7 +55,7 @@ def prepare(
     student: ArrayLike | Given,
     teacher: ArrayLike | Given,
     *,
-    divergence: Divergence,
+    divergence: Divergence | None,
     temperature: ArrayLike,
     teacher_temperature: ArrayLike | None,
     t_squared: bool,
@@ -78,39 +79,30 @@ def prepare(
 ) -> Prepared:
     """Checks the arguments of `distillation_loss` and makes the engine's operands.
 
-    `statistics` is whether the metrics are asked for too.
+    `statistics` is whether the metrics are asked for too. With `NoTeacher()`, the loss
+    is that of the student alone: then `divergence` is not looked at, and a token
+    without a label does not count.
     """
     check.one_of("reduction", reduction, REDUCTIONS)
     t_squared = check.boolean("t_squared", t_squared)
-    tile = None if tile is None else check.positive_int("tile", tile)
-    if plan is not None:
-        check.one_of("plan", plan, PLANS)
-    if plan == "lean" and tile is not None:
-        raise ValueError(
-            f'`tile` must be None with plan="lean", which has no tiles; got {tile}.'
-        )
-    layout = as_layout(mesh, token_axes, vocab_axis, axis_name)
-    student, teacher = as_source("student", student), as_source("teacher", teacher)
-    for name, source in (("student", student), ("teacher", teacher)):
-        if plan == "lean" and not source.makes_blocks:
-            raise ValueError(
-                f'`plan` must not be "lean" with a FunctionHead as `{name}`, whose '
-                "columns can be made together only; take a LinearHead or another plan."
-            )
-        if layout is not None and not source.splits_columns:
-            layout = layout.without_vocab_axis()
-    shape = student.batch_shape
-    if shape != teacher.batch_shape:
-        raise ValueError(
-            "`student` and `teacher` must have the same batch shape, got "
-            f"{shape} and {teacher.batch_shape}."
-        )
-    student, teacher = flattened(student), flattened(teacher)
-    vocab = as_vocabulary(vocab_size, student, teacher, axis_name)
-    is_spread = not (axis_name is None and vocab_axis is None)
-    check_divergence(divergence, vocab, teacher, is_spread)
-    divergence, parameters = split(divergence)
-    mask = None if where is None else as_mask(where, shape)
+    models = checked_models(
+        student,
+        teacher,
+        where=where,
+        vocab_size=vocab_size,
+        axis_name=axis_name,
+        mesh=mesh,
+        token_axes=token_axes,
+        vocab_axis=vocab_axis,
+        tile=tile,
+        plan=plan,
+    )
+    student, teacher, vocab, mask, layout, shape = models
+    is_alone, parameters = isinstance(teacher, NoTeacher), ()
+    if not is_alone:
+        is_spread = not (axis_name is None and vocab_axis is None)
+        check_divergence(divergence, vocab, teacher, is_spread)
+        divergence, parameters = split(divergence)
     if not check.boolean("differentiate_teacher", differentiate_teacher):
         teacher = as_constant(student, teacher)
     teacher = teacher.checked_as_teacher(
@@ -139,7 +131,10 @@ def prepare(
         temperatures = jax.tree.map(lambda x: jnp.where(mask, x, 1), temperatures)
 
     weight = _weight(weights, mask, shape, dtype)
-    labels = None if labels is None else as_labels(labels, mask, shape, vocab.size)
+    if is_alone or labels is not None:
+        labels = as_labels(labels, mask, shape, vocab.size)  # pyright: ignore
+    if is_alone:
+        weight = zero_unless(labels != IGNORED_LABEL, weight)
     term_weights = _term_weights(
         _normalized(weight, reduction, normalizer),
         temperatures[0] if t_squared else None,
@@ -150,11 +145,11 @@ def prepare(
         z_loss=check.scalar("z_loss", z_loss, 0),
         statistics=statistics,
     )
+    if is_alone:
+        term_weights = term_weights._replace(divergence=None)
     if mask is not None:
         term_weights = jax.tree.map(lambda w: zero_unless(mask, w), term_weights)
-    weightless = ft.reduce(
-        jnp.logical_and, [w == 0 for w in jax.tree.leaves(term_weights)]
-    )
+    weightless = ~term_weights.any_nonzero
     student, teacher = student.spared(weightless), teacher.spared(weightless)
     operands = Operands(
         student,
@@ -170,7 +165,7 @@ def prepare(
     passes_float16 = student.passes_float16
     passes_float16 |= bool(differentiate_teacher) and teacher.passes_float16
     spec = Spec(
-        divergence,
+        None if is_alone else divergence,
         vocab,
         dtype,
         reduce,
@@ -183,6 +178,60 @@ def prepare(
     if axis_name is not None:
         check_slices(axis_name, operands)
     return Prepared(spec, operands, layout, weight, label_smoothing, shape)
+
+
+class CheckedModels(NamedTuple):
+    """What any walk over tokens is given, its tokens flattened to one axis."""
+
+    student: Source
+    teacher: Source
+    vocab: Vocabulary
+    mask: jax.Array | None  # [B], of `where`
+    layout: Layout | None
+    batch_shape: tuple[int, ...]
+
+
+def checked_models(
+    student: ArrayLike | Given,
+    teacher: ArrayLike | Given,
+    *,
+    where: ArrayLike | None,
+    vocab_size: int | None,
+    axis_name: str | None,
+    mesh: Mesh | AbstractMesh | None,
+    token_axes: str | Sequence[str] | None,
+    vocab_axis: str | None,
+    tile: int | None,
+    plan: PlanName | None,
+) -> CheckedModels:
+    if tile is not None:
+        tile = check.positive_int("tile", tile)
+    if plan is not None:
+        check.one_of("plan", plan, PLANS)
+    if plan == "lean" and tile is not None:
+        raise ValueError(
+            f'`tile` must be None with plan="lean", which has no tiles; got {tile}.'
+        )
+    layout = as_layout(mesh, token_axes, vocab_axis, axis_name)
+    student, teacher = as_source("student", student), as_source("teacher", teacher)
+    for name, source in (("student", student), ("teacher", teacher)):
+        if plan == "lean" and not source.makes_blocks:
+            raise ValueError(
+                f'`plan` must not be "lean" with a FunctionHead as `{name}`, whose '
+                "columns can be made together only; take a LinearHead or another plan."
+            )
+        if layout is not None and not source.splits_columns:
+            layout = layout.without_vocab_axis()
+    shape = student.batch_shape
+    if not isinstance(teacher, NoTeacher) and shape != teacher.batch_shape:
+        raise ValueError(
+            "`student` and `teacher` must have the same batch shape, got "
+            f"{shape} and {teacher.batch_shape}."
+        )
+    student, teacher = flattened(student), flattened(teacher)
+    vocab = as_vocabulary(vocab_size, student, teacher, axis_name)
+    mask = None if where is None else as_mask(where, shape)
+    return CheckedModels(student, teacher, vocab, mask, layout, shape)
 
 
 def _weight(

@@ -10,7 +10,8 @@ $\sum e^u$, $\sum e^z$ and a few more. They make three things accurate:
   normalisers have cancelled. In a column that has most of a row, the difference cancels
   too. There it is $q\,(d \sum' e^z - \sum' e^z d) / Z$, with sums over the columns that
   are below the maximum.
-- A nearly certain label has $1 - q = \sum_{v \ne \text{label}} q_v$.
+- What the student has alone keeps its digits by the sum over the columns below the
+  maximum, if one column has most of a row: see `_student_terms`.
 
 Sums of two sets of columns add up once they are relative to the same maxima.
 """
@@ -48,7 +49,10 @@ class RowSums(NamedTuple):
     difference: Any = None  # Σ (e^z - e^u)
     student_at_1: Any = None  # Σ e^z at temperature 1, if that is another
     teacher_at_1: Any = None
-    unlabelled: Any = None  # Σ e^z at temperature 1 over all columns but the label
+    # At the temperature of the student's own terms: Σ e^z over the columns with z < 0,
+    # and Σ e^z z
+    below: Any = None
+    shifted: Any = None
     reverse: ReverseSums | None = None
     # Σ e^z over the columns of a teacher's list, and over the others
     listed: Any = None
@@ -58,6 +62,11 @@ class RowSums(NamedTuple):
     # another and the metrics ask for it
     of_list: Any = None
     of_list_at_1: Any = None
+
+    @property
+    def alone(self) -> Any:
+        """`Σ e^z` at the temperature of the student's own terms."""
+        return self.student if self.student_at_1 is None else self.student_at_1
 
 
 def pair_sums(
@@ -70,14 +79,18 @@ def pair_sums(
     if not reverse:
         return dict(difference=difference)
     exp_z = jnp.exp(z)
-    # XLA on CPU fuses a minimum with a sum, but not a select.
-    is_below = jax.lax.stop_gradient(jnp.minimum(-z * _HUGE, 1))
-    below = is_below * exp_z
+    below = below_maximum(z) * exp_z
     sums = (jnp.sum(x, axis=-1) for x in (exp_z * d, below, below * d))
     return dict(difference=difference, reverse=ReverseSums(*sums))
 
 
 _HUGE = 1e30
+
+
+def below_maximum(z: jax.Array) -> jax.Array:
+    """1 for columns with `z < 0`, else 0."""
+    # XLA on CPU fuses a minimum with a sum, but not a select.
+    return jax.lax.stop_gradient(jnp.minimum(-z * _HUGE, 1))
 
 
 def sum_exp(model: Model) -> jax.Array:
@@ -127,7 +140,6 @@ def moved(
     result = RowSums(
         student=times(sums.student, z),
         student_at_1=times(sums.student_at_1, z_at_1),
-        unlabelled=times(sums.unlabelled, z_at_1),
         listed=times(sums.listed, z),
         unlisted=times(sums.unlisted, z),
         unlisted_at_1=times(sums.unlisted_at_1, z_at_1),
@@ -138,6 +150,14 @@ def moved(
     if sums.of_list_at_1 is not None:
         of_list = moved(sums.of_list_at_1, old.listed, new.listed, None, None)
         result = result._replace(of_list_at_1=of_list)
+    if sums.below is not None:
+        alone = z if sums.student_at_1 is None else z_at_1
+        # If the maximum grows, all columns so far are below it.
+        below = jnp.where(z_at_1 < 0, sums.alone, sums.below)
+        result = result._replace(below=times(below, alone))
+        if sums.shifted is not None:
+            shifted = sums.shifted + alone * sums.alone
+            result = result._replace(shifted=times(shifted, alone))
     if sums.teacher is None:
         return result
     u_at_1 = _move(old.teacher, new.teacher)

@@ -26,8 +26,9 @@ from ._vocabulary import Vocabulary
 
 
 # "logits" are an argument, and so are in memory already. A "head" makes logits from
-# arrays that all tokens share. A "list" is a teacher's few columns. Plans depend on it.
-Kind = Literal["logits", "head", "list"]
+# arrays that all tokens share. A "list" is a teacher's few columns, and "none" is no
+# teacher at all. Plans depend on it.
+Kind = Literal["logits", "head", "list", "none"]
 
 
 class Given(abc.ABC):

@@ -5,6 +5,7 @@ A sum over the vocabulary is a sum over the columns of this device, and then
 """
 
 import dataclasses
+import itertools
 from typing import Any, Self
 
 import jax
@@ -83,12 +84,16 @@ class Vocabulary:
     def psum(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         """The sum of each array over the devices, in one exchange.
 
-        All arrays have one shape. Likewise `pmax`, which is a constant to
-        differentiation, and `pmin`.
+        They are `[B]` or `[B, any]`. Likewise `pmax`, of arrays `[B]`, which is a
+        constant to differentiation, and `pmin`.
         """
         if self.axis_name is None:
             return arrays
-        return tuple(jax.lax.psum(jnp.stack(arrays), self.axis_name))
+        rows = [x[None] if x.ndim == 1 else x.T for x in arrays]
+        summed = jax.lax.psum(jnp.concatenate(rows), self.axis_name)
+        ends = list(itertools.accumulate(len(x) for x in rows[:-1]))
+        pairs = zip(jnp.split(summed, ends), arrays, strict=True)
+        return tuple(part[0] if x.ndim == 1 else part.T for part, x in pairs)
 
     def pmax(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         arrays = jax.lax.stop_gradient(arrays)

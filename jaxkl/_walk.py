@@ -44,7 +44,7 @@ def walk(spec: Spec, perturbed: Operands, plan: Plan, operands: Operands) -> Res
         tiles = order(counted.shape[0], plan.tile)
         return finished(*_run_part(spec, perturbed, plan, waiting, tiles, x, counted))
 
-    everything = jnp.full_like(operands.weights.divergence, True, bool)
+    everything = jnp.full_like(operands.weights.per_token, True, bool)
     if plan.tile is None:
         result, totals = of_tile(operands, everything)
     else:

@@ -13,15 +13,17 @@ from jax.scipy.special import xlogy
 from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
+from ._cross_entropy import prepare_labels
 from ._divergences import Divergence, ForwardKL
 from ._function_head import FunctionHead
 from ._keywords import suggest_keywords
 from ._linear_head import LinearHead
 from ._numerics import zero_unless
-from ._operands import PlanName
-from ._prepare import prepare, Reduction
-from ._softmax import Outcomes
+from ._operands import LossTerms, PlanName
+from ._prepare import prepare, Prepared, Reduction
+from ._softmax import entropy, Outcomes
 from ._sparse import SparseTeacher
+from ._token_log_probs import log_probs_of, prepare_tokens
 from ._torch import (
     check_arrays,
     check_reduction,
@@ -152,31 +154,157 @@ def distillation_loss(
         tile=tile,
         plan=plan,
     )
+    return _loss(prepared)
+
+
+@suggest_keywords
+def cross_entropy(
+    student: ArrayLike | LinearHead | FunctionHead,
+    labels: ArrayLike,
+    *,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    vocab_size: int | None = None,
+    reduction: Reduction = "mean",
+    normalizer: ArrayLike | None = None,
+    axis_name: str | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
+    token_axes: str | Sequence[str] | None = None,
+    vocab_axis: str | None = None,
+    tile: int | None = None,
+    plan: PlanName | None = None,
+) -> Array:
+    r"""`jaxkl.cross_entropy` in plain JAX: the same arguments and values.
+
+    What is said of `distillation_loss` holds here too.
+
+    Returns:
+      The loss: a scalar, or `[...]` for `reduction="none"`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> loss = lambda student: cross_entropy(student, jnp.array(1))
+      >>> value, slope = jax.jvp(loss, (jnp.zeros(2),), (jnp.array([0.0, 1.0]),))
+      >>> print(f"{value:.4f} {slope:.4f}")
+      0.6931 -0.5000
+    """
+    prepared = prepare_labels(
+        student,
+        labels,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        where=where,
+        weights=weights,
+        vocab_size=vocab_size,
+        reduction=reduction,
+        normalizer=normalizer,
+        axis_name=axis_name,
+        mesh=mesh,
+        token_axes=token_axes,
+        vocab_axis=vocab_axis,
+        tile=tile,
+        plan=plan,
+    )
+    return _loss(prepared)
+
+
+@suggest_keywords
+def token_log_probs(
+    student: ArrayLike | LinearHead | FunctionHead,
+    tokens: ArrayLike,
+    *,
+    temperature: ArrayLike = 1.0,
+    with_entropy: bool = False,
+    where: ArrayLike | None = None,
+    vocab_size: int | None = None,
+    axis_name: str | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
+    token_axes: str | Sequence[str] | None = None,
+    vocab_axis: str | None = None,
+    tile: int | None = None,
+    plan: PlanName | None = None,
+) -> Array | tuple[Array, Array]:
+    r"""`jaxkl.token_log_probs` in plain JAX: the same arguments and values.
+
+    What is said of `distillation_loss` holds here too.
+
+    Returns:
+      The log-probabilities, of the shape of `tokens`; with `with_entropy` a pair of
+      these and of the entropies, `[...]`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> log_prob = lambda student: token_log_probs(student, jnp.array(1))
+      >>> value, slope = jax.jvp(log_prob, (jnp.zeros(2),), (jnp.array([0.0, 1.0]),))
+      >>> print(f"{value:.4f} {slope:.4f}")
+      -0.6931 0.5000
+    """
+    prepared, shape = prepare_tokens(
+        student,
+        tokens,
+        temperature=temperature,
+        with_entropy=with_entropy,
+        where=where,
+        vocab_size=vocab_size,
+        axis_name=axis_name,
+        mesh=mesh,
+        token_axes=token_axes,
+        vocab_axis=vocab_axis,
+        tile=tile,
+        plan=plan,
+    )
+    return log_probs_of(prepared, shape, _weighted_terms(prepared))
+
+
+def _loss(prepared: Prepared) -> Array:
+    loss = sum(jax.tree.leaves(_weighted_terms(prepared)))
+    return jnp.sum(loss) if prepared.spec.reduce else loss.reshape(prepared.batch_shape)
+
+
+def _weighted_terms(prepared: Prepared) -> LossTerms:
+    """`weight · term` of each token."""
     spec, x = prepared.spec, prepared.operands
     if x.mask is not None:
         mask = x.mask
         x = x.map_sources(lambda source: source.mask_tokens(mask))
     vocab = Vocabulary.whole(spec.vocab.size)
     s = _gathered(x.student.logits(spec.dtype, spec.vocab), spec.vocab)
-    t = _gathered(x.teacher.logits(spec.dtype, spec.vocab), spec.vocab)
     log_q = jax.nn.log_softmax(_over(s, x.student_temperature), axis=-1)
-    log_p = _over(t, spec.teacher_temperature(x))
-    if not x.teacher.is_normalized:
-        log_p = jax.nn.log_softmax(log_p, axis=-1)
-    log_q_at_1 = jax.nn.log_softmax(s, axis=-1)
+    divergence = None
+    # The temperature of the student's own terms: 1 beside a divergence.
+    temperature = x.student_temperature if spec.divergence is None else None
+    if spec.divergence is not None:
+        t = _gathered(x.teacher.logits(spec.dtype, spec.vocab), spec.vocab)
+        log_p = _over(t, spec.teacher_temperature(x))
+        if not x.teacher.is_normalized:
+            log_p = jax.nn.log_softmax(log_p, axis=-1)
+        p, q = Outcomes.of_log(log_p), Outcomes.of_log(log_q)
+        whole = spec.whole_divergence(x)
+        divergence = x.teacher.divergence_of(whole, p, q, vocab)
+    logits = _over(s, temperature)
+    log_q = jax.nn.log_softmax(logits, axis=-1)
+    terms = LossTerms(
+        divergence,
+        _label_term(log_q, x.labels),
+        -jnp.mean(log_q, axis=-1),
+        jax.nn.logsumexp(logits, axis=-1) ** 2,
+        entropy(Outcomes.of_log(log_q)),
+    )
+    pairs = zip(x.weights, terms, strict=True)
+    return LossTerms(*(None if w is None else w * term for w, term in pairs))
 
-    p, q = Outcomes.of_log(log_p), Outcomes.of_log(log_q)
-    divergence = x.teacher.divergence_of(spec.whole_divergence(x), p, q, vocab)
-    loss = x.weights.divergence * divergence
-    if x.weights.label is not None:
-        is_label = jnp.arange(vocab.size)[None, :] == x.labels[:, None]
-        label = -jnp.sum(zero_unless(is_label, log_q_at_1), axis=-1)
-        loss += x.weights.label * label
-    if x.weights.uniform is not None:
-        loss += x.weights.uniform * -jnp.mean(log_q_at_1, axis=-1)
-    if x.weights.lse_squared is not None:
-        loss += x.weights.lse_squared * jax.nn.logsumexp(s, axis=-1) ** 2
-    return jnp.sum(loss) if spec.reduce else loss.reshape(prepared.batch_shape)
+
+def _label_term(log_q, labels):
+    """`-log q` of the labels, `[B]` or `[B, k]`; 0 where there is none."""
+    if labels is None:
+        return None
+    if labels.ndim == 1:
+        is_label = jnp.arange(log_q.shape[-1])[None, :] == labels[:, None]
+        return -jnp.sum(zero_unless(is_label, log_q), axis=-1)
+    listed = jnp.take_along_axis(log_q, jnp.maximum(labels, 0), axis=-1)
+    return -zero_unless(labels >= 0, listed)
 
 
 def _gathered(logits, vocab):

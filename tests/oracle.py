@@ -437,6 +437,45 @@ def _cross_entropy(logits, labels, label_smoothing):
     return np.where(labelled, ce, 0)[:, 0], np.where(labelled, d_ce, 0)
 
 
+class LogProbs(NamedTuple):
+    log_probs: Any
+    entropy: Any
+    student: Any
+    temperature: Any
+
+
+def token_log_probs(
+    student, tokens, *, temperature=1.0, where=None, vocab_size=None, cotangents
+) -> LogProbs:
+    """Log-probabilities of the tokens, `[..., k]`, and entropies, `[...]`.
+
+    With them, their two `cotangents` pulled back to the logits and the temperature.
+    """
+    rows = _Tokens(student, student, vocab_size, where, None)
+    T, listed = rows.per_token(temperature), rows.integer(tokens)
+    g, g_entropy = (_real(x)[rows.kept] for x in cotangents)
+    log_q = log_softmax(rows.student / T[:, None])
+    q, used = np.exp(log_q), listed >= 0
+    entropy = -np.sum(_times(q, log_q), -1)
+    log_probs = np.take_along_axis(log_q, np.maximum(listed, 0), -1)
+    d_z = -g_entropy[:, None] * _times(q, log_q + entropy[:, None])
+    for k in range(listed.shape[-1]):
+        is_token = np.arange(log_q.shape[-1]) == listed[:, k, None]
+        # Of a nearly certain token, `1 - q` is small.
+        slope = np.where(is_token, -np.expm1(log_q), -q)
+        d_z = d_z + (g * used)[:, k, None] * slope
+    d_s = d_z / T[:, None]
+    d_T = -np.sum(_times(d_s, rows.student), -1) / T
+    all_log_probs = np.zeros(np.shape(tokens), np.longdouble)
+    all_log_probs[rows.kept] = np.where(used, log_probs, 0)
+    return LogProbs(
+        all_log_probs,
+        rows.scatter(entropy),
+        rows.scatter_rows(d_s, np.shape(student)),
+        rows.like(temperature, d_T),
+    )
+
+
 class _Tokens:
     """The tokens that count, as rows: masked tokens and padding are sliced away."""
 

@@ -28,9 +28,12 @@ from .sources import make_models, per_token, TAILS
 reference_loss = jaxkl.reference.distillation_loss
 
 
-def test_same_signature():
-    mine = inspect.signature(jaxkl.distillation_loss).parameters
-    theirs = inspect.signature(reference_loss).parameters
+@pytest.mark.parametrize(
+    "name", ["distillation_loss", "cross_entropy", "token_log_probs"]
+)
+def test_same_signature(name):
+    mine = inspect.signature(getattr(jaxkl, name)).parameters
+    theirs = inspect.signature(getattr(jaxkl.reference, name)).parameters
     defaults = lambda parameters: {name: p.default for name, p in parameters.items()}
     assert defaults(theirs) == defaults(mine)
 

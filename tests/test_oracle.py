@@ -85,6 +85,32 @@ def test_gradients_beside_a_list_match_central_differences(rng, tail, argument):
     assert_close(getattr(loss(**floats), argument), expected, 1e-9)
 
 
+@pytest.mark.parametrize("argument", ["student", "temperature"])
+def test_log_probs_match_scipy_and_central_differences(rng, argument):
+    floats = dict(
+        student=rng.normal(size=(2, 3, 6)), temperature=rng.uniform(1, 2, (2, 3))
+    )
+    tokens = np.array([[[0, 3], [-1, 2], [1, 1]], [[2, 3], [9, 9], [0, -1]]])
+    where = np.array([[True, True, True], [True, False, True]])
+    g = rng.normal(size=(2, 3, 2)), rng.normal(size=(2, 3))
+    of = lambda floats: oracle.token_log_probs(
+        **floats, tokens=tokens, where=where, vocab_size=5, cotangents=g
+    )
+    result = of(floats)
+    q = softmax(floats["student"][..., :5] / floats["temperature"][..., None], -1)
+    assert_close(result.entropy, np.where(where, entr(q).sum(-1), 0), 1e-12)
+    assert_close(result.log_probs[0, 0], np.log(q[0, 0, [0, 3]]), 1e-12)
+    assert result.log_probs[0, 1, 0] == 0 and not result.log_probs[1, 1].any()
+
+    def total(x):
+        found = of(floats | {argument: x})
+        return np.sum(found.log_probs * g[0]) + np.sum(found.entropy * g[1])
+
+    assert_close(
+        getattr(result, argument), oracle.jacobian(total, floats[argument]), 1e-8
+    )
+
+
 def test_shared_temperature_moves_both_models(rng):
     s, t = rng.normal(size=(2, 3, 5))
     f = lambda T: oracle.distillation_loss(s, t, temperature=T).loss
