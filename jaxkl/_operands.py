@@ -40,7 +40,7 @@ class LossTerms(NamedTuple):
     @property
     def any_nonzero(self) -> jax.Array:
         """Whether a token has any that is not 0, bool `[B]`."""
-        of_token = lambda x: jnp.any(x.reshape(x.shape[0], -1) != 0, axis=-1)
+        of_token = lambda x: jnp.any(x != 0, axis=range(1, x.ndim))
         return ft.reduce(jnp.logical_or, map(of_token, jax.tree.leaves(self)))
 
 
