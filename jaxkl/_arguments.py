@@ -101,7 +101,10 @@ def as_mask(where: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
 
 
 def as_labels(
-    given: ArrayLike, mask: jax.Array | None, shape: tuple[int, ...], vocab_size: int
+    given: ArrayLike | None,
+    mask: jax.Array | None,
+    shape: tuple[int, ...],
+    vocab_size: int,
 ) -> jax.Array:
     """The labels, `[B]`; those of tokens in `mask` are checked if they are known."""
     labels = check.int_array("labels", given)
@@ -135,7 +138,7 @@ def as_tokens(
 
 def check_columns(
     name: str,
-    given: ArrayLike,
+    given: Any,
     columns: jax.Array,
     mask: jax.Array | None,
     vocab_size: int,

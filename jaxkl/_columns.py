@@ -324,7 +324,7 @@ def _d_logits_alone(
     x: Operands, alone: Model, sums: RowSums, vocab: Vocabulary
 ) -> tuple[Any, jax.Array | None]:
     """Of the terms of the student alone: the gradients to logits and temperature."""
-    d_z = student_terms.d_shifted(x, alone, sums, vocab)
+    d_z: Any = student_terms.d_shifted(x, alone, sums, vocab)
     if alone.stats.temperature is None:
         return d_z, None
     is_weighted = x.weights.any_nonzero.astype(d_z.dtype)

@@ -1,8 +1,11 @@
 """A loss whose arguments are checked, as the user gets it."""
 
-import jax
+import functools as ft
 
-from ._engine import weighted_loss
+import jax
+import jax.numpy as jnp
+
+from ._engine import Outputs, weighted_loss
 from ._operands import LossTerms, Statistics
 from ._prepare import Prepared
 from ._sharding import sharded_weighted_loss
@@ -12,13 +15,11 @@ def evaluate(prepared: Prepared) -> tuple[jax.Array, LossTerms, Statistics | Non
     """The loss, a scalar or `[...]`, and the engine's terms and statistics."""
     loss, terms, statistics = weighted_terms(prepared)
     if not prepared.spec.reduce:
-        loss = sum(jax.tree.leaves(loss)).reshape(prepared.batch_shape)
+        loss = ft.reduce(jnp.add, jax.tree.leaves(loss)).reshape(prepared.batch_shape)
     return loss, terms, statistics
 
 
-def weighted_terms(
-    prepared: Prepared,
-) -> tuple[LossTerms, LossTerms, Statistics | None]:
+def weighted_terms(prepared: Prepared) -> Outputs:
     """What `weighted_loss` returns, of tokens that may be spread over a mesh."""
     spec, operands, layout, *_ = prepared
     if layout is None:

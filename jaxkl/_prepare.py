@@ -132,7 +132,7 @@ def prepare(
 
     weight = _weight(weights, mask, shape, dtype)
     if is_alone or labels is not None:
-        labels = as_labels(labels, mask, shape, vocab.size)  # pyright: ignore
+        labels = as_labels(labels, mask, shape, vocab.size)
     if is_alone:
         weight = zero_unless(labels != IGNORED_LABEL, weight)
     term_weights = _term_weights(

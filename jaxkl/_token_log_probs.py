@@ -18,6 +18,7 @@ from ._no_teacher import NoTeacher
 from ._numerics import loss_dtype, zero_unless
 from ._operands import LossTerms, Operands, PlanName, Spec
 from ._prepare import checked_models, Prepared
+from ._sources import Given
 
 
 LogProbs = jax.Array | tuple[jax.Array, jax.Array]
@@ -147,7 +148,7 @@ def token_log_probs(
 
 
 def prepare_tokens(
-    student: ArrayLike | LinearHead | FunctionHead,
+    student: ArrayLike | Given,
     tokens: ArrayLike,
     *,
     temperature: ArrayLike,

@@ -4,6 +4,7 @@ The specification that one can read, and the versions for forward mode (`jax.jvp
 `jax.linearize`), which a `custom_vjp` refuses.
 """
 
+import functools as ft
 from collections.abc import Sequence
 
 import jax
@@ -259,7 +260,7 @@ def token_log_probs(
 
 
 def _loss(prepared: Prepared) -> Array:
-    loss = sum(jax.tree.leaves(_weighted_terms(prepared)))
+    loss = ft.reduce(jnp.add, jax.tree.leaves(_weighted_terms(prepared)))
     return jnp.sum(loss) if prepared.spec.reduce else loss.reshape(prepared.batch_shape)
 
 
