@@ -19,7 +19,6 @@ at hand. The caller adds up those of all columns, and gives them to the next pha
 4. `finish`: the terms of the loss, which `complete` takes, and gradients.
 """
 
-import functools as ft
 from typing import Any, NamedTuple
 
 import jax
@@ -216,6 +215,7 @@ def finish(
     spec, x, vocab = c.spec, c.x, c.vocab
     models = Models.of(c, maxima, sums)
     terms, d_logits, lse = TermSums(), _DLogits(), models.student.stats.lse
+    p = None
     if spec.divergence is not None:
         pair = _pair(c, models, maxima, sums)
         p, q = pair.softmaxes()
@@ -230,7 +230,7 @@ def finish(
         terms = terms._replace(label=of_label, uniform=uniform)
         d_logits = d_logits.plus(*_d_logits_alone(x, models.alone, sums, vocab))
         if spec.statistics:
-            assert spec.divergence is not None
+            assert p is not None
             q_at_1 = models.alone.softmax()
             if c.listed is not None:
                 statistics = _listed_statistics(c, maxima, sums, q_at_1)

@@ -52,7 +52,8 @@ def cross_entropy(
     `d kernel`.
 
     Args:
-      student: Logits $s$, `[..., vocab]`, or a `LinearHead` or `FunctionHead` that makes them.
+      student: Logits $s$, `[..., vocab]`, or the head that makes them: a `LinearHead`
+        or `FunctionHead`.
       labels: Integer classes, `[...]`. A token with a label of -100 does not count,
         neither in the loss nor in its mean, as in PyTorch.
       label_smoothing: $\epsilon$ in [0, 1]. A constant.

@@ -29,7 +29,7 @@ from ._no_teacher import NoTeacher
 from ._numerics import loss_dtype, zero_unless
 from ._operands import LossTerms, Operands, PlanName, Spec
 from ._parameters import split
-from ._sources import as_source, flattened, Given
+from ._sources import as_source, flattened, Given, Source
 from ._swapped import as_constant
 from ._vocabulary import Vocabulary
 
@@ -102,16 +102,17 @@ def prepare(
     if not is_alone:
         is_spread = not (axis_name is None and vocab_axis is None)
         check_divergence(divergence, vocab, teacher, is_spread)
+        assert divergence is not None
         divergence, parameters = split(divergence)
-    if not check.boolean("differentiate_teacher", differentiate_teacher):
-        teacher = as_constant(student, teacher)
-    teacher = teacher.checked_as_teacher(
-        divergence,
-        vocab.size,
-        mask,
-        teacher_temperature=teacher_temperature,
-        differentiate=differentiate_teacher,
-    )
+        if not check.boolean("differentiate_teacher", differentiate_teacher):
+            teacher = as_constant(student, teacher)
+        teacher = teacher.checked_as_teacher(
+            divergence,
+            vocab.size,
+            mask,
+            teacher_temperature=teacher_temperature,
+            differentiate=differentiate_teacher,
+        )
 
     if teacher.is_normalized:
         teacher_temperature = 1.0
@@ -165,7 +166,7 @@ def prepare(
     passes_float16 = student.passes_float16
     passes_float16 |= bool(differentiate_teacher) and teacher.passes_float16
     spec = Spec(
-        None if is_alone else divergence,
+        divergence,
         vocab,
         dtype,
         reduce,

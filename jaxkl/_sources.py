@@ -82,7 +82,7 @@ class Source(Given):
         """How each array is spread over a mesh: a `PartitionSpec` in its place."""
 
     @abc.abstractmethod
-    def logits(self, dtype: jnp.dtype, vocab: Vocabulary) -> jax.Array:
+    def logits(self, dtype: jnp.dtype, vocab: Vocabulary) -> Any:
         """The logits, `[B, vocab.width]` in `dtype`, with `-inf` in padding columns."""
 
     def d_outputs(self, logits: jax.Array, d_logits: jax.Array) -> jax.Array:

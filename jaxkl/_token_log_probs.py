@@ -90,7 +90,8 @@ def token_log_probs(
     `jaxkl.reference.token_log_probs`.
 
     Args:
-      student: Logits $s$, `[..., vocab]`, or a `LinearHead` or `FunctionHead` that makes them.
+      student: Logits $s$, `[..., vocab]`, or the head that makes them: a `LinearHead`
+        or `FunctionHead`.
       tokens: Columns, integers `[...]`, or several in each place, `[..., k]`, which may
         repeat. -1 is an empty slot: its log-probability is 0.
       temperature: $T > 0$, a scalar or `[...]`. Differentiable.
@@ -159,13 +160,13 @@ def prepare_tokens(
     with_entropy = check.boolean("with_entropy", with_entropy)
     models = checked_models(student, NoTeacher(), **arguments)
     student, _, vocab, mask, layout, shape = models
-    temperature = check.temperature("temperature", temperature, shape)
-    floats = [x for x in jax.tree.leaves((temperature, student)) if hasattr(x, "dtype")]
-    dtype = loss_dtype(*floats)
-    temperature = per_token(temperature, shape, dtype)
-    if mask is not None and temperature is not None:
+    checked = check.temperature("temperature", temperature, shape)
+    arrays = [*jax.tree.leaves((checked, student)), student.vocab_array]
+    dtype = loss_dtype(*(x for x in arrays if not check.is_number(x)))
+    T = per_token(checked, shape, dtype)
+    if mask is not None and T is not None:
         # The temperature of a token that does not count may be NaN.
-        temperature = jnp.where(mask, temperature, 1)
+        T = jnp.where(mask, T, 1)
     columns, tokens_shape = as_tokens(tokens, mask, shape, vocab.size)
     # Under `jit` a token that is out of range cannot raise: it becomes NaN.
     weight = jnp.where((columns >= -1) & (columns < vocab.size), 1, jnp.nan)
@@ -176,7 +177,7 @@ def prepare_tokens(
         weight = zero_unless(jnp.expand_dims(mask, range(1, weight.ndim)), weight)
     weights = LossTerms(None, weight, entropy=entropy if with_entropy else None)
     student = student.spared(~weights.any_nonzero)
-    operands = Operands(student, NoTeacher(), weights, temperature, None, columns, mask)
+    operands = Operands(student, NoTeacher(), weights, T, None, columns, mask)
     spec = Spec(
         None,
         vocab,
