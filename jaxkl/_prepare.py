@@ -98,16 +98,16 @@ def prepare(
         plan=plan,
     )
     student, teacher, vocab, mask, layout, shape = models
-    is_alone, parameters = isinstance(teacher, NoTeacher), ()
+    is_alone = isinstance(teacher, NoTeacher)
+    static, parameters = None, []
     if not is_alone:
         is_spread = not (axis_name is None and vocab_axis is None)
         check_divergence(divergence, vocab, teacher, is_spread)
-        assert divergence is not None
-        divergence, parameters = split(divergence)
+        static, parameters = split(divergence)
         if not check.boolean("differentiate_teacher", differentiate_teacher):
             teacher = as_constant(student, teacher)
         teacher = teacher.checked_as_teacher(
-            divergence,
+            static,
             vocab.size,
             mask,
             teacher_temperature=teacher_temperature,
@@ -166,7 +166,7 @@ def prepare(
     passes_float16 = student.passes_float16
     passes_float16 |= bool(differentiate_teacher) and teacher.passes_float16
     spec = Spec(
-        divergence,
+        static,
         vocab,
         dtype,
         reduce,
