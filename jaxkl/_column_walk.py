@@ -17,7 +17,7 @@ from ._columns import Columns, finish, row_maxima, row_sums, sums_of_slopes
 from ._compat import abstract_eval, zeros
 from ._operands import Operands, Result, Spec
 from ._plan import Plan
-from ._row_sums import moved
+from ._row_sums import moved, RowStats
 from ._tile import completed, masked, over_devices, pull_back, slopes_over_devices
 from ._trees import cast, keep, merge, split
 
@@ -41,18 +41,22 @@ def walk_columns(
         block = columns(start, width)
         new = jax.tree.map(jnp.maximum, maxima, row_maxima(block))
         sums = moved(sums, maxima, new, *temperatures)
-        return new, jax.tree.map(jnp.add, sums, row_sums(block, new))
+        return RowStats(new, jax.tree.map(jnp.add, sums, row_sums(block, new)))
 
     def first_sums():
         block = columns(0, width)
         maxima = row_maxima(block)
-        return maxima, row_sums(block, maxima)
+        return RowStats(maxima, row_sums(block, maxima))
 
-    maxima, sums = _zeros(abstract_eval(first_sums))
-    maxima = jax.tree.map(lambda x: x - jnp.inf, maxima)
-    here, sums = over_blocks(add_sums, (maxima, sums))
-    maxima = over_devices(vocab.pmax, here)
-    sums = over_devices(vocab.psum, moved(sums, here, maxima, *temperatures))
+    def row_stats():
+        maxima, sums = _zeros(abstract_eval(first_sums))
+        maxima = jax.tree.map(lambda x: x - jnp.inf, maxima)
+        here, sums = over_blocks(add_sums, RowStats(maxima, sums))
+        maxima = over_devices(vocab.pmax, here)
+        sums = moved(sums, here, maxima, *temperatures)
+        return RowStats(maxima, over_devices(vocab.psum, sums))
+
+    maxima, sums = rows = x.rows or row_stats()
 
     def slopes(start, width):
         return sums_of_slopes(columns(start, width), maxima, sums)
@@ -94,7 +98,8 @@ def walk_columns(
     (terms, summed), tops, arrays = over_blocks(add_finished, carry)
     terms, statistics = completed(spec, x, maxima, sums, terms, tops)
     gradients = operands._replace(weights=terms, **merge(summed, arrays))
-    return Result(terms, statistics, cast(perturbed, gradients), everything)
+    new_rows = rows if x.rows is None and not spec.reduce else None
+    return Result(terms, statistics, cast(perturbed, gradients), everything, new_rows)
 
 
 def _with_gradients(x: Operands) -> dict[str, Any]:

@@ -78,6 +78,7 @@ class _Residuals(NamedTuple):
 
     flags: Operands  # whether each array is perturbed, see `_flag`
     operands: Operands  # if the backward rule runs the tiles again
+    rows: Any  # likewise, RowStats if there is a cotangent for each part
     gradients: Operands  # if the forward rule has made them
 
 
@@ -90,12 +91,12 @@ def _weighted_loss_fwd(spec, dtypes, primals):
     flags = map_primals(lambda x: _flag(x.perturbed, x.value.dtype), primals)
     if _awaits_cotangent(spec, perturbed):
         result = _run(spec, operands, _nothing(operands))
-        res = _Residuals(flags, operands, absent)
+        res = _Residuals(flags, operands, result.rows, absent)
     else:
         result = _run(spec, operands, perturbed)
         known = lambda dtype, d: d if dtype else _absent()
         gradients = jax.tree.map(known, perturbed, result.gradients)
-        res = _Residuals(flags, absent, gradients)
+        res = _Residuals(flags, absent, None, gradients)
     return _outputs(spec, operands, result), res
 
 
@@ -110,9 +111,9 @@ def _weighted_loss_bwd(spec, dtypes, res, cotangents):
         of_terms, asked = keep(is_asked, of_terms), keep(is_asked, perturbed.weights)
         weights = keep(is_asked, res.operands.weights)
         weights = jax.tree.map(jnp.multiply, of_terms, weights)
-        operands = res.operands._replace(weights=weights)
-        perturbed = perturbed._replace(weights=asked)
-        gradients = _run(spec, operands, perturbed).gradients
+        operands = res.operands._replace(weights=weights, rows=res.rows)
+        perturbed = perturbed._replace(weights=asked, rows=_nothing(res.rows))
+        gradients = _run(spec, operands, perturbed).gradients._replace(rows=None)
         # The gradient of a weight is its term, which has not seen the cotangent.
         times = lambda x, g: None if x is None else x * g
         weights = jax.tree.map(
@@ -140,7 +141,7 @@ def _flagged_dtype(flag: jax.Array) -> str | bool:
     return flag.shape[0] == 1 and flag.dtype.name
 
 
-def _nothing(operands: Operands) -> Operands:
+def _nothing(operands: Any) -> Any:
     """Flags that ask for no gradient: see `walk`."""
     return jax.tree.map(lambda _: False, operands)
 

@@ -67,6 +67,7 @@ class Operands(NamedTuple):
     labels: Any = None  # [B], or several a token, [B, k]; negative: none
     mask: Any = None  # the tokens that `where` keeps; None: all
     parameters: tuple[Any, ...] = ()  # those of the divergence that are arrays
+    rows: Any = None  # RowStats, if a walk has made them before
 
     @property
     def tokens(self) -> int:
@@ -142,3 +143,4 @@ class Result(NamedTuple):
     # of the source, and `pull_back` makes them the gradients of its arrays.
     gradients: Operands
     counted: jax.Array  # [B]: the tokens that count in gradients of shared arrays
+    rows: Any = None  # RowStats, if the loss is not summed over tokens and they are new

@@ -69,6 +69,13 @@ class RowSums(NamedTuple):
         return self.student if self.student_at_1 is None else self.student_at_1
 
 
+class RowStats(NamedTuple):
+    """All that a column must know of the others of its row."""
+
+    maxima: Maxima
+    sums: RowSums
+
+
 def pair_sums(
     p: Model, q: Model, *, same_temperature: bool, reverse: bool
 ) -> dict[str, Any]:

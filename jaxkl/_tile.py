@@ -18,7 +18,7 @@ from ._columns import (
 )
 from ._comparison import OfEach
 from ._operands import LossTerms, Operands, Result, Spec, Statistics
-from ._row_sums import Maxima, RowSums
+from ._row_sums import Maxima, RowStats, RowSums
 from ._vocabulary import Vocabulary
 
 
@@ -34,13 +34,18 @@ def run_tile(
     vocab = spec.vocab
     x = masked(x)
     columns = Columns.of(spec, x, vocab)
-    maxima = over_devices(vocab.pmax, row_maxima(columns))
-    sums = over_devices(vocab.psum, row_sums(columns, maxima))
+    maxima, sums = x.rows or _row_stats(columns)
     of_slopes = slopes_over_devices(vocab, sums_of_slopes(columns, maxima, sums))
     done = finish(columns, maxima, sums, of_slopes, counted, recompute=recompute)
     terms, statistics = completed(spec, x, maxima, sums, done.sums, done.tops)
     gradients = done.gradients._replace(weights=terms)
-    return Result(terms, statistics, gradients, done.counted)
+    rows = RowStats(maxima, sums) if x.rows is None and not spec.reduce else None
+    return Result(terms, statistics, gradients, done.counted, rows)
+
+
+def _row_stats(c: Columns) -> RowStats:
+    maxima = over_devices(c.vocab.pmax, row_maxima(c))
+    return RowStats(maxima, over_devices(c.vocab.psum, row_sums(c, maxima)))
 
 
 def completed(
