@@ -34,6 +34,8 @@ def run_tile(
     vocab = spec.vocab
     x = masked(x)
     columns = Columns.of(spec, x, vocab)
+    if x.rows is not None and x.weights.entropy is not None:
+        columns = columns.made_first()  # the gradient of an entropy is long
     maxima, sums = x.rows or _row_stats(columns)
     of_slopes = slopes_over_devices(vocab, sums_of_slopes(columns, maxima, sums))
     done = finish(columns, maxima, sums, of_slopes, counted, recompute=recompute)
