@@ -8,13 +8,36 @@ import sys
 # If libtpu is installed, JAX would otherwise search a minute for a TPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from . import ceilings, dense, given, heads, memory, plans, report, sharded, sparse, tpu
+from . import (
+    ceilings,
+    dense,
+    given,
+    heads,
+    labels,
+    memory,
+    plans,
+    report,
+    sharded,
+    sparse,
+    tpu,
+)
 from .harness import Settings
 
 
 CELLS = {
     cell.name: cell
-    for module in (ceilings, given, dense, sparse, heads, tpu, plans, sharded, memory)
+    for module in (
+        ceilings,
+        given,
+        dense,
+        sparse,
+        heads,
+        labels,
+        tpu,
+        plans,
+        sharded,
+        memory,
+    )
     for cell in module.CELLS
 }
 

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 
 import jaxkl
 
-from . import given, losses, sparse
+from . import given, labels, losses, sparse
 
 
 PRODUCTS = "4 products"
+PRODUCTS_OF_ONE = "3 products"  # of one head and its gradient
 MAKERS = {
     "jaxkl": losses.with_jaxkl,
     "jaxkl, jit": losses.with_jaxkl,
@@ -33,7 +34,7 @@ class Job:
     """A program to compile: value and gradient by the student's arrays, T = 2.
 
     With `PRODUCTS` as its implementation, it is the four matrix products of two heads
-    and their gradient, without a loss.
+    and their gradient, without a loss, or of one head that makes its logits twice.
     """
 
     implementation: str  # a name above; "jaxkl, jit" is partitioned by XLA
@@ -41,7 +42,8 @@ class Job:
     vocab: int
     hidden: int | None = None  # None: the loss takes logits
     dtype: str = "bfloat16"
-    loss: str = "forward-kl"  # of `losses.DIVERGENCES`, or "top-k" or "kl_div"
+    # Of `losses.DIVERGENCES` or `labels.LOSSES`, or "top-k" or "kl_div"
+    loss: str = "forward-kl"
     mesh: Sequence[int] | None = None  # devices for tokens and for columns
     logits: str | None = None  # the dtype of others' logits; None: that of heads
     listed: int = 64  # columns of a teacher for "top-k"
@@ -55,6 +57,12 @@ def make(job, mesh=None):
     wide = ((job.tokens, job.vocab), job.dtype, ("data", "model"))
     if job.implementation == PRODUCTS:
         return products, [hidden, kernel, hidden, kernel, wide]
+    if job.implementation == PRODUCTS_OF_ONE:
+        return products_of_one, [hidden, kernel, wide]
+    if job.loss in labels.LOSSES:
+        loss = labels.MAKERS[job.implementation](job.loss)
+        of_tokens = [((job.tokens,), x, ("data",)) for x in ("int32", "float32")]
+        return jax.value_and_grad(loss, (0, 1)), [hidden, kernel, *of_tokens]
     if job.loss == "top-k":
         loss = MAKERS_OF_TOP_K[job.implementation]()
         listed = [
@@ -84,3 +92,7 @@ def make(job, mesh=None):
 
 def products(h, k, th, tk, d_logits):
     return h @ k, th @ tk, d_logits @ k.T, h.T @ d_logits
+
+
+def products_of_one(h, k, d_logits):
+    return h @ k, d_logits @ k.T, h.T @ d_logits

@@ -20,6 +20,7 @@ PACKAGES = (
     "jaxlib",
     "optax",
     "ejkernel",
+    "tokamax",
     "torch",
     "liger-kernel",
     "libtpu",

@@ -9,11 +9,11 @@ import functools as ft
 from .compiled import compile_for_tpu
 from .harness import Cell, find, ratio, Result, Target
 from .losses import DIVERGENCES
-from .programs import Job, PRODUCTS
+from .programs import Job, PRODUCTS, PRODUCTS_OF_ONE
 
 
 OURS, PLAIN, NARROW = "jaxkl", "plain JAX", "plain JAX, bf16 logits"
-BASES = (PRODUCTS, PLAIN)
+BASES = (PRODUCTS, PRODUCTS_OF_ONE, PLAIN)
 HEADS = (OURS, PLAIN, PRODUCTS)
 PLANS = {"jaxkl, fast": "fast", "jaxkl, lean": "lean"}
 EVERYONE = (OURS, PLAIN, "optax", "ejkernel")
@@ -43,7 +43,8 @@ class Case:
         sizes = (self.tokens, self.hidden, self.vocab)
         title = f"{self.tpu} {'×'.join(str(n) for n in sizes if n)}"
         # The products are the same for each loss.
-        return ", ".join([title, *[self.loss] * (program != PRODUCTS), program])
+        of_loss = program not in (PRODUCTS, PRODUCTS_OF_ONE)
+        return ", ".join([title, *[self.loss] * of_loss, program])
 
     def job(self, program):
         name, logits, plan = program, "float32", PLANS.get(program)
@@ -160,6 +161,30 @@ DENSE_CASES = [
 ]
 TOP_K_CASES = [Case(tpu, "top-k", 8192, 128256) for tpu in TIMED]
 KL_DIV_CASES = [logits(tpu, "kl_div", programs=(OURS, PLAIN, "optax")) for tpu in TIMED]
+LABEL_CASES = [
+    *(
+        llama(
+            tpu,
+            "cross-entropy",
+            programs=(OURS, PLAIN, PRODUCTS_OF_ONE, "optax", "tokamax"),
+            bounds=bounds,
+        )
+        for tpu, bounds in (
+            ("v5e", {PRODUCTS_OF_ONE: 1.2, PLAIN: 1.0, "temp, GiB": 2.75}),
+            ("v5p", {}),
+            ("v6e", {}),
+        )
+    ),
+    *(
+        llama(
+            tpu,
+            "log-probs",
+            programs=(OURS, PLAIN, PRODUCTS, "optax"),
+            bounds={PRODUCTS: 1.1} if tpu == "v5e" else {},
+        )
+        for tpu in TIMED
+    ),
+]
 
 HOW = "compiled for TPUs, bf16: value and gradient"
 CELLS = [
@@ -167,6 +192,11 @@ CELLS = [
         "tpu-heads",
         f"Heads, tokens × H × V, {HOW} to hidden and kernel",
         ft.partial(run, HEAD_CASES),
+    ),
+    Cell(
+        "tpu-labels",
+        f"A head and labels, tokens × H × V, {HOW} to hidden and kernel",
+        ft.partial(run, LABEL_CASES),
     ),
     Cell("tpu-dense", f"Logits, tokens × V, {HOW}", ft.partial(run, DENSE_CASES)),
     Cell(
