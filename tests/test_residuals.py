@@ -45,3 +45,19 @@ def test_second_order_after_other_arguments(rng, reduction):
             actual = jax.jit(hessian(total(f), (0, 1, 2)))(*args)
             for x, y in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
                 np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("plan", ["fast", "lean"])
+def test_the_backward_rule_makes_no_maxima_again(rng, plan):
+    hidden = jnp.asarray(rng.normal(size=(5, 3)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(3, 7)), jnp.float32)
+
+    def log_probs(hidden):
+        head = jaxkl.LinearHead(hidden, kernel)
+        return jaxkl.token_log_probs(head, jnp.arange(5), plan=plan)
+
+    value, pull = jax.vjp(log_probs, hidden)
+    backward = str(jax.make_jaxpr(pull)(value))
+    assert "reduce_max" in str(jax.make_jaxpr(log_probs)(hidden))
+    assert "dot_general" in backward
+    assert "reduce_max" not in backward
