@@ -46,7 +46,8 @@ class ListSums(NamedTuple):
     @property
     def has_column(self) -> jax.Array:
         """Whether a slot holds a column, `[B, k]`."""
-        return jnp.arange(self.logits.shape[-1])[None, :] < self.number[:, None]
+        slots = jnp.arange(self.logits.shape[-1], dtype=self.number.dtype)
+        return slots[None, :] < self.number[:, None]
 
 
 class ListStatistics(NamedTuple):
@@ -77,7 +78,7 @@ def _count_larger(
     listed: jax.Array, column: jax.Array, student: jax.Array, vocab: Vocabulary
 ) -> jax.Array:
     # No column is larger than itself, though its logit, made again, may be.
-    is_other = vocab.columns[None, :] != column[:, None]
+    is_other = vocab.columns[None, :] != column[:, None].astype(jnp.int32)
     is_larger = (student > listed[:, None]) & is_other
     return jnp.sum(is_larger, axis=-1).astype(student.dtype)
 

@@ -179,10 +179,9 @@ class DistillationMetrics:
     def to_dict(self) -> dict[str, float]:
         """`compute`, as Python floats for a logger: lists of them, if metrics are
         `[...]`. All come from the device in one transfer."""
-        names, means = zip(*self.compute().items(), strict=True)
-        return {
-            n: x.tolist() for n, x in zip(names, jax.device_get(means), strict=True)
-        }
+        means = self.compute()
+        values = jax.device_get(tuple(means.values()))
+        return {name: x.tolist() for name, x in zip(means, values, strict=True)}
 
 
 def _mean(total: jax.Array, weight: jax.Array) -> jax.Array:
