@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from ._columns import Columns, finish, row_maxima, row_sums, sums_of_slopes
 from ._compat import abstract_eval, zeros
+from ._list_statistics import count_larger, number_among_top
 from ._operands import Operands, Result, Spec
 from ._plan import Plan
 from ._row_sums import moved, RowStats
@@ -78,7 +79,11 @@ def walk_columns(
         result = Result(None, None, done.gradients, done.counted)
         pulled = pull_back(block.x, result, ("student", "teacher"))
         summed, written = split(by_column, keep(asked, _with_gradients(pulled)))
-        return (done.sums, summed), done.tops, cast(asked, written)
+        larger = None
+        if block.entries is not None:
+            listed, _ = block.entries
+            larger = count_larger(sums.entries, listed, block.student, block.vocab)
+        return (done.sums, larger, summed), done.tops, cast(asked, written)
 
     def add_finished(carry, start, width):
         totals, tops, arrays = carry
@@ -95,8 +100,11 @@ def walk_columns(
         jax.tree.map(lambda x: zeros(x, x.shape) + vocab.size, tops),
         jax.tree.map(lambda x, full: zeros(x, full.shape), arrays, whole),
     )
-    (terms, summed), tops, arrays = over_blocks(add_finished, carry)
-    terms, statistics = completed(spec, x, maxima, sums, terms, tops)
+    (terms, larger, summed), tops, arrays = over_blocks(add_finished, carry)
+    number = None
+    if larger is not None:
+        number = number_among_top(sums.entries, *vocab.psum(larger))
+    terms, statistics = completed(spec, x, maxima, sums, terms, tops, number)
     gradients = operands._replace(weights=terms, **merge(summed, arrays))
     new_rows = rows if x.rows is None and not spec.reduce else None
     return Result(terms, statistics, cast(perturbed, gradients), everything, new_rows)

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from . import _student_terms as student_terms
 from ._comparison import Comparison, OfEach, Pair
 from ._divergences import ForwardKL, is_zero, kl_weights
+from ._list_statistics import list_statistics, ListSums
 from ._numerics import weigh, zero_unless
 from ._operands import LossTerms, Operands, Spec, Statistics
 from ._row_sums import Maxima, pair_sums, RowSums, sum_exp
@@ -50,6 +51,11 @@ class Columns(NamedTuple):
         student = x.student.logits(spec.dtype, vocab)
         listed = x.teacher.on_list(student, vocab)
         return cls(spec, x, vocab, teacher, student, listed)
+
+    @property
+    def entries(self) -> tuple[jax.Array, jax.Array] | None:
+        """`Source.entries`, if the metrics ask for them."""
+        return self.x.teacher.entries(self.spec.dtype) if self.spec.statistics else None
 
     def made_first(self) -> "Columns":
         """The columns, with logits that are complete before anything is made of them.
@@ -118,6 +124,9 @@ def row_sums(c: Columns, maxima: Maxima) -> RowSums:
         sums = sums._replace(**_pair_sums(c, p, q, c.spec.same_temperature))
         if p_at_1 is not None and p.stats.temperature is not None:
             sums = sums._replace(teacher_at_1=sum_exp(p_at_1))
+    if c.entries is not None:
+        entries = ListSums.of(*c.entries, c.student, c.vocab)
+        sums = sums._replace(entries=entries)
     if c.listed is not None:
         T = c.x.student_temperature
         sums = sums._replace(of_list=_list_sums(c, maxima, T))
@@ -262,8 +271,12 @@ def complete(
     sums: RowSums,
     terms: TermSums,
     tops: Tops | None,
+    number_among_top: jax.Array | None,
 ) -> tuple[LossTerms, Statistics | None]:
-    """The terms that have a weight, and the statistics, from sums over all columns."""
+    """The terms that have a weight, and the statistics, from sums over all columns.
+
+    `number_among_top`, `[B]`, is that of a list: see `_list_statistics`.
+    """
     of_loss = LossTerms(terms.divergence)
     if terms.uniform is not None:
         alone = student_terms.terms(
@@ -274,7 +287,12 @@ def complete(
         return of_loss, None
     agree = (tops.student == tops.teacher).astype(spec.dtype)
     entropies = terms.student_entropy, terms.teacher_entropy
-    return of_loss, Statistics(terms.kl, *entropies, agree)
+    of_list = None
+    if number_among_top is not None:
+        assert sums.entries is not None
+        at_1 = SoftmaxStats(maxima.student, None, sums.alone)
+        of_list = list_statistics(sums.entries, number_among_top, at_1)
+    return of_loss, Statistics(terms.kl, *entropies, agree, of_list)
 
 
 def _pair(c: Columns, models: Models, maxima: Maxima, sums: RowSums) -> Pair:

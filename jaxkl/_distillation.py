@@ -6,6 +6,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
+from . import _checks as check
 from ._divergences import Divergence, ForwardKL
 from ._evaluate import evaluate
 from ._function_head import FunctionHead
@@ -209,16 +210,29 @@ def distillation_loss_with_metrics(
     vocab_axis: str | None = None,
     tile: int | None = None,
     plan: PlanName | None = None,
+    per_token_metrics: bool = False,
 ) -> tuple[jax.Array, DistillationMetrics]:
     """`distillation_loss`, and what one logs beside it, from the same pass.
 
     The arguments are those of `distillation_loss`, with one difference: `labels` may be
     for the metrics alone. Without an `alpha`, which then is 1, they have no part in the
-    loss. On a mesh, the metrics are of all tokens.
+    loss.
+
+    With `mesh`, the metrics are of all tokens. With `axis_name`, they are of this
+    device's tokens, like the loss, and the same on all devices of that axis: sum them
+    over the axes that spread the tokens alone, as `jax.lax.psum(metrics, "data")`.
+
+    Args:
+      per_token_metrics: Whether the metrics are those of each token, `[...]`, whatever
+        `reduction` is. Those of a token without weight are 0.
 
     Returns:
-      The loss, and `DistillationMetrics`: the form for
+      The loss, and `DistillationMetrics`, scalars or `[...]`: the form for
       `jax.value_and_grad(..., has_aux=True)`.
+
+    Raises:
+      TypeError: As `distillation_loss`, and if `per_token_metrics` is not a bool.
+      ValueError: As `distillation_loss`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -227,6 +241,7 @@ def distillation_loss_with_metrics(
       >>> print(f"{metrics.student_entropy:.4f} {metrics.top1_agreement}")
       0.6931 0.0
     """
+    per_token = check.boolean("per_token_metrics", per_token_metrics)
     prepared = prepare(
         student,
         teacher,
@@ -254,4 +269,4 @@ def distillation_loss_with_metrics(
     )
     loss, terms, statistics = evaluate(prepared)
     assert statistics is not None
-    return loss, metrics_of(prepared, terms, statistics)
+    return loss, metrics_of(prepared, terms, statistics, per_token=per_token)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from ._compat import to_varying, varying_axes
 from ._divergences import Divergence
+from ._list_statistics import ListStatistics
 from ._parameters import join
 from ._sources import Source
 from ._vocabulary import Vocabulary
@@ -51,6 +52,7 @@ class Statistics(NamedTuple):
     student_entropy: jax.Array
     teacher_entropy: jax.Array
     top1_agreement: jax.Array
+    of_list: ListStatistics | None  # None: the teacher has no list
 
 
 class Operands(NamedTuple):

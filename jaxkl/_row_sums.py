@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ._list_statistics import ListSums
 from ._numerics import near_part, tanh_excess
 from ._softmax import finite_max, Model
 
@@ -42,7 +43,7 @@ class ReverseSums(NamedTuple):
 
 
 class RowSums(NamedTuple):
-    """Sums over columns, `[B]` each; None: not needed."""
+    """Sums over columns, `[B]` each but for `entries`; None: not needed."""
 
     student: Any = None  # Σ e^z
     teacher: Any = None  # Σ e^u
@@ -62,6 +63,7 @@ class RowSums(NamedTuple):
     # another and the metrics ask for it
     of_list: Any = None
     of_list_at_1: Any = None
+    entries: ListSums | None = None  # of a list, if the metrics ask for it
 
     @property
     def alone(self) -> Any:
@@ -150,6 +152,7 @@ def moved(
         listed=times(sums.listed, z),
         unlisted=times(sums.unlisted, z),
         unlisted_at_1=times(sums.unlisted_at_1, z_at_1),
+        entries=sums.entries,
     )
     if sums.of_list is not None:
         of_list = moved(sums.of_list, old.listed, new.listed, student_temperature, None)

@@ -226,6 +226,12 @@ class Source(Given):
         """The gradient of the logits, `[B, V]`, from that of `on_list`."""
         raise NotImplementedError
 
+    def entries(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array] | None:
+        """The columns and log-probabilities of the teacher's list, `[B, k]`, as
+        `merge_repeated` returns them; None: it has no list."""
+        del dtype
+        return None
+
     def list_sums(
         self, student: Model, vocab: Vocabulary
     ) -> tuple[jax.Array, jax.Array] | None:

@@ -135,7 +135,7 @@ class SparseTeacher(Source):
 
     def logits(self, dtype, vocab):
         """Log-probabilities: those of the list and, elsewhere, what the tail says."""
-        columns, log_probs = self._entries(dtype)
+        columns, log_probs = self.entries(dtype)
         others = jnp.full_like(log_probs[:, :1], -jnp.inf)
         total = jax.nn.logsumexp(log_probs, axis=-1, keepdims=True)
         if self.tail in ("renormalize", "conditional"):
@@ -167,7 +167,7 @@ class SparseTeacher(Source):
             return plain_kl(p, q)
         listed = is_listed(self.indices, vocab)
         of_list = jnp.sum(evaluate_where(listed, divergence, p, q), axis=-1)
-        has_rest, p_rest = self._rest(*self._entries(p.log.dtype), vocab)
+        has_rest, p_rest = self._rest(*self.entries(p.log.dtype), vocab)
         if q_unlisted is None:
             q_unlisted = jnp.sum(zero_unless(vocab.mask(~listed), q.prob), axis=-1)
         q_rest = Outcomes.of_log(safe_log(q_unlisted))
@@ -201,7 +201,7 @@ class SparseTeacher(Source):
         return self.tail != "renormalize" or is_catalogued(divergence)
 
     def _list(self, dtype: jnp.dtype, vocab: Vocabulary) -> List:
-        columns, log_p = self._entries(dtype)
+        columns, log_p = self.entries(dtype)
         rest = self._rest(columns, log_p, vocab)
         if self.tail == "renormalize":
             log_p -= jax.nn.logsumexp(log_p, axis=-1, keepdims=True)
@@ -211,11 +211,11 @@ class SparseTeacher(Source):
         of_list = super().entropy(p, vocab)
         if self.tail != "bucket":
             return of_list
-        _, rest = self._rest(*self._entries(p.log.dtype), vocab)
+        _, rest = self._rest(*self.entries(p.log.dtype), vocab)
         rest = Outcomes(*(x[:, None] for x in rest))
         return of_list + vocab.on_first_shard(entropy(rest))
 
-    def _entries(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    def entries(self, dtype):
         return merge_repeated(self.indices, self.log_probs, dtype)
 
     def _rest(
@@ -262,18 +262,18 @@ class _ConditionalList(SparseTeacher):
     """
 
     def on_list(self, student, vocab):
-        columns, log_probs = self._entries(student.dtype)
+        columns, log_probs = self.entries(student.dtype)
         at = positions(columns, vocab)
         log_p = jnp.where(_is_here(at, vocab), log_probs, -jnp.inf)
         return log_p, student.at[at].get(mode="fill", fill_value=-jnp.inf)
 
     def off_list(self, d_listed, vocab):
-        columns, _ = self._entries(d_listed.dtype)
+        columns, _ = self.entries(d_listed.dtype)
         d_logits = jnp.zeros((d_listed.shape[0], vocab.width), d_listed.dtype)
         return d_logits.at[positions(columns, vocab)].set(d_listed, mode="drop")
 
     def sum_terms(self, divergence, p, q, vocab, log_ratio=None):
-        columns, _ = self._entries(p.log.dtype)
+        columns, _ = self.entries(p.log.dtype)
         is_here = _is_here(positions(columns, vocab), vocab)
         terms = evaluate_where(is_here, divergence, p, q, log_ratio)
         return jnp.sum(terms, axis=-1)

@@ -17,6 +17,7 @@ from ._columns import (
     Tops,
 )
 from ._comparison import OfEach
+from ._list_statistics import find_number_among_top
 from ._operands import LossTerms, Operands, Result, Spec, Statistics
 from ._row_sums import Maxima, RowStats, RowSums
 from ._vocabulary import Vocabulary
@@ -39,7 +40,15 @@ def run_tile(
     maxima, sums = x.rows or _row_stats(columns)
     of_slopes = slopes_over_devices(vocab, sums_of_slopes(columns, maxima, sums))
     done = finish(columns, maxima, sums, of_slopes, counted, recompute=recompute)
-    terms, statistics = completed(spec, x, maxima, sums, done.sums, done.tops)
+    number_among_top = None
+    if columns.entries is not None:
+        assert sums.entries is not None
+        number_among_top = find_number_among_top(
+            sums.entries, columns.entries[0], columns.student, vocab
+        )
+    terms, statistics = completed(
+        spec, x, maxima, sums, done.sums, done.tops, number_among_top
+    )
     gradients = done.gradients._replace(weights=terms)
     rows = RowStats(maxima, sums) if x.rows is None and not spec.reduce else None
     return Result(terms, statistics, gradients, done.counted, rows)
@@ -57,11 +66,12 @@ def completed(
     sums: RowSums,
     terms: TermSums,
     tops: Tops | None,
+    number_among_top: jax.Array | None,
 ) -> tuple[LossTerms, Statistics | None]:
     """`complete`, from the last phase's sums over the columns of this device."""
     terms = over_devices(spec.vocab.psum, terms)
     tops = jax.tree.map(spec.vocab.pmin, tops)
-    return complete(spec, x, maxima, sums, terms, tops)
+    return complete(spec, x, maxima, sums, terms, tops, number_among_top)
 
 
 def over_devices(reduce: Any, tree: Any) -> Any:

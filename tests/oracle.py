@@ -312,6 +312,9 @@ class Metrics(NamedTuple):
     student_entropy: Any
     teacher_entropy: Any
     top1_agreement: Any
+    teacher_listed_mass: Any
+    student_listed_mass: Any
+    top_k_overlap: Any
     weight: Any
 
 
@@ -348,6 +351,11 @@ def metrics(
             labels = tokens.integer(labels)
             ce, _ = _cross_entropy(s, labels, 0.0)
             cross_entropy = mean(ce, tokens.weights * (labels != -100))
+        p_listed = q_listed = overlap = None
+        if tokens.list is not None:
+            rows = zip(log_q, tokens.integer(tokens.list.indices), tokens.teacher)  # noqa: B905
+            of_rows = np.reshape([_listed(*row) for row in rows], (-1, 3))
+            p_listed, q_listed, overlap = map(mean, of_rows.T)
         return Metrics(
             mean(D),
             mean(kl),
@@ -355,8 +363,21 @@ def metrics(
             mean(-np.sum(_times(np.exp(log_q), log_q), -1)),
             None if log_p is None else mean(-np.sum(_times(np.exp(log_p), log_p), -1)),
             None if log_p is None else mean(1.0 * (top1 == np.argmax(log_p, -1))),
+            p_listed,
+            q_listed,
+            overlap,
             tokens.weights.sum(),
         )
+
+
+def _listed(log_q, indices, log_probs):
+    """The masses of one list in teacher and student, and its share in a top k."""
+    used = indices >= 0
+    columns = sorted(set(indices[used].tolist()))
+    larger = [np.sum(log_q > log_q[column]) for column in columns]
+    among = [number < len(columns) for number in larger]
+    share = sum(among) / len(columns) if columns else 0.0
+    return np.exp(log_probs[used]).sum(), np.exp(log_q[columns]).sum(), share
 
 
 def _divergence_and_grad(divergence, student_logits, teacher_logits):
@@ -503,7 +524,8 @@ class _Tokens:
         if self.list.tail in ("drop", "bucket"):
             return None
         rows = zip(self.student, self.integer(self.list.indices), self.teacher)  # noqa: B905
-        return np.stack([_outcomes(*row, self.list.tail)[0] for row in rows])
+        log_p = [_outcomes(*row, self.list.tail)[0] for row in rows]
+        return np.reshape(log_p, self.student.shape)
 
     def rows(self, x, vocab_size):
         return _real(x)[self.kept][:, :vocab_size]

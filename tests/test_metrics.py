@@ -1,5 +1,6 @@
 """`distillation_loss_with_metrics`."""
 
+import json
 from functools import partial
 
 import jax
@@ -10,20 +11,41 @@ import pytest
 import jaxkl
 
 from . import oracle
-from .cases import assert_source_gradient, FORWARD, JENSEN_SHANNON, over_kinds, rounded
+from .cases import (
+    assert_source_gradient,
+    FORWARD,
+    JENSEN_SHANNON,
+    over_kinds,
+    rarely,
+    rounded,
+)
 from .helpers import assert_close
-from .sources import exact_logits, expected_of, make_models, per_token
+from .sources import (
+    exact_logits,
+    expected_of,
+    make_head,
+    make_list,
+    make_models,
+    per_token,
+)
 
 
 FIELDS = oracle.Metrics._fields
 
 
-def _assert_metrics(actual, expected, tol=1e-6):
-    assert (actual.cross_entropy is None) == (expected.cross_entropy is None)
+# The oracle may have no entropy of a list, which `DistillationMetrics` always has.
+OPTIONAL = (
+    "cross_entropy", "teacher_listed_mass", "student_listed_mass", "top_k_overlap"
+)  # fmt: skip
+
+
+def _assert_metrics(actual, expected, tol=1e-6, shape=()):
     for name in FIELDS:
         got, want = getattr(actual, name), getattr(expected, name)
+        if name in OPTIONAL:
+            assert (got is None) == (want is None), name
         if want is not None:
-            assert got.shape == () and got.dtype == jnp.float32, name
+            assert got.shape == shape and got.dtype == jnp.float32, name
             assert_close(got, want, tol, name)
 
 
@@ -122,11 +144,13 @@ def test_metrics_are_a_pytree(rng):
     f = lambda s, t, labels: jaxkl.distillation_loss_with_metrics(s, t, labels=labels)
     _, metrics = jax.vmap(f)(s, t, labels)
     leaves, treedef = jax.tree.flatten(metrics)
-    assert len(leaves) == len(FIELDS) and all(x.shape == (3,) for x in leaves)
+    assert all(x.shape == (3,) for x in leaves)
     again = jax.tree.unflatten(treedef, leaves)
     assert isinstance(again, jaxkl.DistillationMetrics)
-    doubled = jax.tree.map(lambda x: 2 * x, metrics)
-    assert_close(doubled.kl, 2 * metrics.kl, 1e-6)
+    assert_close(again.kl, [oracle.metrics(s[i], t[i]).kl for i in range(3)], 1e-6)
+    # The leaves are sums: those of all rows are of all tokens.
+    total = jax.tree.map(lambda x: x.sum(0), metrics)
+    _assert_metrics(total, oracle.metrics(s, t, labels=labels))
 
 
 def test_a_normalizer_is_no_part_of_the_metrics(rng):
@@ -191,6 +215,219 @@ def test_metrics_of_a_large_batch_hold_no_logits():
     logits = jax.ShapeDtypeStruct((tokens, vocab), jnp.float32)
     step = jax.value_and_grad(jaxkl.distillation_loss_with_metrics, has_aux=True)
     stats = jax.jit(step).lower(logits, logits).compile().memory_analysis()
+    assert stats.temp_size_in_bytes < 0.1 * 4 * tokens * vocab
+
+
+# Sums over micro-batches.
+
+
+def _batch(rng, shape, vocab=11):
+    """A student's logits, a list, and weights, some of them 0, labels and a mask."""
+    student, teacher = (
+        rounded(rng, (*shape, vocab)),
+        make_list(rng, shape, vocab, 4, "uniform"),
+    )
+    return student, teacher, per_token(rng, shape, "weights", "labels", "where")
+
+
+@jax.jit
+def _metrics(student, teacher, counted):
+    return jaxkl.distillation_loss_with_metrics(student, teacher, **counted)[1]
+
+
+def test_micro_batches_add_up(rng):
+    """They have other numbers of tokens, and one has no label and one no weight."""
+    batch = _batch(rng, (17,))
+    _, _, counted = batch
+    counted["labels"] = counted["labels"].at[:5].set(-100)
+    counted["weights"] = counted["weights"].at[5:8].set(0)
+    ends = [0, 5, 8, 9, 17]
+    parts = [
+        _metrics(*jax.tree.map(lambda x, i=i, j=j: x[i:j], batch))
+        for i, j in zip(ends[:-1], ends[1:], strict=True)
+    ]
+    assert parts[0].cross_entropy == 0 and parts[1].kl == 0
+    expected = oracle.metrics(*batch[:2], **counted)
+    _assert_metrics(parts[0] + parts[1] + parts[2] + parts[3], expected)
+    _assert_metrics(sum(reversed(parts)), expected)
+    # This is not the mean of the means.
+    mean_of_means = np.mean([x.kl for x in parts])
+    assert abs(mean_of_means - expected.kl) > 0.05 * expected.kl
+
+
+def test_zeros_are_the_metrics_of_no_token(rng):
+    batch = _batch(rng, (6,))
+    metrics = _metrics(*batch)
+    zeros = jaxkl.DistillationMetrics.zeros(labels=True, sparse_teacher=True)
+    assert len(zeros.to_dict()) == 10 and not any(zeros.to_dict().values())
+    for total in (zeros + metrics, metrics + zeros):
+        for x, y in zip(*map(jax.tree.leaves, (total, metrics)), strict=True):
+            assert x == y and x.dtype == y.dtype
+    dense = rounded(rng, (6, 5))
+    _, metrics = jaxkl.distillation_loss_with_metrics(dense, dense)
+    zeros = jaxkl.DistillationMetrics.zeros()
+    assert jax.tree.structure(zeros) == jax.tree.structure(metrics)
+
+
+def test_a_scan_adds_up(rng):
+    """In the carry, or stacked and summed."""
+    batch = _batch(rng, (3, 5))
+
+    @jax.jit
+    def run(batch):
+        def step(total, batch):
+            metrics = _metrics(*batch)
+            return total + metrics, metrics
+
+        zeros = jaxkl.DistillationMetrics.zeros(labels=True, sparse_teacher=True)
+        total, stacked = jax.lax.scan(step, zeros, batch)
+        return total, jax.tree.map(lambda x: x.sum(0), stacked)
+
+    expected = oracle.metrics(*batch[:2], **batch[2])
+    for total in run(batch):
+        _assert_metrics(total, expected)
+
+
+def test_only_like_metrics_add_up(rng):
+    s = rounded(rng, (4, 5))
+    f = jaxkl.distillation_loss_with_metrics
+    (_, plain), (_, labelled) = f(s, s), f(s, s, labels=jnp.arange(4))
+    _, listed = f(s, jaxkl.top_k_teacher(s, 2))
+    with pytest.raises(ValueError, match="`\\+` needs.*cross_entropy is None"):
+        plain + labelled
+    with pytest.raises(ValueError, match="teacher_listed_mass, student.*is None"):
+        listed + plain
+    with pytest.raises(TypeError, match="unsupported operand"):
+        plain + 1  # pyright: ignore[reportOperatorIssue]
+    with pytest.raises(TypeError, match="unsupported operand"):
+        1 + plain  # pyright: ignore[reportOperatorIssue]
+
+
+def test_nan_stays(rng):
+    student, teacher, _ = _batch(rng, (4,))
+    good = _metrics(student, teacher, {})
+    bad = _metrics(student.at[2, 3].set(np.nan), teacher, {})
+    total = (good + bad).to_dict()
+    assert total.pop("weight") == 8
+    # That columns agree is a comparison, which of NaN is false.
+    assert 0 <= total.pop("top1_agreement") < 1
+    assert total.pop("teacher_listed_mass") > 0
+    assert total.pop("teacher_entropy") > 0
+    assert len(total) == 5 and all(map(np.isnan, total.values()))
+    ok = _metrics(student.at[2, 3].set(np.nan), teacher, dict(where=jnp.arange(4) != 2))
+    assert all(map(np.isfinite, (good + ok).to_dict().values()))
+
+
+def test_numbers_to_log(rng):
+    batch = _batch(rng, (7,))
+    expected = oracle.metrics(*batch[:2], **batch[2])
+    logged = _metrics(*batch).to_dict()
+    assert list(logged) == list(FIELDS)
+    assert all(type(x) is float for x in logged.values())
+    traced = jax.jit(lambda batch: _metrics(*batch).compute())(batch)
+    for name in FIELDS:
+        assert_close(logged[name], getattr(expected, name), 1e-6, name)
+        assert_close(traced[name], getattr(expected, name), 1e-6, name)
+    assert json.loads(json.dumps(logged)) == logged
+
+
+# Of each token.
+
+
+@pytest.mark.parametrize("reduction", ["mean", *rarely("none")])
+def test_metrics_of_each_token(rng, reduction):
+    student, teacher, counted = _batch(rng, (3, 5))
+    f = lambda student, teacher, counted: jaxkl.distillation_loss_with_metrics(
+        student, teacher, reduction=reduction, per_token_metrics=True, **counted
+    )
+    loss, metrics = jax.jit(f)(student, teacher, counted)
+    assert loss.shape == (() if reduction == "mean" else (3, 5))
+    of_token = lambda i: oracle.metrics(
+        *jax.tree.map(lambda x: x[i][None], (student, teacher)),
+        **jax.tree.map(lambda x: x[i][None], counted),
+    )
+    tokens = [of_token(i) for i in np.ndindex(3, 5)]
+    shaped = lambda *x: np.reshape(np.asarray(x, np.float64), (3, 5))
+    _assert_metrics(metrics, jax.tree.map(shaped, *tokens), shape=(3, 5))
+    assert metrics.kl[0, 0].shape == () and len(metrics.to_dict()["kl"]) == 3
+    assert np.any(metrics.weight == 0) and not np.any(metrics.kl[metrics.weight == 0])
+    # By position, and of all tokens.
+    of_column = lambda i: oracle.metrics(
+        *jax.tree.map(lambda x: x[:, i], (student, teacher)),
+        **jax.tree.map(lambda x: x[:, i], counted),
+    )
+    columns = [of_column(i) for i in range(5)]
+    by_position = jax.tree.map(lambda *x: np.asarray(x, np.float64), *columns)
+    summed = jax.tree.map(lambda x: x.sum(0), metrics)
+    _assert_metrics(summed, by_position, shape=(5,))
+    total = jax.tree.map(jnp.sum, metrics)
+    _assert_metrics(total, oracle.metrics(student, teacher, **counted))
+
+
+def test_per_token_metrics_is_a_bool(rng):
+    s = rounded(rng, (4, 5))
+    with pytest.raises(TypeError, match="`per_token_metrics` must be True or False"):
+        jaxkl.distillation_loss_with_metrics(s, s, per_token_metrics=1)  # pyright: ignore[reportArgumentType]
+
+
+# Of a teacher's list.
+
+
+@pytest.mark.parametrize("tail", ["renormalize", *rarely("bucket", "conditional")])
+@pytest.mark.parametrize("plan", ["fast", "lean"])
+def test_lists_over_tiles_and_blocks(rng, monkeypatch, plan, tail):
+    monkeypatch.setattr(jaxkl._plan, "_columns", lambda *_: 128)
+    student = make_head(rng, (13,), 5, 300, bias=True, softcap=3.0)
+    teacher = make_list(rng, (13,), 300, 60, tail)
+    counted = per_token(rng, (13,), "temperature", "weights", "where")
+    tile = 4 if plan == "fast" else None
+    f = partial(jaxkl.distillation_loss_with_metrics, plan=plan, tile=tile)
+    run = lambda student, teacher, counted: f(student, teacher, **counted)
+    (_, metrics), grad = jax.jit(jax.value_and_grad(run, has_aux=True))(
+        student, teacher, counted
+    )
+    s, _ = exact_logits(student)
+    _assert_metrics(metrics, oracle.metrics(s, teacher, **counted), 5e-6)
+    assert 0.1 < metrics.top_k_overlap < 0.9
+    expected = expected_of(student, teacher, **counted)
+    assert_source_gradient(student, grad, expected.student, "student")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_overlap_of_equal_logits(rng, dtype):
+    """Of few different numbers: equal columns are in or out together."""
+    student = jnp.asarray(rng.integers(0, 4, (40, 23)), dtype)
+    teacher = make_list(rng, (40,), 23, 7, "bucket")
+    _assert_metrics(_metrics(student, teacher, {}), oracle.metrics(student, teacher))
+
+
+def test_overlap_with_itself_and_of_all_columns_is_one(rng):
+    t = rounded(rng, (5, 9))
+    for k in (1, 4, 9):
+        metrics = _metrics(t, jaxkl.top_k_teacher(t, k), {})
+        assert metrics.top_k_overlap == 1
+        assert_close(metrics.student_listed_mass, metrics.teacher_listed_mass, 1e-6)
+    s = t.at[:, 2].set(-np.inf)
+    assert _metrics(s, jaxkl.top_k_teacher(-t, 9), {}).top_k_overlap == 1
+
+
+def test_a_list_of_nothing_has_no_overlap(rng):
+    teacher = make_list(rng, (3,), 11, 4, "bucket")
+    indices = teacher.indices.at[1].set(-1)
+    teacher = jaxkl.SparseTeacher(indices, teacher.log_probs, tail="bucket")
+    student = rounded(rng, (3, 11))
+    _assert_metrics(_metrics(student, teacher, {}), oracle.metrics(student, teacher))
+
+
+def test_metrics_of_a_list_hold_no_logits():
+    """Beside the gradient, and the rows of a tile."""
+    tokens, vocab = 2048, 32000
+    logits = jax.ShapeDtypeStruct((tokens, vocab), jnp.float32)
+    indices = jax.ShapeDtypeStruct((tokens, 32), jnp.int32)
+    log_probs = jax.ShapeDtypeStruct((tokens, 32), jnp.float32)
+    teacher = jaxkl.SparseTeacher(indices, log_probs, tail="uniform")
+    step = jax.value_and_grad(jaxkl.distillation_loss_with_metrics, has_aux=True)
+    stats = jax.jit(step).lower(logits, teacher).compile().memory_analysis()
     assert stats.temp_size_in_bytes < 0.1 * 4 * tokens * vocab
 
 

@@ -7,6 +7,8 @@ import pytest
 from scipy.spatial.distance import jensenshannon
 from scipy.special import entr, logsumexp, rel_entr, softmax
 
+import jaxkl
+
 from . import oracle
 from .helpers import assert_close
 from .sources import make_list, TAILS
@@ -180,6 +182,20 @@ def test_metrics_match_scipy(rng):
     assert_close(got.cross_entropy, (w * nll)[labels >= 0].sum() / 18, 1e-12)
     assert got.weight == 21
     assert got.divergence < got.kl  # temperature 2 flattens both
+
+
+def test_metrics_of_a_list_by_hand():
+    q = np.array([[0.1, 0.4, 0.2, 0.3], [0.25, 0.25, 0.25, 0.25], [0.5, 0.3, 0.1, 0.1]])
+    indices = np.array([[1, 2, -1], [3, 3, 0], [-1, -1, -1]])
+    log_probs = np.log([[0.6, 0.1, 0.9], [0.2, 0.1, 0.3], [0.5, 0.5, 0.5]])
+    teacher = jaxkl.SparseTeacher(indices, log_probs, tail="bucket")
+    got = oracle.metrics(np.log(q), teacher, weights=[1.0, 1, 2])
+    # Column 2 is not among the two largest; of equal columns all are; nothing is.
+    assert_close(got.top_k_overlap, (0.5 + 1 + 2 * 0) / 4, 1e-12)
+    assert_close(got.teacher_listed_mass, (0.7 + 0.6 + 2 * 0) / 4, 1e-12)
+    assert_close(got.student_listed_mass, (0.6 + 0.5 + 2 * 0) / 4, 1e-12)
+    dense = oracle.metrics(np.log(q), np.log(q))
+    assert dense.top_k_overlap is None and dense.student_listed_mass is None
 
 
 # Rows where a textbook sum loses its digits, against a sum in a hundred digits.

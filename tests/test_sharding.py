@@ -19,6 +19,7 @@ from jaxkl import (
     top_k_teacher,
 )
 
+from . import oracle
 from .cases import (
     ALL,
     assert_matches,
@@ -32,7 +33,7 @@ from .cases import (
     rounded,
 )
 from .helpers import assert_close
-from .sources import expected_of, make_head
+from .sources import exact_logits, expected_of, make_head, make_list
 
 
 AXES = ("data", "fsdp", "model")
@@ -292,8 +293,54 @@ def test_metrics(rng, layout, teacher_form):
     loss = sharded(layout, distillation_loss_with_metrics)
     value, metrics = jax.jit(loss)(student, teacher, **more)
     assert_close(value, want, 1e-6)
-    for name in wants._fields:
-        assert_close(getattr(metrics, name), getattr(wants, name), 2e-6, name)
+    for name, mean in wants.compute().items():
+        assert_close(getattr(metrics, name), mean, 2e-6, name)
+
+
+def test_metrics_of_a_list_match_the_oracle(rng):
+    """And those of each token, which are spread as the tokens are."""
+    shape, vocab = (13,), 37
+    student, teacher = sources(rng, "heads", shape, vocab)[0], rounded(rng, (13, 37))
+    teacher = make_list(rng, shape, vocab, 9, "uniform")
+    more = arguments_of_all_kinds(rng, shape, vocab)
+    del more["teacher_temperature"]
+    counted = {k: more[k] for k in ("temperature", "weights", "where", "labels")}
+    (s, _) = exact_logits(student)
+    wants = oracle.metrics(s, teacher, **counted)
+    loss = sharded("2x4", distillation_loss_with_metrics)
+    each = lambda *models, **more: loss(*models, **more, per_token_metrics=True)[1]
+    metrics = jax.jit(each)(student, teacher, **more)
+    assert metrics.kl.shape == shape
+    total = jax.tree.map(jnp.sum, metrics)
+    for name in oracle.Metrics._fields:
+        assert_close(getattr(total, name), getattr(wants, name), 5e-6, name)
+    assert 0 < total.top_k_overlap < 1
+
+
+@pytest.mark.parametrize("reduce", [jax.lax.psum, jax.lax.pmean])
+def test_metrics_are_summed_over_the_axis_of_the_tokens(rng, reduce):
+    """With `axis_name` they are of a device's tokens; weights differ by device."""
+    student, teacher = rounded(rng, (6, 20)), make_list(rng, (6,), 20, 5, "bucket")
+    weights = jnp.asarray([0.5, 1, 0, 3, 0, 2], jnp.float32)
+    labels = jnp.array([-100, -100, -100, 4, 19, 7])
+
+    def on_device(student, teacher, weights, labels):
+        _, metrics = distillation_loss_with_metrics(
+            student, teacher, weights=weights, labels=labels, axis_name="model"
+        )
+        return reduce(metrics, "data")
+
+    specs = P("data", "model"), P("data"), P("data"), P("data")
+    metrics = jax.jit(
+        jax.shard_map(on_device, mesh=mesh_of("2x4"), in_specs=specs, out_specs=P())
+    )(student, teacher, weights, labels)
+    wants = oracle.metrics(student, teacher, weights=weights, labels=labels)
+    for name in oracle.Metrics._fields:
+        if getattr(wants, name) is None:
+            continue
+        share = 0.5 if reduce is jax.lax.pmean and name == "weight" else 1
+        want = share * getattr(wants, name)
+        assert_close(getattr(metrics, name), want, 2e-6, name)
 
 
 def spread(mesh, source, token_axes="data"):

@@ -96,21 +96,21 @@ def train_step(task, state, frozen, batches, step):
     zero = jax.tree.map(jnp.zeros_like, params)
     grads, (losses, metrics) = jax.lax.scan(add, zero, batches)
     optimizer.update(student, grads)
-    return nnx.state((student, optimizer)), mean(metrics) | {"loss": losses.sum()}
+    return nnx.state((student, optimizer)), means(metrics) | {"loss": losses.sum()}
 
 
 def evaluate(task, state, frozen, batches):
     student, _ = nnx.merge(task.structure, state)
     task = dataclasses.replace(task, source=recorded)
     judge = lambda batch: loss_with_metrics(task, student, frozen, batch)[1]
-    return mean(jax.lax.map(judge, batches))
+    return means(jax.lax.map(judge, batches))
 
 
-def mean(metrics):
-    """Averages over all tokens, from the mean of each batch."""
-    weight = metrics.weight / jnp.sum(metrics.weight)
+def means(metrics):
+    """Means over all tokens, from the metrics of each batch."""
+    total = jax.tree.map(lambda x: x.sum(0), metrics)
     names = "divergence", "kl", "cross_entropy", "top1_agreement"
-    return {name: jnp.sum(weight * getattr(metrics, name)) for name in names}
+    return {name: getattr(total, name) for name in names}
 
 
 @partial(jax.jit, static_argnums=0)
