@@ -297,18 +297,20 @@ def test_metrics(rng, layout, teacher_form):
         assert_close(getattr(metrics, name), mean, 2e-6, name)
 
 
-def test_metrics_of_a_list_match_the_oracle(rng):
+@pytest.mark.parametrize("plan", ["fast", *rarely("lean")])
+def test_metrics_of_a_list_match_the_oracle(rng, plan):
     """And those of each token, which are spread as the tokens are."""
     shape, vocab = (13,), 37
     student, teacher = sources(rng, "heads", shape, vocab)[0], rounded(rng, (13, 37))
     teacher = make_list(rng, shape, vocab, 9, "uniform")
     more = arguments_of_all_kinds(rng, shape, vocab)
-    del more["teacher_temperature"]
+    del more["teacher_temperature"], more["label_smoothing"]
     counted = {k: more[k] for k in ("temperature", "weights", "where", "labels")}
-    (s, _) = exact_logits(student)
+    s, _ = exact_logits(student)
     wants = oracle.metrics(s, teacher, **counted)
     loss = sharded("2x4", distillation_loss_with_metrics)
-    each = lambda *models, **more: loss(*models, **more, per_token_metrics=True)[1]
+    loss = ft.partial(loss, plan=plan, per_token_metrics=True)
+    each = lambda *models, **more: loss(*models, **more)[1]
     metrics = jax.jit(each)(student, teacher, **more)
     assert metrics.kl.shape == shape
     total = jax.tree.map(jnp.sum, metrics)

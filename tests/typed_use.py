@@ -26,6 +26,10 @@ def use(x: jax.Array, t: jax.Array):
     )
     assert_type(loss, jax.Array)
     assert_type(metrics, jaxkl.DistillationMetrics)
+    assert_type(metrics.kl, jax.Array)
+    assert_type(metrics.cross_entropy, jax.Array | None)
+    assert_type(metrics + metrics, jaxkl.DistillationMetrics)
+    assert_type(metrics.to_dict(), dict[str, float])
     assert_type(head.kernel, jax.Array)
 
 
