@@ -81,6 +81,7 @@ def walk_columns(
         summed, written = split(by_column, keep(asked, _with_gradients(pulled)))
         larger = None
         if block.entries is not None:
+            assert sums.entries is not None
             listed, _ = block.entries
             larger = count_larger(sums.entries, listed, block.student, block.vocab)
         return (done.sums, larger, summed), done.tops, cast(asked, written)
@@ -103,6 +104,7 @@ def walk_columns(
     (terms, larger, summed), tops, arrays = over_blocks(add_finished, carry)
     number = None
     if larger is not None:
+        assert sums.entries is not None
         number = number_among_top(sums.entries, *vocab.psum(larger))
     terms, statistics = completed(spec, x, maxima, sums, terms, tops, number)
     gradients = operands._replace(weights=terms, **merge(summed, arrays))
