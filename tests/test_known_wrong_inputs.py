@@ -101,6 +101,23 @@ def test_a_mixture_that_underflows(source, divergence, reference):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
 
 
+@pytest.mark.parametrize("tail", ["bucket", "uniform", "conditional"])
+def test_reverse_kl_where_a_list_has_minus_inf(rng, tail):
+    # In TRL the product is masked there: it is finite where KL(q ‖ p) is not.
+    s = rounded(rng, (1, 7))
+    log_probs = jnp.log(jnp.array([[0.5, 0.0, 0.3]]))
+    teacher = SparseTeacher(jnp.array([[1, 4, 2]]), log_probs, tail=tail)
+    for name in ("reverse", "symmetric"):
+        value, grads = evaluate(s, teacher, divergence=ALL[name][0])
+        assert value == np.inf
+        assert expected_of(s, teacher, divergence=ALL[name][1]).loss == np.inf
+        # It is -inf or NaN beside a rest, and about 1e36 where rows are dense.
+        assert not np.abs(grads["student"][0, 1]) < 1e30
+    # A mixture is finite, and so is KL(q ‖ p) where the student has nothing either.
+    assert_matches(s, teacher, ALL["js"], cotangent=1.3)
+    assert_matches(s.at[0, 4].set(-np.inf), teacher, REVERSE, cotangent=1.3)
+
+
 @pytest.mark.parametrize("source", ["logits", "head"])
 @pytest.mark.parametrize(
     "loss",
