@@ -222,6 +222,9 @@ def distillation_loss_with_metrics(
     device's tokens, like the loss, and the same on all devices of that axis: sum them
     over the axes that spread the tokens alone, as `jax.lax.psum(metrics, "data")`.
 
+    With a `SparseTeacher` of `k` slots, `top_k_overlap` costs a pass over a tile's
+    logits for each bit of `k`, and with the lean plan one for each slot.
+
     Args:
       per_token_metrics: Whether the metrics are those of each token, `[...]`, whatever
         `reduction` is. Those of a token without weight are 0.
