@@ -74,11 +74,13 @@ MOVING = {
         (0.3, 0, 1e-6, 0.5, 1, -1, 2, 1 + 1e-6),
     ),
     "kls": Moving(
-        lambda x: Mixture(((x, ForwardKL()), (0.5, ReverseKL()), (x, SymmetricKL(x)))),
+        lambda x: Mixture(
+            ((x, ForwardKL()), (0.5, ReverseKL()), (1 - x, SymmetricKL(x)))
+        ),
         lambda x: oracle.mixture(
             (x, oracle.forward_kl),
             (0.5, oracle.reverse_kl),
-            (x, oracle.symmetric_kl(x)),
+            (1 - x, oracle.symmetric_kl(x)),
         ),
     ),
     "mixture": Moving(
