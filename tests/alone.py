@@ -19,16 +19,17 @@ def make_student(rng, source, shape, vocab, dtype="float32", *, pad=0):
     return make_head(rng, shape, 5, vocab + pad, dtype, **settings)
 
 
-def pull_back(f, floats, cotangents):
-    """`f(**floats)`, and the cotangents pulled back to the floats, in one program."""
+def pull_back(f, floats, cotangents, **others):
+    """`f(**floats, **others)`, and the cotangents pulled back to the floats, in one
+    program."""
 
     @jax.jit
-    def run(floats, cotangents):
-        value, vjp = jax.vjp(lambda floats: f(**floats), floats)
+    def run(floats, others, cotangents):
+        value, vjp = jax.vjp(lambda floats: f(**floats, **others), floats)
         cotangents = jax.tree.map(lambda g, x: g.astype(x.dtype), cotangents, value)
         return value, vjp(cotangents)[0]
 
-    return run(floats, cotangents)
+    return run(floats, others, cotangents)
 
 
 def expected_cross_entropy(

@@ -159,6 +159,14 @@ def test_empty_rows_and_junk_that_where_drops(rng):
     assert not grads["student"][~where].any()
 
 
+def test_an_empty_list_gives_nothing(rng):
+    """Its loss is NaN, and that of the other tokens is not."""
+    s, teacher = make_models(rng, "conditional", (3,), 11)
+    teacher = conditional(teacher.indices.at[1].set(-1), teacher.log_probs)
+    value = distillation_loss(s, teacher, reduction="none")
+    np.testing.assert_array_equal(np.isnan(value), [False, True, False])
+
+
 def test_columns_that_do_not_exist(rng):
     s, teacher = rounded(rng, (4, 13)), make_list(rng, (4,), 11, 4, "conditional")
     wrong = conditional(teacher.indices.at[2, 0].set(11), teacher.log_probs)

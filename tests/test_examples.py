@@ -287,6 +287,73 @@ def test_sharded_head_has_the_losses_of_one_device(options, part):
     assert steps[1, 1] < steps[0, 1]
 
 
+STUDENTS = "NNX", "Linen", "LoRA", "8-bit"
+
+
+@pytest.mark.slow
+def test_any_head():
+    lines = run("any_head.py", *"--tokens 512 --steps 3".split()).stdout.splitlines()
+    assert max(map(len, lines)) <= 80 and lines[-1] == "The gradients are the same."
+    rows = [line for line in lines if line.startswith(STUDENTS)]
+    assert len(rows) == len(STUDENTS)
+    for row in rows:
+        first, last, mine, plain, differ = map(float, row.split()[-5:])
+        assert 0 < last < first
+        assert mine < plain and differ < 1e-4
+
+
+@pytest.mark.slow
+def test_any_head_fails_if_the_gradients_differ():
+    patch = (
+        "import jaxkl;"
+        "loss = jaxkl.distillation_loss;"
+        "jaxkl.distillation_loss = lambda *x, **y: 1.001 * loss(*x, **y)"
+    )
+    options = "--vocab 64 --tokens 16 --steps 1".split()
+    assert "NOT the same" in run("any_head.py", *options, patch=patch, code=1).stderr
+
+
+def kl_of(result):
+    """The printed numbers: exact, k1, k3 and the deviations of both."""
+    rows = [x.split() for x in result.stdout.splitlines() if x[:6].strip().isalpha()]
+    rows = {row[0]: np.array(row[1:], float) for row in rows}
+    return rows["before"], rows["after"]
+
+
+def test_policy_gradient():
+    result = run("policy_gradient.py", *"--steps 20 --vocab 16".split())
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    before, after = kl_of(result)
+    assert 0 < after[0] < before[0] / 2
+    for exact, k1, k3, of_k1, of_k3 in (before, after):
+        # Of 16384 places: they are in 256 sequences, and so are nearly independent.
+        assert abs(k1 - exact) < 5 * of_k1 / 128
+        assert abs(k3 - exact) < 5 * of_k3 / 128
+
+
+@pytest.mark.slow
+def test_policy_gradient_that_goes_up():
+    patch = "import optax; adam = optax.adam; optax.adam = lambda rate: adam(-rate)"
+    options = "--steps 5 --vocab 16".split()
+    result = run("policy_gradient.py", *options, patch=patch, code=1)
+    assert "did NOT come nearer" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "program, option, value",
+    [
+        ("any_head.py", "--steps", "0"),
+        ("any_head.py", "--vocab", "many"),
+        ("policy_gradient.py", "--vocab", "1"),
+        ("policy_gradient.py", "--learning-rate", "nan"),
+    ],
+)
+def test_bad_options_of_heads_and_policies(program, option, value):
+    result = run(program, f"{option}={value}", code=2)
+    assert f"argument {option}: expected" in result.stderr
+    assert repr(value) in result.stderr and "Traceback" not in result.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "program, options, patch",

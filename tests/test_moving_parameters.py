@@ -74,11 +74,13 @@ MOVING = {
         (0.3, 0, 1e-6, 0.5, 1, -1, 2, 1 + 1e-6),
     ),
     "kls": Moving(
-        lambda x: Mixture(((x, ForwardKL()), (0.5, ReverseKL()), (x, SymmetricKL(x)))),
+        lambda x: Mixture(
+            ((x, ForwardKL()), (0.5, ReverseKL()), (1 - x, SymmetricKL(x)))
+        ),
         lambda x: oracle.mixture(
             (x, oracle.forward_kl),
             (0.5, oracle.reverse_kl),
-            (x, oracle.symmetric_kl(x)),
+            (1 - x, oracle.symmetric_kl(x)),
         ),
     ),
     "mixture": Moving(
@@ -251,8 +253,9 @@ def test_a_weight_of_zero_leaves_out_what_is_infinite(rng):
     for last in (ReverseKL(), lambda log_p, log_q: jnp.exp(log_q) * (log_q - log_p)):
         mixture = lambda w, last=last: Mixture(((1.0, JensenShannon()), (w, last)))
         want = evaluate(s, t, divergence=JensenShannon())
-        got = evaluate(s, t, divergence=mixture(jnp.float32(0)))
-        jax.tree.map(ft.partial(assert_close, tol=1e-6), got, want)
+        for zero in 0, jnp.float32(0):
+            got = evaluate(s, t, divergence=mixture(zero))
+            jax.tree.map(ft.partial(assert_close, tol=1e-6), got, want)
         with pytest.raises(AssertionError):
             value, _ = evaluate(s, t, divergence=mixture(jnp.float32(0.1)))
             assert np.isfinite(value)

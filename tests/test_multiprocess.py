@@ -12,10 +12,19 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.tree_util import keystr
 
+from .alone import assert_gradients, expected_cross_entropy, expected_log_probs
 from .cases import assert_gradient, assert_source_gradient, FLOATS
 from .helpers import assert_close
-from .multiprocess_worker import make_cases, MESHES, prefix, PROCESSES
+from .multiprocess_worker import (
+    ALONE_MESH,
+    make_alone_cases,
+    make_cases,
+    MESHES,
+    prefix,
+    PROCESSES,
+)
 from .sources import expected_of
 
 
@@ -65,27 +74,40 @@ def test_loss_and_gradients_in_two_processes(tmp_path):
 
     with np.load(file) as npz:
         results = dict(npz)
+
+    def take(name, mesh, like):
+        """The results of a case, in the places of the arrays of `like`."""
+        of = lambda path, _: results.pop(prefix(name, mesh) + keystr(path))
+        return jax.tree.map_with_path(of, like)
+
     for name, (student, teacher, divergence, arguments) in make_cases().items():
         inputs = dict(student=student, teacher=teacher)
         inputs |= {k: arguments[k] for k in FLOATS if k in arguments}
         expected = expected_of(student, teacher, divergence=divergence[1], **arguments)
         for mesh in MESHES[name]:
             case = prefix(name, mesh)
-            grads = jax.tree.map_with_path(
-                lambda path, _, case=case: results.pop(
-                    case + jax.tree_util.keystr(path)
-                ),
-                inputs,
-            )
-            assert_close(results.pop(case + "['value']"), expected.loss, 5e-6, case)
+            got = take(name, mesh, dict(inputs, value=0.0))
+            assert_close(got.pop("value"), expected.loss, 5e-6, case)
             for model in ("student", "teacher"):
                 wanted = getattr(expected, model)
                 assert_source_gradient(
-                    inputs[model], grads[model], wanted, case + model, 1e-5
+                    inputs[model], got.pop(model), wanted, case + model, 1e-5
                 )
-            for k in FLOATS:
-                if k in grads:
-                    assert_gradient(k, grads[k], expected, 1e-5)
+            for k, grad in got.items():
+                assert_gradient(k, grad, expected, 1e-5)
+    for name, (floats, others, g, options) in make_alone_cases().items():
+        got = take(name, ALONE_MESH, dict(floats, value=g))
+        if name == "cross_entropy":
+            smoothed = dict(floats, **others, **options)
+            expected = expected_cross_entropy(cotangent=g, **smoothed)
+            want = expected.loss
+        else:
+            sizes = {k: v for k, v in options.items() if k != "with_entropy"}
+            expected = expected_log_probs(**floats, **others, cotangents=g, **sizes)
+            want = expected.log_probs, expected.entropy
+        for x, y in zip(*map(jax.tree.leaves, (got["value"], want)), strict=True):
+            assert_close(x, y, 5e-6, name)
+        assert_gradients(floats, got, expected, 1e-5)
     assert not results
 
 

@@ -63,6 +63,28 @@ def test_three_small_all_reduces_a_tile(programs, name):
     assert sum(floats(sizes) for _, sizes in inside) <= most * rows
 
 
+# All-reduces of a tile, and numbers of each of its tokens in them.
+EXCHANGED = {
+    "function 2x2": (3, 6),
+    # A list of columns has sums of its own, and the mixture sums of slopes.
+    "mixture 2x2": (3, 9),
+    "conditional 2x2": (3, 8),
+    # Without a teacher: the maximum; sums of exponentials with those of the label. Of
+    # log-probabilities, these twice: the backward pass makes the logits again.
+    "labels 2x2": (2, 5),
+    "tokens 2x2": (4, 10),
+}
+
+
+@pytest.mark.parametrize("name", EXCHANGED)
+def test_a_tile_exchanges_a_few_numbers_a_token(programs, name):
+    inside, _ = split(programs, name)
+    count, most = EXCHANGED[name]
+    assert [op for op, _ in inside] == ["all-reduce"] * count
+    tile = CASES[name][5]
+    assert 0 < sum(floats(sizes) for _, sizes in inside) <= most * tile
+
+
 @pytest.mark.parametrize("name", [x for x in CASES if CASES[x][3]])
 def test_gradients_are_reduced_once_and_nothing_is_gathered(programs, name):
     _, shape, tokens, hidden, vocab, tile, form = CASES[name]

@@ -8,6 +8,7 @@ import json
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
@@ -17,6 +18,9 @@ import jaxkl
 
 OPS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 SHARDED, PLAIN, LIST = "sharded", "plain jit", "a list as the teacher"
+# These are sharded too. The last two have no teacher.
+FUNCTION, MIXTURE, CONDITIONAL = "a function", "a mixture", "a list alone"
+LABELS, TOKENS = "cross-entropy", "log-probabilities"
 # Name: topology, devices over tokens and vocabulary, tokens, hidden (None: logits),
 # vocabulary, tile, form. No two of a case's sizes are the same, on a device or in all.
 CASES = {
@@ -28,6 +32,11 @@ CASES = {
     "plain jit 4x1": ("v5e:2x2", (4, 1), 8192, 640, 128256, None, PLAIN),
     "logits alone": ("v5e:2x2", (1, 1), 4096, None, 32768, None, PLAIN),
     "list alone": ("v5e:2x2", (1, 1), 32768, None, 40960, None, LIST),
+    "function 2x2": ("v5e:2x2", (2, 2), 2048, 640, 24576, 256, FUNCTION),
+    "mixture 2x2": ("v5e:2x2", (2, 2), 2048, 640, 24576, 256, MIXTURE),
+    "conditional 2x2": ("v5e:2x2", (2, 2), 2048, 640, 24576, 256, CONDITIONAL),
+    "labels 2x2": ("v5e:2x2", (2, 2), 2048, 640, 24576, 256, LABELS),
+    "tokens 2x2": ("v5e:2x2", (2, 2), 2048, 640, 24576, 256, TOKENS),
     "large 4x4": ("v5e:4x4", (4, 4), 32768, 4096, 262144, None, SHARDED),
 }
 
@@ -47,24 +56,43 @@ def compiled(name):
             array("bfloat16", (tokens, hidden), "data"),
             array("bfloat16", (hidden, vocab), None, "model"),
         )
-    teacher = model
-    if form == LIST:
+    student = teacher = model
+    if form == FUNCTION:
+        params = dict(scale=array("bfloat16", (hidden,)), kernel=model.kernel)
+        specs = dict(scale=P(), kernel=P(None, "model"))
+        student = jaxkl.FunctionHead(normed, params, model.hidden, param_specs=specs)
+    if form in (LIST, CONDITIONAL):
         columns = array("int32", (tokens, 64), "data")
         log_probs = array("float32", (tokens, 64), "data")
-        teacher = jaxkl.SparseTeacher(columns, log_probs, tail="bucket")
+        tail = "bucket" if form == LIST else "conditional"
+        teacher = jaxkl.SparseTeacher(columns, log_probs, tail=tail)
     labels = array("int32", (tokens,), "data")
+    weight = array("float32", (tokens,), "data")
+    axes = dict(mesh=mesh, token_axes="data", vocab_axis="model")
 
-    def loss(student, teacher, labels):
-        more = dict(tile=tile, temperature=2.0)
-        if name.startswith("labels"):
+    def loss(student, teacher, labels, weight):
+        more = dict(tile=tile) | ({} if form in (PLAIN, LIST) else axes)
+        if form == LABELS:
+            return jaxkl.cross_entropy(student, labels, **more)
+        if form == TOKENS:
+            of_tokens = jaxkl.token_log_probs(
+                student, labels, with_entropy=True, **more
+            )
+            return jnp.mean(weight * of_tokens[0] + of_tokens[1])
+        if name == "labels 2x4":
             more |= dict(labels=labels, alpha=0.5, label_smoothing=0.1, z_loss=1e-4)
-        if form != SHARDED:
-            return jaxkl.distillation_loss(student, teacher, **more)
-        axes = dict(mesh=mesh, token_axes="data", vocab_axis="model")
-        return jaxkl.distillation_loss(student, teacher, **axes, **more)
+        if form == MIXTURE:
+            pairs = (weight, jaxkl.ForwardKL()), (1 - weight, jaxkl.JensenShannon())
+            more |= dict(divergence=jaxkl.Mixture(pairs))
+        return jaxkl.distillation_loss(student, teacher, temperature=2.0, **more)
 
     step = jax.jit(jax.value_and_grad(loss))
-    return step.lower(model, teacher, labels).compile()
+    return step.lower(student, teacher, labels, weight).compile()
+
+
+def normed(params, x):
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+    return (x * params["scale"]) @ params["kernel"]
 
 
 def collectives(text):
