@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxkl import _student_terms as student_terms
+from jaxkl._operands import LossTerms
 from jaxkl._row_sums import Maxima, moved, pair_sums, RowSums, sum_exp
 from jaxkl._softmax import Model, SoftmaxStats
 
@@ -23,17 +25,18 @@ def row_sums(teacher, student, maxima, temperatures):
         )
     )
     of_pair = pair_sums(u, z, same_temperature=False, reverse=True)
-    at_1 = sum_exp(Model(student, SoftmaxStats(maxima.student)))
+    alone = Model(student, SoftmaxStats(maxima.student))
+    at_1 = sum_exp(alone)
     return RowSums(
         student=sum_exp(z),
         teacher=sum_exp(u),
         student_at_1=at_1,
         teacher_at_1=sum_exp(Model(teacher, SoftmaxStats(maxima.teacher))),
-        unlabelled=at_1 / 2,
         listed=sum_exp(z) / 3,
         unlisted=2 * sum_exp(z) / 3,
         unlisted_at_1=at_1 / 5,
         **of_pair,
+        **student_terms.sums(LossTerms(None, entropy=at_1), alone),
     )
 
 
