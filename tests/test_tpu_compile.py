@@ -69,10 +69,11 @@ EXCHANGED = {
     # A list of columns has sums of its own, and the mixture sums of slopes.
     "mixture 2x2": (3, 9),
     "conditional 2x2": (3, 8),
-    # Without a teacher: the maximum; sums of exponentials with those of the label. Of
-    # log-probabilities, these twice: the backward pass makes the logits again.
+    # Without a teacher: the maximum; sums of exponentials with those of the label. The
+    # backward pass of log-probabilities makes the logits again, and exchanges nothing;
+    # the entropy has one more sum.
     "labels 2x2": (2, 5),
-    "tokens 2x2": (4, 10),
+    "tokens 2x2": (2, 6),
 }
 
 
