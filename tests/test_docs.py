@@ -86,16 +86,23 @@ def test_the_code_of_a_page_runs(page):
 @pytest.mark.usefixtures("as_users_have_it")
 def test_the_code_of_the_readme_runs_and_is_right():
     names = run(README)
-    s, t = (
-        np.asarray(names[name], np.float64) / names["T"]
-        for name in ("student_logits", "teacher_logits")
+    hidden, kernel, teacher_hidden, teacher_kernel = (
+        np.asarray(names[name], np.float64)
+        for name in ("hidden", "kernel", "teacher_hidden", "teacher_kernel")
     )
-    log_q, log_p = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (s, t))
-    kl = np.sum(np.exp(log_p) * (log_p - log_q), -1).mean()
-    np.testing.assert_allclose(names["same"], names["T"] ** 2 * kl, rtol=1e-5)
-    assert names["gradient"].shape == names["student_logits"].shape
-    assert names["d_hidden"].shape == names["hidden"].shape
-    assert names["d_kernel"].shape == names["kernel"].shape
+    log_q, log_p = (
+        x - np.log(np.exp(x).sum(-1, keepdims=True))
+        for x in (hidden @ kernel / 2, teacher_hidden @ teacher_kernel / 2)
+    )
+    p, q = np.exp(log_p), np.exp(log_q)
+    kl = np.sum(p * (log_p - log_q), -1).mean()
+    np.testing.assert_allclose(names["loss"], 4 * kl, rtol=1e-5)
+    slope = 2 * (q - p) / len(hidden)
+    for got, want in (
+        (names["gradient"].hidden, slope @ kernel.T),
+        (names["gradient"].kernel, hidden.T @ slope),
+    ):
+        np.testing.assert_allclose(got, want, atol=1e-5 * abs(want).max())
 
 
 @pytest.mark.parametrize("page", [ROOT / "CONTRIBUTING.md", *PAGES], ids=name)
