@@ -48,13 +48,14 @@ def sums(weights: LossTerms, q: Model) -> dict[str, Any]:
 
 def label_and_uniform(
     x: Operands, q: Model, vocab: Vocabulary
-) -> tuple[jax.Array | None, jax.Array]:
+) -> tuple[jax.Array | None, jax.Array | None]:
     """Sums over the columns at hand: `-z` of each label, and `-Σ z`, `[B]`.
 
-    The first has the shape of the labels.
+    The first has the shape of the labels. The second is made if it has a weight.
     """
-    z = q.softmax().shifted
-    uniform = -jnp.sum(vocab.mask(z), axis=-1)
+    z, uniform = q.softmax().shifted, None
+    if x.weights.uniform is not None:
+        uniform = -jnp.sum(vocab.mask(z), axis=-1)
     if x.labels is None:
         return None, uniform
     if x.labels.ndim == 1:
@@ -71,7 +72,7 @@ def terms(
     largest: jax.Array,
     sums: RowSums,
     label: jax.Array | None,
-    uniform: jax.Array,
+    uniform: jax.Array | None,
 ) -> LossTerms:
     """The terms that have a weight, from sums over all columns."""
     log_sum = log_of_sum(sums.alone, sums.below)
@@ -81,6 +82,7 @@ def terms(
         over_labels = jnp.expand_dims(log_sum, range(1, label.ndim))
         result = result._replace(label=over_labels + label)
     if weights.uniform is not None:
+        assert uniform is not None
         result = result._replace(uniform=log_sum + uniform / spec.vocab.size)
     if weights.lse_squared is not None:
         lse = SoftmaxStats(largest, temperature(spec, x), sums.alone).lse
