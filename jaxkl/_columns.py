@@ -278,7 +278,7 @@ def complete(
     `number_among_top`, `[B]`, is that of a list: see `_list_statistics`.
     """
     of_loss = LossTerms(terms.divergence)
-    if sums.alone is not None:
+    if sums.below is not None:
         alone = student_terms.terms(
             spec, x, maxima.student, sums, terms.label, terms.uniform
         )
