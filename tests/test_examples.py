@@ -287,6 +287,15 @@ def test_sharded_head_has_the_losses_of_one_device(options, part):
     assert steps[1, 1] < steps[0, 1]
 
 
+@pytest.mark.newest
+@pytest.mark.slow
+def test_linen_loop():
+    lines = run("linen_loop.py").stdout.splitlines()
+    numbers, losses = np.array([x.split()[1::2] for x in lines], float).T
+    np.testing.assert_array_equal(numbers, np.arange(1, 21))
+    assert np.isfinite(losses).all() and 0 < losses[-1] < 0.5 * losses[0]
+
+
 STUDENTS = "NNX", "Linen", "LoRA", "8-bit"
 
 
