@@ -81,6 +81,7 @@ def compile_for_tpu(tpu, jobs):
     with tempfile.TemporaryDirectory() as folder:
         flags = schedule.FLAGS.format(folder=folder) if tpu in schedule.CHIPS else ""
         environment = os.environ | {
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
             "JAX_PLATFORMS": "cpu",
             "LIBTPU_INIT_ARGS": f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}",

@@ -89,7 +89,7 @@ FLOATS = ("temperature", "teacher_temperature", "weights")
 
 
 @cache
-def _compiled(loss, static):
+def compiled(loss, static):
     """One jitted function for each set of static arguments, which tests share."""
 
     @jax.jit
@@ -123,7 +123,7 @@ def evaluate(
     else:
         floats["teacher"] = teacher
         static.setdefault("differentiate_teacher", True)
-    return _compiled(loss, frozenset(static.items()))(floats, others, cotangent)
+    return compiled(loss, frozenset(static.items()))(floats, others, cotangent)
 
 
 def assert_matches(

@@ -52,10 +52,11 @@ def programs():
 @pytest.fixture
 def as_users_have_it():
     """JAX's defaults, as other tests are stricter, and quick compilation."""
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def run(page):

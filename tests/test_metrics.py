@@ -159,7 +159,7 @@ def test_a_normalizer_is_no_part_of_the_metrics(rng):
     _assert_metrics(metrics, oracle.metrics(s, t))
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("reduction", ["mean", *rarely("none")])
 @pytest.mark.parametrize("how", ["masked", "unlabelled", "empty"])
 def test_metrics_of_nothing_are_zero(rng, how, reduction):
     shape = (0,) if how == "empty" else (4,)
@@ -236,19 +236,19 @@ def _metrics(student, teacher, counted):
 
 
 def test_micro_batches_add_up(rng):
-    """They have other numbers of tokens, and one has no label and one no weight."""
+    """One has another number of tokens, and one has no label and one no weight."""
     batch = _batch(rng, (17,))
     _, _, counted = batch
-    counted["labels"] = counted["labels"].at[:5].set(-100)
-    counted["weights"] = counted["weights"].at[5:8].set(0)
-    ends = [0, 5, 8, 9, 17]
+    counted["labels"] = counted["labels"].at[:6].set(-100)
+    counted["weights"] = counted["weights"].at[6:12].set(0)
+    ends = [0, 6, 12, 17]
     parts = [
         _metrics(*jax.tree.map(lambda x, i=i, j=j: x[i:j], batch))
         for i, j in zip(ends[:-1], ends[1:], strict=True)
     ]
     assert parts[0].cross_entropy == 0 and parts[1].kl == 0
     expected = oracle.metrics(*batch[:2], **counted)
-    _assert_metrics(parts[0] + parts[1] + parts[2] + parts[3], expected)
+    _assert_metrics(parts[0] + parts[1] + parts[2], expected)
     _assert_metrics(sum(reversed(parts)), expected)
     # This is not the mean of the means.
     mean_of_means = np.mean([x.kl for x in parts])
@@ -393,7 +393,7 @@ def test_lists_over_tiles_and_blocks(rng, monkeypatch, plan, tail):
     assert_source_gradient(student, grad, expected.student, "student")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", *rarely("float32")])
 def test_overlap_of_equal_logits(rng, dtype):
     """Of few different numbers: equal columns are in or out together."""
     student = jnp.asarray(rng.integers(0, 4, (40, 23)), dtype)
@@ -403,7 +403,7 @@ def test_overlap_of_equal_logits(rng, dtype):
 
 def test_overlap_with_itself_and_of_all_columns_is_one(rng):
     t = rounded(rng, (5, 9))
-    for k in (1, 4, 9):
+    for k in (4, 9):
         metrics = _metrics(t, jaxkl.top_k_teacher(t, k), {})
         assert metrics.top_k_overlap == 1
         assert_close(metrics.student_listed_mass, metrics.teacher_listed_mass, 1e-6)

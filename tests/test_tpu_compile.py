@@ -21,6 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.newest]
 def programs(tmp_path_factory):
     assert importlib.util.find_spec("libtpu"), "`make test` installs libtpu"
     environment = os.environ | {
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "JAX_PLATFORMS": "cpu",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",

@@ -8,7 +8,7 @@ import pytest
 import jaxkl
 import jaxkl.reference
 
-from .cases import ALL, over, rounded
+from .cases import ALL, over, rarely, rounded
 
 
 LABELS = jnp.array([0, 4, -100])
@@ -118,7 +118,7 @@ def test_every_divergence_is_nan_at_a_bad_temperature(rng, divergence, reference
     assert np.isfinite(f(s, t, jnp.float32(2))).all()
 
 
-@pytest.mark.parametrize("tail", ["renormalize", "drop", "bucket", "uniform"])
+@pytest.mark.parametrize("tail", ["renormalize", "bucket", *rarely("drop", "uniform")])
 def test_lists_at_a_bad_temperature(rng, tail):
     s, t = rounded(rng, (2, 5)), rounded(rng, (2, 5))
 
@@ -151,8 +151,14 @@ def test_samples_at_a_bad_temperature(rng):
 
 @pytest.mark.parametrize(
     "dtype, value",
-    [("int32", 5), ("uint32", 2**32 - 100), ("uint32", 2**32 - 1)]
-    + [("uint64", 2**32 + 1), ("int64", 2**32 + 1), ("int64", -(2**32) - 100)],
+    [
+        ("int32", 5),
+        ("uint32", 2**32 - 1),
+        ("int64", 2**32 + 1),
+        *rarely(
+            ("uint32", 2**32 - 100), ("uint64", 2**32 + 1), ("int64", -(2**32) - 100)
+        ),
+    ],
 )
 def test_integers_out_of_range(rng, dtype, value):
     s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
@@ -206,7 +212,7 @@ def test_labels_of_any_integer_dtype(rng, dtype):
     np.testing.assert_allclose(jax.jit(f)(labels.astype(dtype)), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("number", [1.7, 3])
+@pytest.mark.parametrize("number", [1.7, *rarely(3)])
 def test_a_number_has_the_digits_of_the_loss(rng, number):
     with jax.enable_x64(True):
         s, t = rounded(rng, (3, 5), "float64"), rounded(rng, (3, 5), "float64")
