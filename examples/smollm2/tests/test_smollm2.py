@@ -12,6 +12,7 @@ import data
 import log
 import model
 import report
+import sample
 import train
 
 
@@ -29,7 +30,7 @@ def teacher():
     ],
 )
 def test_greedy_continuations(teacher, prompt, continues):
-    text = model.continuation(teacher, teacher.model, prompt, 12)
+    text = sample.continuation(teacher, teacher.model, prompt, 12)
     assert text.startswith(continues)
 
 
