@@ -3,10 +3,12 @@
 
     make distill-lm                                  # the teacher runs online
     make distill-lm ARGS="--steps 500 --batch 4"     # longer
+    make distill-lm ARGS="--on-policy 0.5"           # and on the student's own text
 
 The same student is trained twice, on the same windows of text in the same order: once
-distilled, and once on the labels alone. To resume an interrupted run, even one that was
-killed in the middle of a save, run the same command again.
+distilled, and once on the labels alone. With --on-policy it is trained once more, with
+a share of the steps on its own continuations of the windows. To resume an interrupted
+run, even one that was killed in the middle of a save, run the same command again.
 """
 
 import contextlib
