@@ -83,7 +83,7 @@ def loss_with_metrics(task, student, frozen, batch, **kwargs):
     )
 
 
-def divergence(task, student, frozen, batch, step, normalizer):
+def divergence_loss(task, student, frozen, batch, step, normalizer):
     return loss_with_metrics(
         task,
         student,
@@ -96,11 +96,11 @@ def divergence(task, student, frozen, batch, step, normalizer):
     )
 
 
-def policy_gradient(task, student, frozen, batch, step, normalizer):
+def policy_loss(task, student, frozen, batch, step, normalizer):
     """The mean of `log q - log p` at the labels, which the student has drawn.
 
-    It estimates KL(student ‖ teacher), and so does its gradient: the ratio is 1, and
-    has the gradient of `log q`. There are no other metrics.
+    It estimates KL(student ‖ teacher), and its gradient that KL's gradient at these
+    places: the ratio is 1, with the gradient of `log q`. It has no metrics.
     """
     where = batch["labels"] >= 0
     log_q, log_p = (
@@ -138,19 +138,18 @@ def train_step(task, state, frozen, batches, step):
 def student_text(task, state, frozen, batches, key, temperature=1.0):
     """Batches of the student's own text after the prompts of `batches`."""
     student, _ = nnx.merge(task.structure, state)
-    prompt_length, end = task.prompt_length, task.end
-    return own_text(
-        student, frozen["embedding"], batches, prompt_length, end, key, temperature
-    )
+    where = task.prompt_length, task.end
+    return own_text(student, frozen["embedding"], batches, *where, key, temperature)
 
 
 def evaluate(task, state, frozen, batches):
+    """Means over the batches, and KL(student ‖ teacher) on the student's own text."""
     student, _ = nnx.merge(task.structure, state)
 
     def judge(source, batches, **kwargs):
         by = dataclasses.replace(task, source=source)
-        judge = lambda batch: loss_with_metrics(by, student, frozen, batch, **kwargs)[1]
-        return means(jax.lax.map(judge, batches))
+        of = lambda batch: loss_with_metrics(by, student, frozen, batch, **kwargs)[1]
+        return means(jax.lax.map(of, batches))
 
     own = student_text(task, state, frozen, batches, jax.random.key(0))
     on_own = judge(online(task.teacher), own, divergence=jaxkl.ReverseKL())

@@ -37,12 +37,12 @@ import options
 import report
 from log import Log
 from step import (
-    divergence,
+    divergence_loss,
     evaluate,
     hidden_states,
     labels_alone,
     online,
-    policy_gradient,
+    policy_loss,
     spec,
     student_text,
     Task,
@@ -167,7 +167,7 @@ def make_task(args, way, teacher, cache, structure, mesh):
     task = Task(
         structure,
         teacher_structure,
-        divergence,
+        divergence_loss,
         source,
         of_source,
         temperature.over(args.steps),
@@ -177,7 +177,7 @@ def make_task(args, way, teacher, cache, structure, mesh):
         teacher.end,
     )
     if args.policy_gradient:
-        return task, dataclasses.replace(task, loss=policy_gradient)
+        return task, dataclasses.replace(task, loss=policy_loss)
     if alpha == ONE:
         return task, task
     # Own text has no labels.
@@ -331,6 +331,11 @@ def main():
                 raise ValueError(message)
         cuts = args.length, args.held_out, args.windows
         corpus = data.load(args.text, teacher.tokenizer, *cuts)
+        if np.all(corpus.held_out.labels[:, args.prompt_length - 1] < 0):
+            raise ValueError(
+                f"--prompt-length: no held-out window is longer than the prompt, "
+                f"{args.prompt_length} tokens."
+            )
         cache = None
         if args.cache:
             cache = caches.Cache.open(args.cache, teacher, corpus, args.tail)

@@ -81,12 +81,18 @@ def test_on_policy(online, distil, capsys):
     own = [data.is_own_text(1, i, 0.5) for i in range(2)]
     assert own == [False, True]
     ways = "distilled on-policy labels"
-    out = distil("--on-policy=0.5", "--seed=1", "--prompt-length=8", ways=ways)
+    options = ["--on-policy=0.5", "--seed=1", "--prompt-length=8", "--alpha=0.5"]
+    out = distil(*options, ways=ways)
     printed = capsys.readouterr().out
     np.testing.assert_array_equal(
         losses(out, "on-policy"), losses(out, "distilled")[:1]
     )
-    assert losses(out, "on-policy", "own-text").shape == (1,)
+    # There are no labels in own text, so that all of its loss is the divergence.
+    own = losses(out, "on-policy", "own-text")
+    assert own.shape == (1,)
+    np.testing.assert_allclose(
+        own, losses(out, "on-policy", "own-text", "divergence"), rtol=1e-5
+    )
     assert losses(out, "on-policy", "own-text", "cross_entropy").size == 0
     assert losses(out, "on-policy", "train", "tokens") == 4 * 32
     assert 0 < losses(out, "on-policy", "own-text", "tokens") <= 4 * 25
@@ -107,27 +113,9 @@ def test_the_share_of_own_text(share, expected):
 def test_each_step_has_its_own_samples(distil):
     # It is always the same window, and the student stays as it is.
     options = ["--on-policy=1", "--learning-rate=1e-30", "--windows=1", "--batch=1"]
-    first, second = losses(
-        distil(*options, ways="on-policy"), "on-policy", split="own-text"
-    )
-    assert first != second
-
-
-def test_on_policy_batches_and_mesh(distil):
-    options = ["--on-policy=1", "--alpha=0.5"]
-    found = [
-        losses(distil(*options, *more, ways="on-policy"), "on-policy", "own-text")
-        for more in (
-            ["--policy-gradient"],
-            [],
-            ["--batch=1", "--accumulate=4"],
-            ["--mesh=data=4,model=2", "--real"],
-        )
-    ]
-    assert found[0].shape == (2,) and np.all(np.isfinite(found))
-    assert np.all(found[0] != found[1])
-    np.testing.assert_allclose(found[2], found[1], rtol=1e-4)
-    np.testing.assert_allclose(found[3], found[1], rtol=1e-4)
+    out = distil(*options, "--policy-gradient", ways="on-policy")
+    first, second = losses(out, "on-policy", "own-text")
+    assert np.isfinite([first, second]).all() and first != second
 
 
 def test_a_cache_of_hidden_states_is_as_good_as_the_teacher(online, distil, cached):
@@ -156,12 +144,15 @@ def test_a_cache_of_samples(distil, cached):
 
 
 def test_a_mesh_has_the_losses_of_one_device(distil, capsys):
-    ways = "distilled labels"
-    alone = distil("--accumulate=2", ways=ways)
-    mesh = distil("--accumulate=2", "--mesh=data=4,model=2", "--real", ways=ways)
+    ways = "distilled on-policy labels"
+    options = ["--accumulate=2", "--on-policy=1"]
+    alone = distil(*options, ways=ways)
+    mesh = distil(*options, "--mesh=data=4,model=2", "--real", ways=ways)
     for way in ways.split():
-        expected = losses(alone, way)
-        np.testing.assert_allclose(losses(mesh, way), expected, rtol=1e-4)
+        split = "own-text" if way == "on-policy" else "train"
+        expected = losses(alone, way, split)
+        assert expected.shape == (2,)
+        np.testing.assert_allclose(losses(mesh, way, split), expected, rtol=1e-4)
         expected = losses(alone, way, "held-out", "kl")
         np.testing.assert_allclose(losses(mesh, way, "held-out", "kl"), expected, 1e-4)
 
