@@ -71,3 +71,8 @@ def batch_indices(seed, step, size, count):
     epochs, places = np.divmod(np.arange(step * size, (step + 1) * size), count)
     orders = {e: np.random.default_rng((seed, e)).permutation(count) for e in epochs}
     return np.array([orders[e][i] for e, i in zip(epochs, places, strict=True)])
+
+
+def is_own_text(seed, step, share):
+    """Whether a step is on the student's own text, as a share of them is."""
+    return np.random.default_rng((seed, step, 0)).random() < share

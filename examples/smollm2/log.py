@@ -5,7 +5,8 @@ import csv
 from tensorboardX import SummaryWriter
 
 
-SHOWN = ("loss", "divergence", "kl", "cross_entropy", "top1_agreement")
+SHOWN = ("loss", "divergence", "kl", "cross_entropy", "top1_agreement", "own_kl")
+SHOWN += ("tokens",)
 COLUMNS = ("step", "split", *SHOWN)
 
 

@@ -50,27 +50,38 @@ class Block(nnx.Module):
         self.head_width = c.width // c.heads
         self.rope_base = c.rope_base
 
-    def __call__(self, x):
+    def __call__(self, x, cache=None, start=0):
         h = self.attn_norm(x)
         q, k, v = (
             y.reshape(*y.shape[:-1], -1, self.head_width)
             for y in (self.attn_q(h), self.attn_k(h), self.attn_v(h))
         )
-        q, k = rotate(q, self.rope_base), rotate(k, self.rope_base)
-        h = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        total = x.shape[1] if cache is None else cache[0].shape[1]
+        places = start + jnp.arange(x.shape[1])
+        q, k = (rotate(y, self.rope_base, places, total) for y in (q, k))
+        if cache is not None:
+            insert = lambda old, new: jax.lax.dynamic_update_slice(
+                old, new, (0, start, 0, 0)
+            )
+            k, v = cache = jax.tree.map(insert, cache, (k, v))
+        seen = jnp.arange(total) <= places[:, None]
+        h = jax.nn.dot_product_attention(q, k, v, mask=seen[None, None])
         x += self.attn_output(h.reshape(x.shape))
         h = self.ffn_norm(x)
-        return x + self.ffn_down(nnx.silu(self.ffn_gate(h)) * self.ffn_up(h))
+        x += self.ffn_down(nnx.silu(self.ffn_gate(h)) * self.ffn_up(h))
+        return x, cache
 
 
-def rotate(x, base):
+def rotate(x, base, places, total):
     """Applies rotary position embedding to `[batch, length, heads, width]`.
 
-    GGUF orders the rows of queries and keys so that this rotates neighbours together.
+    `places` are the positions of `x`, below `total`. GGUF orders the rows of queries
+    and keys so that this rotates neighbours together.
     """
-    length, width = x.shape[1], x.shape[-1]
-    angle = np.arange(length)[:, None] * base ** (-np.arange(0, width, 2) / width)
-    cos, sin = (f(angle)[:, None].astype(np.float32) for f in (np.cos, np.sin))
+    width = x.shape[-1]
+    angle = np.arange(total)[:, None] * base ** (-np.arange(0, width, 2) / width)
+    table = (f(angle)[:, None].astype(np.float32) for f in (np.cos, np.sin))
+    cos, sin = (jnp.asarray(y)[places] for y in table)
     even, odd = x[..., ::2], x[..., 1::2]
     pair = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return pair.reshape(x.shape).astype(x.dtype)
@@ -91,11 +102,21 @@ class Llama(nnx.Module):
             config.width, epsilon=config.epsilon, dtype=dtype, rngs=rngs
         )
 
-    def __call__(self, x):
+    def __call__(self, x, cache=None, start=0):
+        """With a cache, `x` is at the places from `start`, and sees what is before.
+
+        The cache is keys and values of all places, `[layers, batch, length, heads,
+        width]`. It is returned too, with those of `x`.
+        """
         structure, layers = nnx.split(self.layers)
-        apply = lambda x, layer: (nnx.merge(structure, layer)(x), None)
-        x, _ = jax.lax.scan(apply, x, layers)
-        return self.output_norm(x)
+
+        def apply(x, layer):
+            params, own = layer
+            return nnx.merge(structure, params)(x, own, start)
+
+        x, filled = jax.lax.scan(apply, x, (layers, cache))
+        hidden = self.output_norm(x)
+        return hidden if cache is None else (hidden, filled)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +125,7 @@ class Pretrained:
     model: Llama
     embedding: jax.Array  # [vocab, width]
     tokenizer: Tokenizer
+    end: int  # the token that ends a text
     name: str
     sha256: str  # of the file
 
@@ -157,6 +179,7 @@ def load(path, dtype="float32"):
         nnx.merge(structure, state),
         jnp.asarray(read("token_embd").T, dtype),
         _tokenizer(field),
+        field["tokenizer.ggml.eos_token_id"](),
         path.name,
         sha256,
     )
@@ -189,20 +212,3 @@ def student_of(teacher, layers):
     # Copy, because the training step donates the student's buffers.
     norm = jax.tree.map(jnp.copy, state["output_norm"])
     return nnx.merge(structure, nnx.State({"layers": chosen, "output_norm": norm}))
-
-
-@partial(jax.jit, static_argnames=("structure", "count"))
-def _continue(structure, state, embedding, tokens, start, count):
-    def step(i, tokens):
-        hidden = nnx.merge(structure, state)(embedding[tokens])[0, i - 1]
-        return tokens.at[0, i].set(jnp.argmax(embedding @ hidden))
-
-    return jax.lax.fori_loop(start, start + count, step, tokens)
-
-
-def continuation(teacher, model, text, count):
-    """Continues the text with the most likely token at each step."""
-    ids = teacher.tokenizer.encode(text).ids
-    tokens = jnp.zeros((1, len(ids) + count), int).at[0, : len(ids)].set(jnp.array(ids))
-    tokens = _continue(*nnx.split(model), teacher.embedding, tokens, len(ids), count)
-    return teacher.tokenizer.decode(tokens[0, len(ids) :].tolist())

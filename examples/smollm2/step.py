@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import jaxkl
+from sample import own_text
 
 
 # The mesh axis "model" shards the vocabulary and the width of each block's MLP.
@@ -27,11 +28,21 @@ class Task:
     """Everything in a run that is not an array."""
 
     structure: Any  # structure of student and optimizer
+    teacher: Any  # structure of the teacher
+    loss: Any  # (task, student, frozen, batch, step, normalizer) -> loss and metrics
     source: Any  # (frozen, batch, embedded tokens) -> the teacher in the loss
     divergence: Any
     temperature: Any  # a function of the step
     alpha: Any  # a function of the step
     mesh: Any  # None on one device
+    prompt_length: int  # of the student's own text
+    end: int  # the token that ends a text
+
+    @property
+    def axes(self):
+        if self.mesh is None:
+            return {}
+        return dict(mesh=self.mesh, token_axes="data", vocab_axis="model")
 
 
 def online(structure):
@@ -55,20 +66,50 @@ def labels_alone(frozen, batch, x):
     return jaxkl.SparseTeacher(labels, jnp.zeros(labels.shape))
 
 
+def models(task, student, frozen, batch):
+    x = frozen["embedding"][batch["tokens"]]
+    head = jaxkl.LinearHead(student(x), frozen["kernel"])
+    return head, task.source(frozen, batch, x)
+
+
 def loss_with_metrics(task, student, frozen, batch, **kwargs):
     """Loss over the tokens of a batch, `[windows, length]`, that have a label."""
-    x = frozen["embedding"][batch["tokens"]]
-    axes = {}
-    if task.mesh is not None:
-        axes = dict(mesh=task.mesh, token_axes="data", vocab_axis="model")
     return jaxkl.distillation_loss_with_metrics(
-        jaxkl.LinearHead(student(x), frozen["kernel"]),
-        task.source(frozen, batch, x),
+        *models(task, student, frozen, batch),
         labels=batch["labels"],
         where=batch["labels"] >= 0,
-        **axes,
+        **task.axes,
         **kwargs,
     )
+
+
+def divergence_loss(task, student, frozen, batch, step, normalizer):
+    return loss_with_metrics(
+        task,
+        student,
+        frozen,
+        batch,
+        divergence=task.divergence,
+        temperature=task.temperature(step),
+        alpha=task.alpha(step),
+        normalizer=normalizer,
+    )
+
+
+def policy_loss(task, student, frozen, batch, step, normalizer):
+    """The mean of `log q - log p` at the labels, which the student has drawn.
+
+    It estimates KL(student ‖ teacher), and its gradient that KL's gradient at these
+    places: the ratio is 1, with the gradient of `log q`. It has no metrics.
+    """
+    where = batch["labels"] >= 0
+    log_q, log_p = (
+        jaxkl.token_log_probs(x, batch["labels"], where=where, **task.axes)
+        for x in models(task, student, frozen, batch)
+    )
+    reward = jax.lax.stop_gradient(log_p - log_q)
+    ratio = jnp.exp(log_q - jax.lax.stop_gradient(log_q))
+    return -jnp.sum(ratio * reward) / normalizer, None
 
 
 def train_step(task, state, frozen, batches, step):
@@ -79,16 +120,9 @@ def train_step(task, state, frozen, batches, step):
 
     def add(grads, batch):
         def loss_fn(params):
-            return loss_with_metrics(
-                task,
-                nnx.merge(structure, params),
-                frozen,
-                batch,
-                divergence=task.divergence,
-                temperature=task.temperature(step),
-                alpha=task.alpha(step),
-                normalizer=tokens,  # all batches: their counts may differ
-            )
+            # The tokens of all batches: their counts may differ.
+            model = nnx.merge(structure, params)
+            return task.loss(task, model, frozen, batch, step, tokens)
 
         outputs, new = jax.value_and_grad(loss_fn, has_aux=True)(params)
         return jax.tree.map(jnp.add, grads, new), outputs
@@ -96,14 +130,30 @@ def train_step(task, state, frozen, batches, step):
     zero = jax.tree.map(jnp.zeros_like, params)
     grads, (losses, metrics) = jax.lax.scan(add, zero, batches)
     optimizer.update(student, grads)
-    return nnx.state((student, optimizer)), means(metrics) | {"loss": losses.sum()}
+    metrics = means(metrics) if metrics else {}
+    metrics |= {"loss": losses.sum(), "tokens": tokens}
+    return nnx.state((student, optimizer)), metrics
+
+
+def student_text(task, state, frozen, batches, key, temperature=1.0):
+    """Batches of the student's own text after the prompts of `batches`."""
+    student, _ = nnx.merge(task.structure, state)
+    where = task.prompt_length, task.end
+    return own_text(student, frozen["embedding"], batches, *where, key, temperature)
 
 
 def evaluate(task, state, frozen, batches):
+    """Means over the batches, and KL(student ‖ teacher) on the student's own text."""
     student, _ = nnx.merge(task.structure, state)
-    task = dataclasses.replace(task, source=recorded)
-    judge = lambda batch: loss_with_metrics(task, student, frozen, batch)[1]
-    return means(jax.lax.map(judge, batches))
+
+    def judge(source, batches, **kwargs):
+        by = dataclasses.replace(task, source=source)
+        of = lambda batch: loss_with_metrics(by, student, frozen, batch, **kwargs)[1]
+        return means(jax.lax.map(of, batches))
+
+    own = student_text(task, state, frozen, batches, jax.random.key(0))
+    on_own = judge(online(task.teacher), own, divergence=jaxkl.ReverseKL())
+    return judge(recorded, batches) | {"own_kl": on_own["divergence"]}
 
 
 def means(metrics):

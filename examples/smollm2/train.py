@@ -3,13 +3,16 @@
 
     make distill-lm                                  # the teacher runs online
     make distill-lm ARGS="--steps 500 --batch 4"     # longer
+    make distill-lm ARGS="--on-policy 0.5"           # and on the student's own text
 
 The same student is trained twice, on the same windows of text in the same order: once
-distilled, and once on the labels alone. To resume an interrupted run, even one that was
-killed in the middle of a save, run the same command again.
+distilled, and once on the labels alone. With --on-policy it is trained once more, with
+a share of the steps on its own continuations of the windows. To resume an interrupted
+run, even one that was killed in the middle of a save, run the same command again.
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import sys
@@ -34,17 +37,21 @@ import options
 import report
 from log import Log
 from step import (
+    divergence_loss,
     evaluate,
     hidden_states,
     labels_alone,
     online,
+    policy_loss,
     spec,
+    student_text,
     Task,
     train_step,
 )
 
 
-WAYS = ("distilled", "labels")
+WAYS = ("distilled", "on-policy", "labels")
+ONE = options.Schedule("constant", 1.0, 1.0)
 
 
 def parse_arguments(arguments=None):
@@ -53,7 +60,7 @@ def parse_arguments(arguments=None):
     add = parser.add_argument
     count, nonzero = options.integer(0), options.integer(1)
     add("--output", type=Path, default=Path("out/smollm2"), help="folder")
-    add("--ways", nargs="+", choices=WAYS, default=WAYS, help="which students to train")
+    add("--ways", nargs="+", choices=WAYS, help="students to train (default: all)")
     add("--layers", type=options.layers, default="0,1,8,16,24,29", help="to keep")
     add("--steps", type=nonzero, default=40, help="updates")
     add("--batch", type=nonzero, default=2, help="windows at a time")
@@ -78,6 +85,23 @@ def parse_arguments(arguments=None):
         default="1",
         help="weight of the divergence, in the same form; the labels get 1 - alpha",
     )
+    add(
+        "--on-policy",
+        type=options.share,
+        default=0.0,
+        help="share of the steps of one more student that are on its own text",
+    )
+    add(
+        "--prompt-length",
+        type=nonzero,
+        help="tokens of a window before the student's own (default: half)",
+    )
+    add("--sample-temperature", type=options.positive, default=1.0, help="of own text")
+    add(
+        "--policy-gradient",
+        action="store_true",
+        help="loss on own text: from the log-probabilities of its tokens alone",
+    )
     add("--cache", type=Path, help="teacher cache: a folder that cache.py wrote")
     add(
         "--tail",
@@ -98,8 +122,31 @@ def parse_arguments(arguments=None):
             f"argument --mesh: data={sizes['data']} does not divide --batch "
             f"{args.batch}"
         )
+    check_on_policy(parser, args)
     options.make_folder(parser, args.output)
     return parser, args
+
+
+def check_on_policy(parser, args):
+    """Fills in the defaults that depend on other options."""
+    if args.ways is None:
+        args.ways = [way for way in WAYS if args.on_policy or way != "on-policy"]
+    if args.prompt_length is None:
+        args.prompt_length = args.length // 2
+    if args.prompt_length > args.length:
+        parser.error(f"argument --prompt-length: is above --length {args.length}")
+    if not args.on_policy:
+        if "on-policy" in args.ways:
+            parser.error("argument --ways: on-policy needs --on-policy above 0")
+        if args.policy_gradient:
+            parser.error("argument --policy-gradient: needs --on-policy above 0")
+    if args.on_policy and args.cache:
+        parser.error(
+            "argument --on-policy: cannot be used with --cache, which holds nothing "
+            "about text that the student writes"
+        )
+    if args.policy_gradient and args.sample_temperature != 1:
+        parser.error("argument --policy-gradient: needs --sample-temperature 1")
 
 
 def optimizer_of(args):
@@ -111,19 +158,30 @@ def optimizer_of(args):
 
 
 def make_task(args, way, teacher, cache, structure, mesh):
-    one = options.Schedule("constant", 1.0, 1.0)
-    source, divergence, temperature, alpha = labels_alone, jaxkl.ForwardKL(), one, one
-    if way == "distilled":
-        source = online(nnx.split(teacher.model)[0]) if cache is None else cache.source
-        divergence, temperature, alpha = args.divergence, args.temperature, args.alpha
-    return Task(
+    """The task on the fixed text, and that on the student's own."""
+    teacher_structure, _ = nnx.split(teacher.model)
+    source, of_source, temperature, alpha = labels_alone, jaxkl.ForwardKL(), ONE, ONE
+    if way != "labels":
+        source = online(teacher_structure) if cache is None else cache.source
+        of_source, temperature, alpha = args.divergence, args.temperature, args.alpha
+    task = Task(
         structure,
+        teacher_structure,
+        divergence_loss,
         source,
-        divergence,
+        of_source,
         temperature.over(args.steps),
         alpha.over(args.steps),
         mesh if args.mesh else None,
+        args.prompt_length,
+        teacher.end,
     )
+    if args.policy_gradient:
+        return task, dataclasses.replace(task, loss=policy_loss)
+    if alpha == ONE:
+        return task, task
+    # Own text has no labels.
+    return task, dataclasses.replace(task, alpha=ONE.over(args.steps))
 
 
 def place(tree, mesh, *axes):
@@ -170,16 +228,19 @@ def train(args, way, teacher, corpus, cache, mesh, judged, progress):
     optimizer = nnx.Optimizer(student, optimizer_of(args), wrt=nnx.Param)
     structure, state = nnx.split((student, optimizer))
     state = place(state, mesh)
-    task = make_task(args, way, teacher, cache, structure, mesh)
+    task, own_task = make_task(args, way, teacher, cache, structure, mesh)
     frozen = {"embedding": teacher.embedding, "kernel": teacher.embedding.T}
-    if way == "distilled" and cache is None:
-        frozen["teacher"] = nnx.state(teacher.model)
-    frozen = place(frozen, mesh)
+    frozen = place(frozen | {"teacher": nnx.state(teacher.model)}, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(
-        partial(train_step, task), donate_argnums=0, out_shardings=(shardings, None)
+        train_step,
+        static_argnums=0,
+        donate_argnums=1,
+        out_shardings=(shardings, None),
     )
     judge = jax.jit(partial(evaluate, task))
+    windows = NamedSharding(mesh, P(None, "data"))
+    rewrite = jax.jit(partial(student_text, task), out_shardings=windows)
 
     # Do not save in the background: the next step donates the buffers being saved.
     keep = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
@@ -197,14 +258,23 @@ def train(args, way, teacher, corpus, cache, mesh, judged, progress):
         for i in range(start, args.steps):
             began = time.perf_counter()
             batches = training_batches(args, corpus, cache, i, mesh)
-            state, metrics = step(state, frozen, batches, jnp.asarray(i))
+            own = way == "on-policy" and data.is_own_text(args.seed, i, args.on_policy)
+            if own:
+                key = jax.random.fold_in(jax.random.key(args.seed), i)
+                temperature = args.sample_temperature
+                batches = rewrite(state, frozen, batches, key, temperature)
+            by = own_task if own else task
+            state, metrics = step(by, state, frozen, batches, jnp.asarray(i))
             metrics = jax.device_get(metrics)
             if not np.isfinite(metrics["loss"]):
                 sys.exit(f"train.py: {way}: the loss of step {i + 1} is not finite")
             speed = batches["tokens"].size / (time.perf_counter() - began)
             if way == "labels":  # no teacher metrics
-                metrics = {k: metrics[k] for k in ("loss", "cross_entropy")}
-            log.write(i + 1, "train", metrics, tokens_per_second=speed)
+                metrics = {k: metrics[k] for k in ("loss", "cross_entropy", "tokens")}
+            if own:  # no labels
+                metrics.pop("cross_entropy", None)
+            split = "own-text" if own else "train"
+            log.write(i + 1, split, metrics, tokens_per_second=speed)
             note = f"loss {metrics['loss']:.3f}  {speed:4.0f} tokens/s"
             progress.update(bar, completed=i + 1, note=note)
             last = i + 1 == args.steps
@@ -261,6 +331,11 @@ def main():
                 raise ValueError(message)
         cuts = args.length, args.held_out, args.windows
         corpus = data.load(args.text, teacher.tokenizer, *cuts)
+        if np.all(corpus.held_out.labels[:, args.prompt_length - 1] < 0):
+            raise ValueError(
+                f"--prompt-length: no held-out window is longer than the prompt, "
+                f"{args.prompt_length} tokens."
+            )
         cache = None
         if args.cache:
             cache = caches.Cache.open(args.cache, teacher, corpus, args.tail)

@@ -12,6 +12,7 @@ import data
 import log
 import model
 import report
+import sample
 import train
 
 
@@ -29,7 +30,7 @@ def teacher():
     ],
 )
 def test_greedy_continuations(teacher, prompt, continues):
-    text = model.continuation(teacher, teacher.model, prompt, 12)
+    text = sample.continuation(teacher, teacher.model, prompt, 12)
     assert text.startswith(continues)
 
 
@@ -79,15 +80,20 @@ def programs(text):
     return program
 
 
-@pytest.mark.parametrize("kind", [None, "hidden", "top-k"])
+@pytest.mark.parametrize("kind", ["on-policy", "hidden", "top-k"])
 def test_two_steps(tmp_path, text, kind):
     program, options = programs(text), ["--steps=2", "--output", tmp_path / "out"]
-    if kind:
+    if kind == "on-policy":
+        options += ["--on-policy=1"]
+    else:
         written = program(cache, "--kind", kind, "--output", tmp_path / "cache")
         assert written.returncode == 0, written.stderr
         options += ["--cache", tmp_path / "cache", "--ways", "distilled"]
     result = program(train, *options)
     assert result.returncode == 0, result.stderr
+    if kind == "on-policy":
+        before, after = report.held_out(tmp_path / "out", kind)
+        assert float(after["own_kl"]) < float(before["own_kl"])
     rows = report.held_out(tmp_path / "out", "distilled")
     assert [row["step"] for row in rows] == ["0", "2"]
     assert float(rows[-1]["kl"]) < float(rows[0]["kl"])

@@ -11,6 +11,7 @@ import pytest
 from matplotlib.image import imread
 
 import cache
+import data
 import log
 import train
 
@@ -75,6 +76,48 @@ def test_both_ways_online(distil, capsys):
     )
 
 
+def test_on_policy(online, distil, capsys):
+    """Seed 1: one of the two steps is on the student's own text."""
+    own = [data.is_own_text(1, i, 0.5) for i in range(2)]
+    assert own == [False, True]
+    ways = "distilled on-policy labels"
+    options = ["--on-policy=0.5", "--seed=1", "--prompt-length=8", "--alpha=0.5"]
+    out = distil(*options, ways=ways)
+    printed = capsys.readouterr().out
+    np.testing.assert_array_equal(
+        losses(out, "on-policy"), losses(out, "distilled")[:1]
+    )
+    # There are no labels in own text, so that all of its loss is the divergence.
+    own = losses(out, "on-policy", "own-text")
+    assert own.shape == (1,)
+    np.testing.assert_allclose(
+        own, losses(out, "on-policy", "own-text", "divergence"), rtol=1e-5
+    )
+    assert losses(out, "on-policy", "own-text", "cross_entropy").size == 0
+    assert losses(out, "on-policy", "train", "tokens") == 4 * 32
+    assert 0 < losses(out, "on-policy", "own-text", "tokens") <= 4 * 25
+    for way in ways.split():
+        own_kl = losses(out, way, "held-out", "own_kl")
+        assert own_kl.shape == (3,) and np.all(own_kl > 0)
+        assert f"{own_kl[-1]:.3f}" in printed
+        assert own_kl[0] == losses(out, "distilled", "held-out", "own_kl")[0]
+    assert "\n  on-policy " in printed
+
+
+@pytest.mark.parametrize("share, expected", [(0, 0), (0.5, 500), (1, 1000)])
+def test_the_share_of_own_text(share, expected):
+    found = sum(data.is_own_text(0, step, share) for step in range(1000))
+    assert abs(found - expected) < 5 * (share * (1 - share) * 1000) ** 0.5 + 1
+
+
+def test_each_step_has_its_own_samples(distil):
+    # It is always the same window, and the student stays as it is.
+    options = ["--on-policy=1", "--learning-rate=1e-30", "--windows=1", "--batch=1"]
+    out = distil(*options, "--policy-gradient", ways="on-policy")
+    first, second = losses(out, "on-policy", "own-text")
+    assert np.isfinite([first, second]).all() and first != second
+
+
 def test_a_cache_of_hidden_states_is_as_good_as_the_teacher(online, distil, cached):
     exact = cached("--dtype=float32", "--shard-windows=16")
     expected = losses(online)
@@ -101,12 +144,15 @@ def test_a_cache_of_samples(distil, cached):
 
 
 def test_a_mesh_has_the_losses_of_one_device(distil, capsys):
-    ways = "distilled labels"
-    alone = distil("--accumulate=2", ways=ways)
-    mesh = distil("--accumulate=2", "--mesh=data=4,model=2", "--real", ways=ways)
+    ways = "distilled on-policy labels"
+    options = ["--accumulate=2", "--on-policy=1"]
+    alone = distil(*options, ways=ways)
+    mesh = distil(*options, "--mesh=data=4,model=2", "--real", ways=ways)
     for way in ways.split():
-        expected = losses(alone, way)
-        np.testing.assert_allclose(losses(mesh, way), expected, rtol=1e-4)
+        split = "own-text" if way == "on-policy" else "train"
+        expected = losses(alone, way, split)
+        assert expected.shape == (2,)
+        np.testing.assert_allclose(losses(mesh, way, split), expected, rtol=1e-4)
         expected = losses(alone, way, "held-out", "kl")
         np.testing.assert_allclose(losses(mesh, way, "held-out", "kl"), expected, 1e-4)
 
@@ -158,20 +204,26 @@ def test_a_finished_run_has_nothing_to_do(run, common, tmp_path, capsys):
     assert (tmp_path / "labels" / "metrics.csv").read_bytes() == content
 
 
-@pytest.mark.parametrize("saving", [False, True], ids=["anything", "a save"])
-def test_killed_during(saving, common, tmp_path):
+@pytest.mark.parametrize(
+    "saving, way",
+    [(False, "on-policy"), (True, "distilled")],
+    ids=["anything", "a save"],
+)
+def test_killed_during(saving, way, common, tmp_path):
     def command(out):
-        options = [*common, "--output", out, "--ways", "distilled", "--layers", "0,3"]
+        options = [*common, "--output", out, "--ways", way, "--layers", "0,3"]
+        options += ["--on-policy=0.5"] if way == "on-policy" else []
         options += ["--steps=6", "--save-every=1", "--evaluate-every=5"]
         return [sys.executable, train.__file__, *map(str, options)]
 
     whole, out = tmp_path / "whole", tmp_path / "out"
     quiet = dict(stdout=subprocess.DEVNULL)
     subprocess.run(command(whole), check=True, timeout=300, **quiet)
-    expected = (whole / "distilled" / "metrics.csv").read_bytes()
+    expected = (whole / way / "metrics.csv").read_bytes()
+    assert (b"own-text" in expected) == (way == "on-policy")
 
     rng, killed, unfinished = random.Random(0), 0, 0
-    checkpoints = out / "distilled" / "checkpoints"
+    checkpoints = out / way / "checkpoints"
 
     def state():
         names = [path.name for path in checkpoints.glob("*")]
@@ -196,7 +248,7 @@ def test_killed_during(saving, common, tmp_path):
         unfinished += state()[1]
     assert child.returncode == 0 and killed >= 2
     assert unfinished >= 2 or not saving
-    assert (out / "distilled" / "metrics.csv").read_bytes() == expected
+    assert (out / way / "metrics.csv").read_bytes() == expected
 
 
 def test_a_row_that_was_cut_off_is_written_again(tmp_path):
@@ -244,6 +296,18 @@ def test_another_run_in_the_same_folder(run, common, tmp_path, capsys, option):
         ("--steps=0", "expected an integer from 1"),
         ("--dtype=float16", "invalid choice"),
         ("--tail=none", "invalid choice"),
+        ("--on-policy=2", "--on-policy: expected a number from 0 to 1"),
+        (
+            "--on-policy=1 --cache=x",
+            "argument --on-policy: cannot be used with --cache",
+        ),
+        ("--ways on-policy", "argument --ways: on-policy needs --on-policy above 0"),
+        ("--policy-gradient", "argument --policy-gradient: needs --on-policy above 0"),
+        (
+            "--on-policy=1 --policy-gradient --sample-temperature=2",
+            "argument --policy-gradient: needs --sample-temperature 1",
+        ),
+        ("--prompt-length=33", "argument --prompt-length: is above --length 32"),
         ("--text=nowhere", "expected a file"),
         ("--teacher=nowhere", "expected a file"),
         ("--held-out=1000", "too few for 1000 held-out windows"),

@@ -25,6 +25,7 @@ def write_gguf(path, *, seed=0, merges=MERGES):
     writer.add_token_list(tokens)
     writer.add_token_types([3] + [1] * (len(tokens) - 1))
     writer.add_token_merges(merges)
+    writer.add_eos_token_id(tokens.index("<|endoftext|>"))
 
     def add(name, *shape):
         array = rng.normal(size=shape, scale=shape[-1] ** -0.5).astype(np.float32)
