@@ -54,54 +54,36 @@ def cached(run, common, tmp_path):
     return cached
 
 
-def test_both_ways_online(distil, capsys):
-    out = distil(ways="distilled labels")
+def test_all_ways_online(distil, capsys):
+    """With seed 1, the second of two steps is on the student's own text."""
+    assert [data.is_own_text(1, i, 0.5) for i in range(2)] == [False, True]
+    ways = ("distilled", "on-policy", "labels")
+    options = ["--on-policy=0.5", "--seed=1", "--prompt-length=8", "--alpha=0.5"]
+    out = distil(*options, ways=" ".join(ways))
     printed = capsys.readouterr().out
-    for way in ("distilled", "labels"):
-        assert len(losses(out, way)) == 2
-        for name in ("kl", "cross_entropy", "top1_agreement"):
+    for way in ways:
+        assert losses(out, way).size + losses(out, way, "own-text").size == 2
+        for name in ("kl", "cross_entropy", "top1_agreement", "own_kl"):
             values = losses(out, way, "held-out", name)
             assert values.shape == (3,) and np.all(np.isfinite(values))
+            assert values[0] == losses(out, "distilled", "held-out", name)[0]
             shown = f"{values[-1]:.3f}" if name != "top1_agreement" else ""
             assert shown in printed
         assert list((out / way).glob("events.out.tfevents.*"))
-    kl = losses(out, "labels", "held-out", "kl")
-    assert kl[0] == losses(out, "distilled", "held-out", "kl")[0]
     assert losses(out, "labels", "train", "kl").size == 0  # there is no teacher
-    for name in ("teacher", "untrained", "distilled", "labels alone"):
+    for name in ("teacher", "untrained", "distilled", "on-policy", "labels alone"):
         assert f"\n  {name} " in printed
     assert 0.5 < np.mean(imread(out / "curves.png")[..., :3] == 1) < 0.99
     np.testing.assert_allclose(
         losses(out, "labels"), losses(out, "labels", name="cross_entropy"), rtol=1e-5
     )
-
-
-def test_on_policy(online, distil, capsys):
-    """Seed 1: one of the two steps is on the student's own text."""
-    own = [data.is_own_text(1, i, 0.5) for i in range(2)]
-    assert own == [False, True]
-    ways = "distilled on-policy labels"
-    options = ["--on-policy=0.5", "--seed=1", "--prompt-length=8", "--alpha=0.5"]
-    out = distil(*options, ways=ways)
-    printed = capsys.readouterr().out
-    np.testing.assert_array_equal(
-        losses(out, "on-policy"), losses(out, "distilled")[:1]
-    )
-    # There are no labels in own text, so that all of its loss is the divergence.
-    own = losses(out, "on-policy", "own-text")
-    assert own.shape == (1,)
-    np.testing.assert_allclose(
-        own, losses(out, "on-policy", "own-text", "divergence"), rtol=1e-5
-    )
-    assert losses(out, "on-policy", "own-text", "cross_entropy").size == 0
-    assert losses(out, "on-policy", "train", "tokens") == 4 * 32
-    assert 0 < losses(out, "on-policy", "own-text", "tokens") <= 4 * 25
-    for way in ways.split():
-        own_kl = losses(out, way, "held-out", "own_kl")
-        assert own_kl.shape == (3,) and np.all(own_kl > 0)
-        assert f"{own_kl[-1]:.3f}" in printed
-        assert own_kl[0] == losses(out, "distilled", "held-out", "own_kl")[0]
-    assert "\n  on-policy " in printed
+    own = lambda name: losses(out, "on-policy", "own-text", name)
+    assert losses(out, "on-policy") == losses(out, "distilled")[0]
+    assert losses(out, "on-policy", name="tokens") == 4 * 32
+    assert 0 < own("tokens") <= 4 * 25
+    # Own text has no labels, so that all of its loss is the divergence.
+    assert own("cross_entropy").size == 0
+    np.testing.assert_allclose(own("loss"), own("divergence"), rtol=1e-5)
 
 
 @pytest.mark.parametrize("share, expected", [(0, 0), (0.5, 500), (1, 1000)])
@@ -144,15 +126,18 @@ def test_a_cache_of_samples(distil, cached):
 
 
 def test_a_mesh_has_the_losses_of_one_device(distil, capsys):
-    ways = "distilled on-policy labels"
-    options = ["--accumulate=2", "--on-policy=1"]
+    ways = "on-policy labels"
+    options = ["--accumulate=2", "--on-policy=0.5", "--seed=1", "--prompt-length=28"]
     alone = distil(*options, ways=ways)
     mesh = distil(*options, "--mesh=data=4,model=2", "--real", ways=ways)
+    np.testing.assert_allclose(
+        losses(mesh, "on-policy", "own-text"),
+        losses(alone, "on-policy", "own-text"),
+        rtol=1e-4,
+    )
     for way in ways.split():
-        split = "own-text" if way == "on-policy" else "train"
-        expected = losses(alone, way, split)
-        assert expected.shape == (2,)
-        np.testing.assert_allclose(losses(mesh, way, split), expected, rtol=1e-4)
+        expected = losses(alone, way)
+        np.testing.assert_allclose(losses(mesh, way), expected, rtol=1e-4)
         expected = losses(alone, way, "held-out", "kl")
         np.testing.assert_allclose(losses(mesh, way, "held-out", "kl"), expected, 1e-4)
 
