@@ -45,7 +45,7 @@ test: .venv-test/has-test-torch
 
 # Run the slow tests.
 test-slow: .venv-test/has-test-torch
-	$(TEST)/$(PYTEST) --dist loadfile -m slow $(ARGS)
+	$(QUICKLY) $(TEST)/$(PYTEST) --dist loadfile -m slow $(ARGS)
 
 # Run the tests of examples/smollm2.
 test-lm: .venv/has-lm .venv/has-test-core

@@ -1,4 +1,4 @@
-"""What doctests find defined, and what must be said before JAX is imported."""
+"""What doctests find defined, what must be said before JAX is imported, options."""
 
 import os
 
@@ -10,6 +10,33 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import pytest
 
 import jaxkl
+
+
+def pytest_addoption(parser):
+    text = "run at most N of the parameters of each test, unless it is `newest`"
+    parser.addoption("--cases", type=int, metavar="N", help=text)
+    text = "which ones: other numbers, other parameters"
+    parser.addoption("--cases-from", type=int, default=0, metavar="I", help=text)
+
+
+@pytest.hookimpl(trylast=True)  # of those that `-m` has left
+def pytest_collection_modifyitems(config, items):
+    most, first = config.getoption("--cases"), config.getoption("--cases-from")
+    if most is None:
+        return
+    tests = {}
+    for item in items:
+        if not item.get_closest_marker("newest"):
+            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    others = set()
+    for cases in tests.values():
+        number = min(most, len(cases))
+        chosen = {
+            (first + i * len(cases) // number) % len(cases) for i in range(number)
+        }
+        others.update(case for i, case in enumerate(cases) if i not in chosen)
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in others]
 
 
 @pytest.fixture(autouse=True)

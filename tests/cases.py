@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxkl
-from jaxkl import SparseTeacher
+from jaxkl import _engine, _sharding, SparseTeacher
 
 from . import oracle
 from .helpers import assert_close, TOLERANCE
@@ -102,6 +102,14 @@ def compiled(loss, static):
         return value, vjp(g)[0]
 
     return run
+
+
+def forget_programs():
+    """Makes the engine trace again. `jax.clear_caches` also forgets all operations of
+    JAX, each of which takes a compilation."""
+    _engine.weighted_loss.clear_cache()
+    _sharding.sharded_weighted_loss.clear_cache()
+    compiled.cache_clear()
 
 
 def evaluate(

@@ -6,7 +6,7 @@ import pytest
 
 import jaxkl
 
-from .cases import assert_matches, over, rarely, rounded
+from .cases import assert_matches, forget_programs, over, rarely, rounded
 from .helpers import assert_close
 from .sources import make_head
 
@@ -29,9 +29,9 @@ def taken(monkeypatch):
         return default(*args)
 
     monkeypatch.setattr(jax.lax, "platform_dependent", on_accelerator)
-    jax.clear_caches()
+    forget_programs()
     yield plans
-    jax.clear_caches()
+    forget_programs()
 
 
 @over("forward", slow=["reverse", "js", "user"])

@@ -19,6 +19,7 @@ from .cases import (
     assert_matches,
     assert_source_gradient,
     evaluate,
+    forget_programs,
     FORWARD,
     JENSEN_SHANNON,
     over,
@@ -391,10 +392,10 @@ def take(monkeypatch):
 
     def take(plan):
         monkeypatch.setattr(_engine, "plan", lambda platform, work: plan)
-        jax.clear_caches()
+        forget_programs()
 
     yield take
-    jax.clear_caches()
+    forget_programs()
 
 
 PLANS = {
@@ -453,9 +454,9 @@ def works(monkeypatch):
         return planned(platform, work)
 
     monkeypatch.setattr(_engine, "plan", record)
-    jax.clear_caches()
+    forget_programs()
     yield works
-    jax.clear_caches()
+    forget_programs()
 
 
 def shapes(apply, tokens=8192, hidden=64, vocab=4096, dtype="bfloat16"):

@@ -41,6 +41,7 @@ def peers(*names):
     return [x for name in names for x in ("--peer", name)]
 
 
+@pytest.mark.slow
 def test_every_row_is_there_and_right(tmp_path):
     names = peers("jaxkl", "plain JAX", "torch eager")
     rows, shown, _ = run(tmp_path / "gpu.json", *names)
@@ -84,6 +85,7 @@ def test_torch_compile_is_right_and_liger_is_skipped_by_name(tmp_path):
     assert row["reason"] == "No module named 'liger_kernel'"
 
 
+@pytest.mark.slow
 def test_a_peer_that_is_wrong_by_two_percent_makes_the_exit_code_1(tmp_path):
     shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks")
     (tmp_path / "jaxkl").symlink_to(ROOT / "jaxkl")

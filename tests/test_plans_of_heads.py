@@ -13,11 +13,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import jaxkl
-from jaxkl import _engine, _sharding, LinearHead
+from jaxkl import _engine, LinearHead
 from jaxkl._plan import Plan
 
-from . import cases
-from .cases import assert_matches, FORWARD, over, rarely
+from .cases import assert_matches, forget_programs, FORWARD, over, rarely
 from .helpers import assert_close
 from .sources import make_head, rounded
 
@@ -39,21 +38,14 @@ def take(monkeypatch):
     taken = []
 
     def take(plan):
-        _forget_programs()
+        forget_programs()
         monkeypatch.setattr(
             _engine, "plan", lambda platform, work: taken.append(plan) or plan
         )
 
     yield take
-    _forget_programs()
+    forget_programs()
     assert taken
-
-
-def _forget_programs():
-    """Not `jax.clear_caches`: operations outside the engine need no new compilation."""
-    _engine.weighted_loss.clear_cache()
-    _sharding.sharded_weighted_loss.clear_cache()
-    cases.compiled.cache_clear()
 
 
 over_plans = pytest.mark.parametrize(
@@ -75,7 +67,7 @@ def assert_same(actual, expected, tol=1e-5):
 
 
 @over_plans
-@over("forward", "reverse", slow=["js", "user"])
+@over("reverse", slow=["forward", "js", "user"])
 def test_every_argument_at_once(rng, take, name, divergence, reference):
     take(PLANS[name])
     labels = rng.integers(0, VOCAB - 2, TOKENS)
@@ -144,7 +136,7 @@ def test_masked_tokens_may_hold_nan(rng, take, name):
 
 
 @over_plans
-@pytest.mark.parametrize("frozen", ["kernel", "hidden", "kernel, bias"])
+@pytest.mark.parametrize("frozen", ["kernel, bias", *rarely("kernel", "hidden")])
 def test_frozen_arrays(rng, take, name, frozen):
     student, teacher = heads(rng)
     arrays = dict(hidden=student.hidden, kernel=student.kernel, bias=student.bias)
@@ -162,7 +154,7 @@ def test_frozen_arrays(rng, take, name, frozen):
 
 @over_plans
 @pytest.mark.parametrize(
-    "other", ["logits", "bucket", "conditional", *rarely("uniform", "drop")]
+    "other", ["conditional", *rarely("logits", "bucket", "uniform", "drop")]
 )
 def test_a_head_beside_another_source(rng, take, name, other):
     student, _ = heads(rng)
