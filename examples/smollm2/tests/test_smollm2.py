@@ -83,24 +83,23 @@ def programs(text):
 @pytest.mark.parametrize("kind", ["on-policy", "hidden", "top-k"])
 def test_two_steps(tmp_path, text, kind):
     program, options = programs(text), ["--steps=2", "--output", tmp_path / "out"]
+    way, split = kind, "own-text"
     if kind == "on-policy":
-        options += ["--on-policy=1"]
+        options += ["--on-policy=1", "--ways", way]
     else:
+        way, split = "distilled", "train"
         written = program(cache, "--kind", kind, "--output", tmp_path / "cache")
         assert written.returncode == 0, written.stderr
-        options += ["--cache", tmp_path / "cache", "--ways", "distilled"]
+        options += ["--cache", tmp_path / "cache", "--ways", way]
     result = program(train, *options)
     assert result.returncode == 0, result.stderr
-    if kind == "on-policy":
-        path = tmp_path / "out" / kind / "metrics.csv"
-        steps, loss = log.curve(path, "own-text", "loss")
-        assert steps == [1, 2] and np.all(np.isfinite(loss))
-    rows = report.held_out(tmp_path / "out", "distilled")
+    rows = report.held_out(tmp_path / "out", way)
     assert [row["step"] for row in rows] == ["0", "2"]
-    assert float(rows[-1]["kl"]) < float(rows[0]["kl"])
+    if way == "distilled":  # two steps on its own text need not help
+        assert float(rows[-1]["kl"]) < float(rows[0]["kl"])
     assert f"{float(rows[-1]['kl']):.3f}" in result.stdout
     assert "\x1b" not in result.stdout
-    steps, loss = log.curve(tmp_path / "out/distilled/metrics.csv", "train", "loss")
+    steps, loss = log.curve(tmp_path / "out" / way / "metrics.csv", split, "loss")
     assert steps == [1, 2] and np.all(np.isfinite(loss))
 
 
