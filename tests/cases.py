@@ -1,5 +1,6 @@
 """What the tests of `distillation_loss` share: divergences and an evaluation."""
 
+import contextlib
 import dataclasses
 from functools import cache
 
@@ -102,6 +103,26 @@ def compiled(loss, static):
         return value, vjp(g)[0]
 
     return run
+
+
+@contextlib.contextmanager
+def taking(monkeypatch):
+    """Gives a function that makes the engine take a plan, until the end.
+
+    A plan by which nothing is traced fails the test.
+    """
+    asked, traced = [], []
+
+    def take(plan):
+        asked.append(plan)
+        forget_programs()
+        monkeypatch.setattr(
+            _engine, "plan", lambda platform, work: traced.append(plan) or plan
+        )
+
+    yield take
+    forget_programs()
+    assert all(plan in traced for plan in asked)
 
 
 def forget_programs():

@@ -1,4 +1,4 @@
-"""A single test can be run without noise, and each test once."""
+"""A single test can be run without noise, and each test with some of its cases."""
 
 import pathlib
 

@@ -26,6 +26,7 @@ from .cases import (
     rarely,
     REVERSE,
     rounded,
+    taking,
 )
 from .helpers import assert_close
 from .sources import capped, expected_of, make_function, make_head, normed, per_token
@@ -388,14 +389,8 @@ def test_products_are_computed_once(rng, apply):
 
 @pytest.fixture
 def take(monkeypatch):
-    """Takes a plan that CPUs do not take by themselves."""
-
-    def take(plan):
-        monkeypatch.setattr(_engine, "plan", lambda platform, work: plan)
-        forget_programs()
-
-    yield take
-    forget_programs()
+    with taking(monkeypatch) as take:
+        yield take
 
 
 PLANS = {

@@ -13,10 +13,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import jaxkl
-from jaxkl import _engine, LinearHead
+from jaxkl import LinearHead
 from jaxkl._plan import Plan
 
-from .cases import assert_matches, forget_programs, FORWARD, over, rarely
+from .cases import assert_matches, FORWARD, over, rarely, taking
 from .helpers import assert_close
 from .sources import make_head, rounded
 
@@ -34,18 +34,8 @@ PLANS["lean"] = Plan(None, "blocks", False, columns=8)
 
 @pytest.fixture
 def take(monkeypatch):
-    """Takes a plan. A test that does not come to trace by it fails."""
-    taken = []
-
-    def take(plan):
-        forget_programs()
-        monkeypatch.setattr(
-            _engine, "plan", lambda platform, work: taken.append(plan) or plan
-        )
-
-    yield take
-    forget_programs()
-    assert taken
+    with taking(monkeypatch) as take:
+        yield take
 
 
 over_plans = pytest.mark.parametrize(
