@@ -33,8 +33,6 @@ KINDS = {
     "sampled-8": ("sampled", 8),
     "sampled-64": ("sampled", 64),
 }
-# A cache has nothing about a student's own text.
-COLUMNS = {k: title for k, title in report.COLUMNS.items() if k != "own_kl"}
 # Name, cache and tail of each student.
 ROWS = (
     ("online", None, "bucket"),
@@ -90,11 +88,11 @@ def train_student(own, way, teacher, corpus, cache, mesh, judged, progress):
 def show(results, made, tokens, seeds, vocab):
     print(f"\n{tokens} tokens; mean ± standard deviation of {seeds} seeds:")
     table = Table("teacher", "bytes a token", box=box.SIMPLE_HEAD)
-    for title in COLUMNS.values():
+    for title in report.COLUMNS.values():
         table.add_column(title, justify="right")
     for name, cache, _ in ROWS:
         cells = []
-        for column in COLUMNS:
+        for column in report.COLUMNS:
             percent = 100 if column == "top1_agreement" else 1
             values = percent * np.array([float(row[column]) for row in results[name]])
             places = 1 if percent == 100 else 3

@@ -16,8 +16,8 @@ COLUMNS = {
     "kl": "KL to teacher",
     "top1_agreement": "same top-1, %",
     "cross_entropy": "cross-entropy",
-    "own_kl": "KL on own text",
 }
+OWN_TEXT = {"own_kl": "KL on own text"}
 
 
 def held_out(output, way):
@@ -32,12 +32,12 @@ def tokens(output, way):
     return sum(int(row["tokens"]) for row in rows if row["tokens"])
 
 
-def cells(row):
+def cells(row, columns=COLUMNS):
     return [
         f"{100 * float(row[name]):.1f}"
         if name == "top1_agreement"
         else f"{float(row[name]):.3f}"
-        for name in COLUMNS
+        for name in columns
     ]
 
 
@@ -48,14 +48,15 @@ def show(args):
         f"{len(args.layers)} layers, after {args.steps} steps; nats:"
     )
     table = Table("student", box=box.SIMPLE_HEAD)
-    for title in ("tokens", *COLUMNS.values()):
+    columns = COLUMNS | OWN_TEXT if args.on_policy else COLUMNS
+    for title in ("tokens", *columns.values()):
         table.add_column(title, justify="right")
     before = held_out(args.output, args.ways[0])[0]
-    table.add_row("untrained", "0", *cells(before))
+    table.add_row("untrained", "0", *cells(before, columns))
     for way in args.ways:
         row = held_out(args.output, way)[-1]
         count = str(tokens(args.output, way))
-        table.add_row(NAMES[way], count, *cells(row))
+        table.add_row(NAMES[way], count, *cells(row, columns))
     Console(width=88).print(table)
 
 
@@ -68,20 +69,27 @@ def samples(args, teacher, students):
 
 def draw(args):
     path = args.output / "curves.png"
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    panels = left, middle, right = figure.subplots(1, 3)
+    judged = {"kl": "KL(teacher ‖ student) on held-out text, nats"}
+    if args.on_policy:
+        judged["own_kl"] = "KL(student ‖ teacher) on own text, nats"
+    count = 1 + len(judged)
+    figure = Figure(figsize=(10 if count == 2 else 13, 4.2), layout="constrained")
+    left, *others = figure.subplots(1, count)
     for way in args.ways:
         style = dict(color=COLOURS[way], label=NAMES[way], linewidth=2)
         metrics = args.output / way / "metrics.csv"
         left.plot(*log.curve(metrics, "train", "loss"), **style)
-        own = log.curve(metrics, "own-text", "loss")
-        left.plot(*own, ".", color=COLOURS[way])
-        middle.plot(*log.curve(metrics, "held-out", "kl"), marker="o", **style)
-        right.plot(*log.curve(metrics, "held-out", "own_kl"), marker="o", **style)
-    left.set_title("Loss on the batches (dots: own text), nats")
-    middle.set_title("KL(teacher ‖ student) on held-out text, nats")
-    right.set_title("KL(student ‖ teacher) on own text, nats")
-    for axes in panels:
+        if way == "on-policy":
+            own = log.curve(metrics, "own-text", "loss")
+            left.plot(*own, ".", color=COLOURS[way])
+        for axes, name in zip(others, judged, strict=True):
+            curve = log.curve(metrics, "held-out", name)
+            axes.plot(*curve, marker="o", **style)
+    dots = " (dots: own text)" if args.on_policy else ""
+    left.set_title(f"Loss on the batches{dots}, nats")
+    for axes, title in zip(others, judged.values(), strict=True):
+        axes.set_title(title)
+    for axes in left, *others:
         axes.set(xlabel="step", xlim=(0, args.steps), ylim=(0, None))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

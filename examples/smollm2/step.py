@@ -35,7 +35,7 @@ class Task:
     temperature: Any  # a function of the step
     alpha: Any  # a function of the step
     mesh: Any  # None on one device
-    prompt_length: int  # of the student's own text
+    prompt_length: int | None  # of the student's own text, if there is any
     end: int  # the token that ends a text
 
     @property
@@ -143,7 +143,7 @@ def student_text(task, state, frozen, batches, key, temperature=1.0):
 
 
 def evaluate(task, state, frozen, batches):
-    """Means over the batches, and KL(student ‖ teacher) on the student's own text."""
+    """Means over batches, and KL(student ‖ teacher) on own text if there is any."""
     student, _ = nnx.merge(task.structure, state)
 
     def judge(source, batches, **kwargs):
@@ -151,9 +151,12 @@ def evaluate(task, state, frozen, batches):
         of = lambda batch: loss_with_metrics(by, student, frozen, batch, **kwargs)[1]
         return means(jax.lax.map(of, batches))
 
+    found = judge(recorded, batches)
+    if task.prompt_length is None:
+        return found
     own = student_text(task, state, frozen, batches, jax.random.key(0))
     on_own = judge(online(task.teacher), own, divergence=jaxkl.ReverseKL())
-    return judge(recorded, batches) | {"own_kl": on_own["divergence"]}
+    return found | {"own_kl": on_own["divergence"]}
 
 
 def means(metrics):

@@ -131,16 +131,18 @@ def check_on_policy(parser, args):
     """Fills in the defaults that depend on other options."""
     if args.ways is None:
         args.ways = [way for way in WAYS if args.on_policy or way != "on-policy"]
+    if not args.on_policy:
+        if "on-policy" in args.ways:
+            parser.error("argument --ways: on-policy needs --on-policy above 0")
+        for name in "prompt-length", "policy-gradient":
+            if getattr(args, name.replace("-", "_")):
+                parser.error(f"argument --{name}: needs --on-policy above 0")
+        return
     if args.prompt_length is None:
         args.prompt_length = args.length // 2
     if args.prompt_length > args.length:
         parser.error(f"argument --prompt-length: is above --length {args.length}")
-    if not args.on_policy:
-        if "on-policy" in args.ways:
-            parser.error("argument --ways: on-policy needs --on-policy above 0")
-        if args.policy_gradient:
-            parser.error("argument --policy-gradient: needs --on-policy above 0")
-    if args.on_policy and args.cache:
+    if args.cache:
         parser.error(
             "argument --on-policy: cannot be used with --cache, which holds nothing "
             "about text that the student writes"
@@ -230,7 +232,9 @@ def train(args, way, teacher, corpus, cache, mesh, judged, progress):
     state = place(state, mesh)
     task, own_task = make_task(args, way, teacher, cache, structure, mesh)
     frozen = {"embedding": teacher.embedding, "kernel": teacher.embedding.T}
-    frozen = place(frozen | {"teacher": nnx.state(teacher.model)}, mesh)
+    if args.on_policy or (way == "distilled" and cache is None):
+        frozen["teacher"] = nnx.state(teacher.model)
+    frozen = place(frozen, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(
         train_step,
@@ -331,10 +335,11 @@ def main():
                 raise ValueError(message)
         cuts = args.length, args.held_out, args.windows
         corpus = data.load(args.text, teacher.tokenizer, *cuts)
-        if np.all(corpus.held_out.labels[:, args.prompt_length - 1] < 0):
+        length = args.prompt_length
+        if length and np.all(corpus.held_out.labels[:, length - 1] < 0):
             raise ValueError(
                 f"--prompt-length: no held-out window is longer than the prompt, "
-                f"{args.prompt_length} tokens."
+                f"{length} tokens."
             )
         cache = None
         if args.cache:

@@ -92,6 +92,12 @@ def test_the_share_of_own_text(share, expected):
     assert abs(found - expected) < 5 * (share * (1 - share) * 1000) ** 0.5 + 1
 
 
+def test_without_on_policy_no_text_is_written(online):
+    assert losses(online, "distilled", "held-out", "kl").size == 3
+    for split, name in ("held-out", "own_kl"), ("own-text", "loss"):
+        assert losses(online, "distilled", split, name).size == 0
+
+
 def test_each_step_has_its_own_samples(distil):
     # It is always the same window, and the student stays as it is.
     options = ["--on-policy=1", "--learning-rate=1e-30", "--windows=1", "--batch=1"]
@@ -292,7 +298,11 @@ def test_another_run_in_the_same_folder(run, common, tmp_path, capsys, option):
             "--on-policy=1 --policy-gradient --sample-temperature=2",
             "argument --policy-gradient: needs --sample-temperature 1",
         ),
-        ("--prompt-length=33", "argument --prompt-length: is above --length 32"),
+        ("--prompt-length=9", "argument --prompt-length: needs --on-policy above 0"),
+        (
+            "--on-policy=1 --prompt-length=33",
+            "argument --prompt-length: is above --length 32",
+        ),
         ("--text=nowhere", "expected a file"),
         ("--teacher=nowhere", "expected a file"),
         ("--held-out=1000", "too few for 1000 held-out windows"),
