@@ -7,8 +7,9 @@ BIN := .venv/bin
 TEST := .venv-test/bin
 PYTEST := python -m pytest -n $(WORKERS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# Most of the time of a test is compilation, and this takes a third off. `make test` is
-# without it: there all must hold in the programs that users have.
+# Most of the time of a test is compilation, and this takes two thirds off: see
+# conftest.py. `make test-newest` is without it: there all must hold in the programs, and
+# on the JAX, that users have.
 QUICKLY := JAX_DISABLE_MOST_OPTIMIZATIONS=1
 JAX_FLOOR := $(shell sed -n 's/.*"jax>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 CORE := tests/test_kl_div.py tests/test_divergences.py tests/test_distillation_singular.py \
@@ -41,7 +42,7 @@ notebook: .venv/has-notebook
 
 # Run the tests and the doctests.
 test: .venv-test/has-test-torch
-	$(TEST)/$(PYTEST) --dist loadfile -m "not slow" $(ARGS)
+	$(QUICKLY) $(TEST)/$(PYTEST) --dist loadfile -m "not slow" $(ARGS)
 
 # Run the slow tests.
 test-slow: .venv-test/has-test-torch
@@ -49,11 +50,11 @@ test-slow: .venv-test/has-test-torch
 
 # Run the tests of examples/smollm2.
 test-lm: .venv/has-lm .venv/has-test-core
-	$(BIN)/$(PYTEST) examples/smollm2/tests $(ARGS)
+	$(QUICKLY) $(BIN)/$(PYTEST) examples/smollm2/tests $(ARGS)
 
 # Run the examples in tunix, Keras and Equinox, in a few steps.
 test-trainers: .venv-trainers/has-trainers
-	.venv-trainers/bin/$(PYTEST) examples/tests $(ARGS)
+	$(QUICKLY) .venv-trainers/bin/$(PYTEST) examples/tests $(ARGS)
 
 # Run the core tests on the oldest JAX that is supported.
 test-floor: .venv-floor/has-test-core
@@ -64,7 +65,7 @@ test-newest: .venv-newest/has-test
 	@.venv-newest/bin/python -c "import jax, sys; print('JAX', jax.__version__, 'on Python', sys.version.split()[0])"
 	@echo "Newer Pythons than 3.11 have no small build of PyTorch, so these are left out:"
 	@echo "  $(NEED_TORCH) and tests marked torch"
-	$(QUICKLY) .venv-newest/bin/$(PYTEST) --dist loadfile $(NEED_TORCH:%=--ignore=%) \
+	.venv-newest/bin/$(PYTEST) --dist loadfile $(NEED_TORCH:%=--ignore=%) \
 	  -m "not torch and (newest or not slow)" $(ARGS)
 
 # Compare every case with the installed PyTorch.

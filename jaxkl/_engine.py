@@ -30,7 +30,6 @@ from ._walk import walk
 Outputs = tuple[Any, LossTerms, Statistics | None]
 
 
-@ft.partial(jax.jit, static_argnums=0)
 def weighted_loss(spec: Spec, operands: Operands) -> Outputs:
     """`Σ weight · term`, a scalar, or each `weight · term`, a `LossTerms`.
 
@@ -62,8 +61,16 @@ def _widen_shared(vocab_axis: str, x: jax.Array) -> jax.Array:
 
 # `dtypes` are the operands' own, in which we compute: XLA drops the casts to float32
 # and back. Gradients have the dtypes of the operands that are given.
+#
+# What runs is jitted inside the rules: a `jit` around them would trace the tiles without
+# gradients too, wherever a gradient is asked for.
 @ft.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _weighted_loss(spec, dtypes, operands):
+    return _value(spec, dtypes, operands)
+
+
+@ft.partial(jax.jit, static_argnums=(0, 1))
+def _value(spec, dtypes, operands):
     operands = _with_dtypes(dtypes, operands)
     return _outputs(spec, operands, _run(spec, operands, _nothing(operands)))
 
@@ -85,10 +92,15 @@ class _Residuals(NamedTuple):
 def _weighted_loss_fwd(spec, dtypes, primals):
     is_primal = lambda x: isinstance(x, CustomVJPPrimal)
     map_primals = ft.partial(jax.tree.map, is_leaf=is_primal)
-    perturbed = map_primals(lambda x: x.perturbed and x.value.dtype.name, primals)
-    operands = _with_dtypes(dtypes, map_primals(lambda x: x.value, primals))
-    absent = jax.tree.map(lambda _: _absent(), operands)
     flags = map_primals(lambda x: _flag(x.perturbed, x.value.dtype), primals)
+    return _forward(spec, dtypes, flags, map_primals(lambda x: x.value, primals))
+
+
+@ft.partial(jax.jit, static_argnums=(0, 1))
+def _forward(spec, dtypes, flags, operands):
+    operands = _with_dtypes(dtypes, operands)
+    perturbed = jax.tree.map(_flagged_dtype, flags)
+    absent = jax.tree.map(lambda _: _absent(), operands)
     if _awaits_cotangent(spec, perturbed):
         result = _run(spec, operands, _nothing(operands))
         res = _Residuals(flags, operands, result.rows, absent)
@@ -103,25 +115,32 @@ def _weighted_loss_fwd(spec, dtypes, primals):
 def _weighted_loss_bwd(spec, dtypes, res, cotangents):
     del dtypes
     g, _, _ = cotangents
+    # A term that has no part in what is differentiated is left out.
+    asked = jax.tree.map(lambda g: not isinstance(g, SymbolicZero), g)
+    return (_backward(spec, res, keep(asked, g)),)
+
+
+@ft.partial(jax.jit, static_argnums=0)
+def _backward(spec, res, g):
     perturbed = jax.tree.map(_flagged_dtype, res.flags)
-    if _awaits_cotangent(spec, perturbed):
-        of_terms = jax.tree.map(lambda _: g, perturbed.weights) if spec.reduce else g
-        # A term that has no part in what is differentiated is left out.
-        is_asked = jax.tree.map(lambda g: not isinstance(g, SymbolicZero), of_terms)
-        of_terms, asked = keep(is_asked, of_terms), keep(is_asked, perturbed.weights)
-        weights = keep(is_asked, res.operands.weights)
-        weights = jax.tree.map(jnp.multiply, of_terms, weights)
-        operands = res.operands._replace(weights=weights, rows=res.rows)
-        perturbed = perturbed._replace(weights=asked, rows=_nothing(res.rows))
-        gradients = _run(spec, operands, perturbed).gradients._replace(rows=None)
-        # The gradient of a weight is its term, which has not seen the cotangent.
-        times = lambda x, g: None if x is None else x * g
-        weights = jax.tree.map(
-            times, gradients.weights, of_terms, is_leaf=lambda x: x is None
-        )
-        return (gradients._replace(weights=weights),)
-    scale = lambda dtype, d: (d.astype(g.dtype) * g).astype(dtype) if dtype else None
-    return (jax.tree.map(scale, perturbed, res.gradients),)
+    if not _awaits_cotangent(spec, perturbed):
+        scale = lambda dtype, d: (d.astype(g.dtype) * g).astype(dtype) if dtype else None
+        return jax.tree.map(scale, perturbed, res.gradients)
+    of_terms = jax.tree.map(lambda _: g, perturbed.weights) if spec.reduce else g
+    is_asked = jax.tree.map(
+        lambda _, g: g is not None, perturbed.weights, of_terms
+    )
+    asked, weights = (keep(is_asked, x.weights) for x in (perturbed, res.operands))
+    weights = jax.tree.map(jnp.multiply, of_terms, weights)
+    operands = res.operands._replace(weights=weights, rows=res.rows)
+    perturbed = perturbed._replace(weights=asked, rows=_nothing(res.rows))
+    gradients = _run(spec, operands, perturbed).gradients._replace(rows=None)
+    # The gradient of a weight is its term, which has not seen the cotangent.
+    times = lambda x, g: None if x is None else x * g
+    weights = jax.tree.map(
+        times, gradients.weights, of_terms, is_leaf=lambda x: x is None
+    )
+    return gradients._replace(weights=weights)
 
 
 _weighted_loss.defvjp(_weighted_loss_fwd, _weighted_loss_bwd, symbolic_zeros=True)

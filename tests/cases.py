@@ -128,7 +128,8 @@ def taking(monkeypatch):
 def forget_programs():
     """Makes the engine trace again. `jax.clear_caches` also forgets all operations of
     JAX, each of which takes a compilation."""
-    _engine.weighted_loss.clear_cache()
+    for run in _engine._value, _engine._forward, _engine._backward:
+        run.clear_cache()
     _sharding.sharded_weighted_loss.clear_cache()
     compiled.cache_clear()
 
