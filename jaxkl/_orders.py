@@ -28,7 +28,7 @@ class Tiles(abc.ABC):
         self.count = -(-tokens // tile)
 
     @abc.abstractmethod
-    def arrange(self, x: jax.Array) -> jax.Array: ...
+    def arrange(self, x: jax.Array, padding: float = 0) -> jax.Array: ...
 
     @abc.abstractmethod
     def read(self, i: jax.Array, x: jax.Array) -> jax.Array: ...
@@ -67,7 +67,8 @@ class Blocks(Tiles):
     def _start(self, i):
         return jnp.minimum(i * self.tile, self.tokens - self.tile)
 
-    def arrange(self, x):
+    def arrange(self, x, padding=0):
+        del padding
         return x
 
     def read(self, i, x):
@@ -100,9 +101,10 @@ class Strided(Tiles):
         super().__init__(tokens, tile, **options)
         self.shape, self.stacked_shape = (tile, self.count), (self.count, tile)
 
-    def arrange(self, x):
+    def arrange(self, x, padding=0):
         rest = ((0, 0),) * (x.ndim - 1)
-        x = jnp.pad(x, ((0, self.tile * self.count - self.tokens), *rest))
+        more = self.tile * self.count - self.tokens
+        x = jnp.pad(x, ((0, more), *rest), constant_values=padding)
         return x.reshape(self.shape + x.shape[1:])
 
     def read(self, i, x):
