@@ -204,7 +204,9 @@ def test_killed_during(saving, way, common, tmp_path):
     def command(out):
         options = [*common, "--output", out, "--ways", way, "--layers", "0,3"]
         options += ["--on-policy=0.5"] if way == "on-policy" else []
-        options += ["--steps=6", "--save-every=1", "--evaluate-every=5"]
+        steps = 6 if saving else 4
+        options += [f"--steps={steps}", f"--evaluate-every={steps - 1}"]
+        options += ["--save-every=1"]
         return [sys.executable, train.__file__, *map(str, options)]
 
     whole, out = tmp_path / "whole", tmp_path / "out"
