@@ -1,7 +1,7 @@
 """What doctests find defined, what must be said before JAX is imported, options."""
 
-import importlib.metadata
 import os
+from importlib.metadata import version
 
 
 # Unless it is said: else JAX, where libtpu is installed, seeks a TPU, for up to a
@@ -9,10 +9,12 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Where compilation is to be quick, this takes half of the rest. Newer versions of XLA
 # have no such flag, and XLA ends a program that gives it an unknown one.
-jaxlib = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2]))
-if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1" and jaxlib < (0, 11):
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
+if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1" and tuple(
+    map(int, version("jaxlib").split(".")[:2])
+) < (0, 11):
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+    )
 
 import pytest
 

@@ -62,8 +62,8 @@ def _widen_shared(vocab_axis: str, x: jax.Array) -> jax.Array:
 # `dtypes` are the operands' own, in which we compute: XLA drops the casts to float32
 # and back. Gradients have the dtypes of the operands that are given.
 #
-# What runs is jitted inside the rules: a `jit` around them would trace the tiles without
-# gradients too, wherever a gradient is asked for.
+# What runs is jitted inside the rules: a `jit` around them would trace the tiles
+# without gradients too, wherever a gradient is asked for.
 @ft.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _weighted_loss(spec, dtypes, operands):
     return _value(spec, dtypes, operands)
@@ -124,12 +124,11 @@ def _weighted_loss_bwd(spec, dtypes, res, cotangents):
 def _backward(spec, res, g):
     perturbed = jax.tree.map(_flagged_dtype, res.flags)
     if not _awaits_cotangent(spec, perturbed):
-        scale = lambda dtype, d: (d.astype(g.dtype) * g).astype(dtype) if dtype else None
-        return jax.tree.map(scale, perturbed, res.gradients)
+        times_g = lambda dtype, d: (d.astype(g.dtype) * g).astype(dtype)
+        scaled = lambda dtype, d: times_g(dtype, d) if dtype else None
+        return jax.tree.map(scaled, perturbed, res.gradients)
     of_terms = jax.tree.map(lambda _: g, perturbed.weights) if spec.reduce else g
-    is_asked = jax.tree.map(
-        lambda _, g: g is not None, perturbed.weights, of_terms
-    )
+    is_asked = jax.tree.map(lambda _, g: g is not None, perturbed.weights, of_terms)
     asked, weights = (keep(is_asked, x.weights) for x in (perturbed, res.operands))
     weights = jax.tree.map(jnp.multiply, of_terms, weights)
     operands = res.operands._replace(weights=weights, rows=res.rows)
