@@ -142,7 +142,7 @@ def test_digits_small(tmp_path, digits):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("divergence", ["forward-kl", "reverse-kl"])
+@pytest.mark.parametrize("divergence", ["forward-kl", "reverse-kl", "jensen-shannon"])
 def test_digits_shows_the_known_effect(tmp_path, divergence):
     result = run("digits.py", "--divergence", divergence, "--output", tmp_path)
     numbers = check_digits(result, tmp_path)

@@ -94,8 +94,6 @@ def test_two_steps(tmp_path, text, kind):
         written = program(cache, "--kind", kind, "--output", tmp_path / "cache")
         assert written.returncode == 0, written.stderr
         options += ["--cache", tmp_path / "cache", "--ways", way]
-        if kind == "top-k":
-            options += ["--batch=4", "--mesh=data=4,model=2"]
     result = program(train, *options)
     assert result.returncode == 0, result.stderr
     rows = report.held_out(tmp_path / "out", way)
@@ -106,3 +104,17 @@ def test_two_steps(tmp_path, text, kind):
     assert "\x1b" not in result.stdout
     steps, loss = log.curve(tmp_path / "out" / way / "metrics.csv", split, "loss")
     assert steps == [1, 2] and np.all(np.isfinite(loss))
+
+
+def test_two_steps_on_eight_devices(tmp_path, text):
+    program = programs(text)
+    options = ["--steps=2", "--batch=4", "--ways=distilled"]
+    alone = program(train, *options, "--output", tmp_path / "alone")
+    options += ["--mesh=data=4,model=2"]
+    mesh = program(train, *options, "--output", tmp_path / "mesh")
+    assert alone.returncode == mesh.returncode == 0, alone.stderr + mesh.stderr
+    found, expected = (
+        log.curve(tmp_path / name / "distilled/metrics.csv", "train", "loss")[1]
+        for name in ("mesh", "alone")
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
