@@ -10,7 +10,7 @@ from . import _checks as check
 from ._divergence_terms import q_less_p
 from ._divergences import Divergence, is_zero, kl_weights
 from ._numerics import weigh, zero_unless
-from ._row_sums import difference_of_shifted, log_sum_ratio, RowSums
+from ._row_sums import CERTAIN, difference_of_shifted, log_sum_ratio, RowSums
 from ._slopes import centred, sum_slopes
 from ._softmax import Model, Outcomes, Softmax
 from ._vocabulary import Vocabulary
@@ -174,7 +174,7 @@ def _reverse_gradient(pair: Pair, q: jax.Array) -> jax.Array:
     """`q (log q - log p - KL(q ‖ p))`, `[B, V]`; see `_row_sums`."""
     reverse, total = pair.sums.reverse, pair.sums.student
     assert reverse is not None
-    is_most = q > 0.5
+    is_most = q > CERTAIN
     factor, mean = (
         jnp.where(is_most, below[:, None], of_all)
         for below, of_all in (

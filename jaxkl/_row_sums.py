@@ -7,11 +7,16 @@ $\sum e^u$, $\sum e^z$ and a few more. They make three things accurate:
   $U = \sum e^u$. $\log (Z / U)$ is computed from $\Delta = \sum (e^z - e^u)$, whose
   terms do not cancel: its error is relative to itself, not to $\log Z$ and $\log U$.
 - The gradient of $\mathrm{KL}(q \,\|\, p)$ is $q\,(d - \sum e^z d / Z)$, in which the
-  normalisers have cancelled. In a column that has most of a row, the difference cancels
-  too. There it is $q\,(d \sum' e^z - \sum' e^z d) / Z$, with sums over the columns that
-  are below the maximum.
-- What the student has alone keeps its digits by the sum over the columns below the
-  maximum, if one column has most of a row: see `_student_terms`.
+  normalisers have cancelled. In a column that is certain, with $q > 3/4$, the difference
+  cancels too. There it is $q\,(d \sum' e^z - \sum' e^z d) / Z$, with sums over the
+  other columns.
+- What the student has alone keeps its digits by the sum over the other columns, if one
+  column is certain: see `_student_terms`.
+
+The certain column is told from the others by $z \ge -1/4$ in one phase and by
+$q > 3/4$ in another: where one has $q > 3/4$, all others have $z < -1$. Nothing may
+depend on $z = 0$ in the largest column. The logits may be products that the compiler
+rounds in one fusion and not in another, or may have been made again.
 
 Sums of two sets of columns add up once they are relative to the same maxima.
 """
@@ -35,7 +40,7 @@ class Maxima(NamedTuple):
 
 
 class ReverseSums(NamedTuple):
-    """The sums of $e^z$ and $e^z d$; and both over the columns with $z < 0$."""
+    """The sum of $e^z d$; and those of $e^z$ and $e^z d$ below the top."""
 
     log_ratio: Any
     prob_below: Any
@@ -50,8 +55,7 @@ class RowSums(NamedTuple):
     difference: Any = None  # Σ (e^z - e^u)
     student_at_1: Any = None  # Σ e^z at temperature 1, if that is another
     teacher_at_1: Any = None
-    # At the temperature of the student's own terms: Σ e^z over the columns with z < 0,
-    # and Σ e^z z
+    # At the temperature of the student's own terms: Σ e^z below the top, and Σ e^z z
     below: Any = None
     shifted: Any = None
     reverse: ReverseSums | None = None
@@ -88,18 +92,29 @@ def pair_sums(
     if not reverse:
         return dict(difference=difference)
     exp_z = jnp.exp(z)
-    below = below_maximum(z) * exp_z
+    below = below_top(z) * exp_z
     sums = (jnp.sum(x, axis=-1) for x in (exp_z * d, below, below * d))
     return dict(difference=difference, reverse=ReverseSums(*sums))
 
 
-_HUGE = 1e30
+# A probability above which a column is certainly the only one near the maximum.
+CERTAIN = 0.75
+TOP, _HUGE = 0.25, 1e30
 
 
-def below_maximum(z: jax.Array) -> jax.Array:
-    """1 for columns with `z < 0`, else 0."""
+def below_top(z: jax.Array) -> jax.Array:
+    """1 for columns with `z < -1/4`, else 0."""
     # XLA on CPU fuses a minimum with a sum, but not a select.
-    return jax.lax.stop_gradient(jnp.minimum(-z * _HUGE, 1))
+    return jax.lax.stop_gradient(jnp.clip((-TOP - z) * _HUGE, 0, 1))
+
+
+def sum_without_top(so_far: jax.Array, below: jax.Array, move: jax.Array) -> jax.Array:
+    """The sum `below` the top, when the maximum moves by `move`; `so_far` has all.
+
+    If it moves farther than the top reaches, all columns so far are below. If it does
+    not, no column is certain until it moves again, or ever.
+    """
+    return jnp.where(move < -TOP, so_far, below)
 
 
 def sum_exp(model: Model) -> jax.Array:
@@ -162,8 +177,7 @@ def moved(
         result = result._replace(of_list_at_1=of_list)
     if sums.below is not None:
         alone = z if sums.student_at_1 is None else z_at_1
-        # If the maximum grows, all columns so far are below it.
-        below = jnp.where(z_at_1 < 0, sums.alone, sums.below)
+        below = sum_without_top(sums.alone, sums.below, alone)
         result = result._replace(below=times(below, alone))
         if sums.shifted is not None:
             shifted = sums.shifted + alone * sums.alone
@@ -182,10 +196,9 @@ def moved(
     )
     if sums.reverse is None:
         return result
-    # d grows by z - u. If the maximum does, all columns so far are below it.
-    is_below = z_at_1 < 0
-    prob_below = jnp.where(is_below, sums.student, sums.reverse.prob_below)
-    below = jnp.where(is_below, sums.reverse.log_ratio, sums.reverse.log_ratio_below)
+    # d grows by z - u.
+    prob_below = sum_without_top(sums.student, sums.reverse.prob_below, z)
+    below = sum_without_top(sums.reverse.log_ratio, sums.reverse.log_ratio_below, z)
     reverse = ReverseSums(
         log_ratio=sums.reverse.log_ratio + (z - u) * sums.student,
         prob_below=prob_below,

@@ -88,8 +88,12 @@ class SoftmaxStats(NamedTuple):
         return self.over_temperature(self.less_max(logits))
 
     def less_max(self, logits: jax.Array) -> jax.Array:
-        # XLA on CPU fuses `maximum` with the sum that follows, but not a select.
-        return jnp.maximum(logits - self._finite_max[:, None], self._lowest(logits))
+        # XLA contracts `a * b - max` into one rounding, and the largest logit of a
+        # program that ends in a product would differ from its own maximum. It does not
+        # contract through a maximum, which it also fuses with the sum that follows.
+        lowest = self._lowest(logits)
+        largest = jnp.maximum(self._finite_max[:, None], lowest)
+        return jnp.maximum(logits, lowest) - largest
 
     def over_temperature(self, x: jax.Array) -> jax.Array:
         # One quotient in a row, not one in each column: a TPU takes ten instructions.

@@ -22,13 +22,9 @@ import jax.numpy as jnp
 from ._lists import positions
 from ._numerics import weigh, zero_unless
 from ._operands import LossTerms, Operands, Spec
-from ._row_sums import below_maximum, RowSums
+from ._row_sums import below_top, CERTAIN, RowSums, TOP
 from ._softmax import Model, Softmax, SoftmaxStats
 from ._vocabulary import Vocabulary
-
-
-# A probability above which a column is certainly the only one with the largest logit.
-_CERTAIN = 0.75
 
 
 def temperature(spec: Spec, x: Operands) -> jax.Array | None:
@@ -40,7 +36,7 @@ def sums(weights: LossTerms, q: Model) -> dict[str, Any]:
     """The sums of `RowSums` that these terms need."""
     z = q.shifted()
     exp_z = jnp.exp(z)
-    below = jnp.sum(below_maximum(z) * exp_z, axis=-1)
+    below = jnp.sum(below_top(z) * exp_z, axis=-1)
     if weights.entropy is None:
         return dict(below=below)
     return dict(below=below, shifted=jnp.sum(exp_z * z, axis=-1))
@@ -79,8 +75,11 @@ def terms(
     result, weights = LossTerms(None), x.weights
     if weights.label is not None:
         assert label is not None
-        over_labels = jnp.expand_dims(log_sum, range(1, label.ndim))
-        result = result._replace(label=over_labels + label)
+        of_row = lambda x: jnp.expand_dims(x, range(1, label.ndim))
+        is_certain = of_row(_has_certain(sums.alone)) & (label < TOP)
+        # Of a certain column, z is 0 but for rounding. Its derivative is kept.
+        rounding = jax.lax.stop_gradient(zero_unless(is_certain, label))
+        result = result._replace(label=of_row(log_sum) + (label - rounding))
     if weights.uniform is not None:
         assert uniform is not None
         result = result._replace(uniform=log_sum + uniform / spec.vocab.size)
@@ -118,15 +117,21 @@ def d_shifted(
 @jax.custom_jvp
 def log_of_sum(total: jax.Array, below: jax.Array) -> jax.Array:
     """`log Z`, `[B]`, where Z is `total` and the sum below the maximum is `below`."""
-    # Of two columns with the largest logit, Z would be 2.
-    has_one_largest = (total >= 1) & (total < 1 / _CERTAIN)
-    return jnp.where(has_one_largest, jnp.log1p(below), jnp.log(total))
+    return jnp.where(_has_certain(total), jnp.log1p(below), jnp.log(total))
 
 
 @log_of_sum.defjvp
 def _log_of_sum_jvp(primals, tangents):
     # `below` has the digits, but its derivative lacks the largest column.
     return log_of_sum(*primals), tangents[0] / primals[0]
+
+
+def _has_certain(total: jax.Array) -> jax.Array:
+    """Whether a row has a certain column, `[B]`: with Z at most 4/3, of which it has 1.
+
+    A row of -inf alone has Z = 0.
+    """
+    return (total > 0.5) & (total < 1 / CERTAIN)
 
 
 def _mean_below(sums: RowSums) -> jax.Array:
@@ -157,7 +162,7 @@ def _d_label(
 ) -> jax.Array:
     """`weight · (q - onehot)`, `[B, V]`; `others` are `1 - q` of the largest column."""
     is_label = _is_label(label, model.logits, vocab)
-    less_than_one = jnp.where(q.prob > _CERTAIN, others[:, None], 1 - q.prob)
+    less_than_one = jnp.where(q.prob > CERTAIN, others[:, None], 1 - q.prob)
     return weigh(weight[:, None], jnp.where(is_label, -less_than_one, q.prob))
 
 
@@ -172,10 +177,10 @@ def _d_labels(
     """The sum of `_d_label` over the labels of each token, `[B, V]`."""
     at = positions(labels, vocab)
     # The device or block that holds a certain column holds all its labels.
-    is_certain = _softmax_at(at, model).prob > _CERTAIN
+    is_certain = _softmax_at(at, model).prob > CERTAIN
     of_certain = jnp.sum(zero_unless(is_certain, weight), axis=-1)
     of_others = jnp.sum(zero_unless(~is_certain, weight), axis=-1)
     certain = weigh(of_others[:, None], q.prob) - weigh(of_certain, others)[:, None]
     total = (of_certain + of_others)[:, None]
-    d_z = jnp.where(q.prob > _CERTAIN, certain, weigh(total, q.prob))
+    d_z = jnp.where(q.prob > CERTAIN, certain, weigh(total, q.prob))
     return d_z.at[at].add(-zero_unless(~is_certain, weight), mode="drop")
