@@ -15,8 +15,10 @@ at hand. The caller adds up those of all columns, and gives them to the next pha
 
 1. `row_maxima`
 2. `row_sums`
-3. `Columns.sums_of_slopes`, of which a divergence may have no need
+3. `slope_sums`, of which a divergence may have no need
 4. `finish`: the terms of the loss, which `complete` takes, and gradients.
+
+A teacher's list is compared between the second and the last: see `_list_comparison`.
 """
 
 from typing import Any, NamedTuple
@@ -25,12 +27,21 @@ import jax
 import jax.numpy as jnp
 
 from . import _student_terms as student_terms
-from ._comparison import Comparison, OfEach, Pair
+from ._comparison import (
+    compare_columns,
+    Comparison,
+    OfEach,
+    Pair,
+    sum_terms,
+    sums_of_slopes,
+)
 from ._divergences import ForwardKL, is_zero, kl_weights
-from ._list_statistics import list_statistics, ListSums
+from ._list_comparison import compare_list, ListComparison, student_row
+from ._list_statistics import list_statistics
+from ._lists import positions
 from ._numerics import weigh, zero_unless
 from ._operands import LossTerms, Operands, Spec, Statistics
-from ._row_sums import Maxima, pair_sums, RowSums, sum_exp
+from ._row_sums import Maxima, pair_sums, RowStats, RowSums, sum_exp, Unlisted
 from ._softmax import entropy, Model, Softmax, SoftmaxStats
 from ._vocabulary import Vocabulary
 
@@ -41,21 +52,20 @@ class Columns(NamedTuple):
     spec: Spec
     x: Operands
     vocab: Vocabulary  # these columns
-    teacher: Any  # logits, [B, V]; None: there is no teacher
+    teacher: Any  # logits, [B, V]; None: there are none
     student: jax.Array
-    listed: tuple[jax.Array, jax.Array] | None  # see `Source.on_list`
+    unlisted: Any  # the student's, with -inf in the columns of a list; None: not needed
 
     @classmethod
     def of(cls, spec: Spec, x: Operands, vocab: Vocabulary) -> "Columns":
         teacher = x.teacher.logits(spec.dtype, vocab)
         student = x.student.logits(spec.dtype, vocab)
-        listed = x.teacher.on_list(student, vocab)
-        return cls(spec, x, vocab, teacher, student, listed)
-
-    @property
-    def entries(self) -> tuple[jax.Array, jax.Array] | None:
-        """`Source.entries`, if the metrics ask for them."""
-        return self.x.teacher.entries(self.spec.dtype) if self.spec.statistics else None
+        unlisted = None
+        of_list = has_outcomes(spec, x) and x.teacher.has_rest
+        if of_list or (spec.statistics and x.teacher.kind == "list"):
+            at = positions(x.teacher.columns, vocab)
+            unlisted = student.at[at].set(-jnp.inf, mode="drop")
+        return cls(spec, x, vocab, teacher, student, unlisted)
 
     def made_first(self) -> "Columns":
         """The columns, with logits that are complete before anything is made of them.
@@ -67,34 +77,42 @@ class Columns(NamedTuple):
         return self._replace(teacher=logits[0], student=logits[1])
 
 
-class Models(NamedTuple):
-    """The two models, and those of terms and statistics of one; None: not needed."""
+def has_outcomes(spec: Spec, x: Operands) -> bool:
+    """Whether the teacher is a row of few outcomes, which its list and the rest are."""
+    return spec.divergence is not None and x.teacher.kind == "list" and x.teacher.is_row
 
-    teacher: Model | None  # None: its logits are log-probabilities, or there are none
-    student: Model
-    teacher_at_1: Model | None
+
+class Models(NamedTuple):
+    """Softmaxes of the columns at hand; None: not needed."""
+
+    teacher: Model | None  # at their temperatures
+    student: Model | None
+    teacher_at_1: Model | None  # of the metrics, where these are at temperature 1
     alone: Model | None  # the student at `student_terms.temperature`
 
     @classmethod
     def of(cls, c: Columns, maxima: Maxima, sums: RowSums) -> "Models":
         spec, x = c.spec, c.x
-        q, q_at_1 = _at_two_temperatures(
+        q, alone = _at_two_temperatures(
             c.student,
             SoftmaxStats(maxima.student, x.student_temperature, sums.student),
             sums.student_at_1,
         )
         p = p_at_1 = None
-        if not x.teacher.is_normalized:
+        if c.teacher is not None:
             p, p_at_1 = _at_two_temperatures(
                 c.teacher,
                 SoftmaxStats(maxima.teacher, spec.teacher_temperature(x), sums.teacher),
                 sums.teacher_at_1,
             )
-        has_more_terms = any(w is not None for w in x.weights[1:])
-        alone = q if spec.divergence is None else q_at_1
-        if not (spec.statistics or has_more_terms):
+        is_list = x.teacher.kind == "list"
+        if spec.divergence is None:
+            alone = q
+        if not (spec.statistics and not is_list or x.weights.has_own_terms):
             alone = None
-        return cls(p, q, p_at_1 if spec.statistics else None, alone)
+        if not spec.statistics or is_list:
+            p_at_1 = None
+        return cls(p, None if has_outcomes(spec, x) else q, p_at_1, alone)
 
 
 def _at_two_temperatures(
@@ -106,79 +124,69 @@ def _at_two_temperatures(
     return Model(logits, stats), Model(logits, at_1)
 
 
+def row_stats(c: Columns) -> RowStats:
+    """The maxima of the columns at hand, and the sums relative to them."""
+    maxima = row_maxima(c)
+    return RowStats(maxima, row_sums(c, maxima))
+
+
 def row_maxima(c: Columns) -> Maxima:
     maxima = Maxima(c.x.student.max(c.student))
-    if c.listed is not None:
-        of_teacher, of_student = (jnp.max(x, axis=-1) for x in c.listed)
-        maxima = maxima._replace(listed=Maxima(of_student, of_teacher))
-    if c.x.teacher.is_normalized and not c.spec.statistics:
-        return maxima
-    return maxima._replace(teacher=c.x.teacher.max(c.teacher))
+    if c.teacher is not None:
+        maxima = maxima._replace(teacher=c.x.teacher.max(c.teacher))
+    if c.unlisted is not None:
+        maxima = maxima._replace(unlisted=jnp.max(c.unlisted, axis=-1))
+    return maxima
 
 
 def row_sums(c: Columns, maxima: Maxima) -> RowSums:
     """The sums, relative to any `maxima`, such as those of all columns."""
+    spec, x = c.spec, c.x
     p, q, p_at_1, alone = Models.of(c, maxima, RowSums())
-    sums = RowSums(student=sum_exp(q))
+    sums = RowSums()
+    if q is not None:
+        sums = sums._replace(student=sum_exp(q))
     if p is not None:
-        sums = sums._replace(**_pair_sums(c, p, q, c.spec.same_temperature))
+        assert q is not None
+        sums = sums._replace(teacher=sum_exp(p), **_pair_sums(c, p, q))
         if p_at_1 is not None and p.stats.temperature is not None:
             sums = sums._replace(teacher_at_1=sum_exp(p_at_1))
-    if c.entries is not None:
-        entries = ListSums.of(*c.entries, c.student, c.vocab)
-        sums = sums._replace(entries=entries)
-    if c.listed is not None:
-        T = c.x.student_temperature
-        sums = sums._replace(of_list=_list_sums(c, maxima, T))
-        if T is not None and c.spec.statistics:
-            sums = sums._replace(of_list_at_1=_list_sums(c, maxima, None))
-    of_list = c.x.teacher.list_sums(q, c.vocab)
-    if of_list is not None:
-        sums = sums._replace(listed=of_list[0], unlisted=of_list[1])
+    if x.teacher.kind == "list" and (q is None or spec.statistics):
+        at = positions(x.teacher.columns, c.vocab)
+        listed = c.student.at[at].get(mode="fill", fill_value=0)
+        sums = sums._replace(listed=listed)
+    if c.unlisted is not None:
+        z = SoftmaxStats(maxima.unlisted, x.student_temperature).shifted(c.unlisted)
+        exp_z = jnp.exp(z)
+        of_rest = (jnp.sum(y, axis=-1) for y in (exp_z, exp_z * z))
+        sums = sums._replace(unlisted=Unlisted(*of_rest))
     if alone is None:
         return sums
-    if of_list is not None:
-        _, unlisted = c.x.teacher.list_sums(alone, c.vocab)
-        sums = sums._replace(unlisted_at_1=unlisted)
-    if alone.stats.temperature is not q.stats.temperature:
+    if q is None or alone.stats.temperature is not q.stats.temperature:
         sums = sums._replace(student_at_1=sum_exp(alone))
-    return sums._replace(**student_terms.sums(c.x.weights, alone))
+    return sums._replace(**student_terms.sums(x.weights, alone))
 
 
-def _pair_sums(
-    c: Columns, p: Model, q: Model, same_temperature: bool
-) -> dict[str, Any]:
+def _pair_sums(c: Columns, p: Model, q: Model) -> dict[str, Any]:
     weights = kl_weights(c.spec.whole_divergence(c.x))
     reverse = weights is not None and not is_zero(weights[1])
-    of_pair = pair_sums(p, q, same_temperature=same_temperature, reverse=reverse)
-    return dict(teacher=sum_exp(p), **of_pair)
+    same_temperature = c.spec.same_temperature
+    return pair_sums(p, q, same_temperature=same_temperature, reverse=reverse)
 
 
-def _list_sums(c: Columns, maxima: Maxima, temperature: jax.Array | None) -> RowSums:
-    p, q, _, same_temperature = _listed_pair(c, maxima, RowSums(), temperature)
-    assert isinstance(p, Model)
-    of_pair = _pair_sums(c, p, q, same_temperature)
-    return RowSums(student=sum_exp(q), **of_pair)
+def listed_of(spec: Spec, x: Operands, rows: RowStats) -> ListComparison | None:
+    """The comparison of a teacher's list, from the statistics of all columns."""
+    if not has_outcomes(spec, x):
+        return None
+    divergence, T = spec.whole_divergence(x), x.student_temperature
+    return compare_list(divergence, x.teacher, T, rows, spec.vocab.size)
 
 
-def _listed_pair(
-    c: Columns, maxima: Maxima, sums: RowSums, temperature: jax.Array | None
-) -> Pair:
-    """The models given that the outcome is listed, `[B, k]`."""
-    assert c.listed is not None
-    teacher, student = c.listed
-    of_teacher = SoftmaxStats(maxima.listed.teacher, None, sums.teacher)
-    of_student = SoftmaxStats(maxima.listed.student, temperature, sums.student)
-    models = Model(teacher, of_teacher), Model(student, of_student)
-    return Pair(*models, sums, temperature is None)
-
-
-def sums_of_slopes(c: Columns, maxima: Maxima, sums: RowSums) -> OfEach:
-    if c.spec.divergence is None:
+def slope_sums(c: Columns, rows: RowStats) -> OfEach:
+    if c.teacher is None:
         return OfEach(None, None)
-    pair = _pair(c, Models.of(c, maxima, sums), maxima, sums)
-    divergence = c.spec.whole_divergence(c.x)
-    return c.x.teacher.sums_of_slopes(divergence, pair, c.vocab)
+    pair = _pair(c, Models.of(c, *rows), rows.sums)
+    return sums_of_slopes(c.spec.whole_divergence(c.x), pair, c.vocab)
 
 
 class TermSums(NamedTuple):
@@ -192,16 +200,28 @@ class TermSums(NamedTuple):
     teacher_entropy: Any = None
 
 
-class Tops(NamedTuple):
-    """The first column with the largest logit, `[B]`: the least of those at hand."""
+class Top(NamedTuple):
+    """The first column with the largest logit, and that logit, `[B]`."""
 
-    student: jax.Array
-    teacher: jax.Array
+    logit: jax.Array
+    column: jax.Array
+
+    @classmethod
+    def of(cls, logits: jax.Array, vocab: Vocabulary) -> "Top":
+        first = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return cls(jnp.max(logits, axis=-1), first + vocab.start)
+
+    def of_both(self, other: "Top") -> "Top":
+        """Of two sets of columns together."""
+        is_first = (other.logit == self.logit) & (other.column < self.column)
+        is_other = (other.logit > self.logit) | is_first
+        pairs = zip(self, other, strict=True)
+        return Top(*(jnp.where(is_other, y, x) for x, y in pairs))
 
 
 class Finished(NamedTuple):
     sums: TermSums
-    tops: Tops | None
+    tops: OfEach | None  # Top
     # Of student, teacher and temperatures; see `Result`.
     gradients: Operands
     counted: jax.Array  # see `Result`
@@ -209,9 +229,9 @@ class Finished(NamedTuple):
 
 def finish(
     c: Columns,
-    maxima: Maxima,
-    sums: RowSums,
+    rows: RowStats,
     of_slopes: OfEach,
+    listed: ListComparison | None,
     counted: jax.Array,
     *,
     recompute: bool,
@@ -222,36 +242,39 @@ def finish(
     `recompute` is that of a `Plan`.
     """
     spec, x, vocab = c.spec, c.x, c.vocab
-    models = Models.of(c, maxima, sums)
-    terms, d_logits, lse = TermSums(), _DLogits(), models.student.stats.lse
-    p = None
-    if spec.divergence is not None:
-        pair = _pair(c, models, maxima, sums)
-        p, q = pair.softmaxes()
-        compared = x.teacher.compare(
-            spec.whole_divergence(x), pair, vocab, of_slopes, recompute=recompute
+    models = Models.of(c, *rows)
+    terms, d_logits, lse = TermSums(), _DLogits(), 0.0
+    if models.student is not None:
+        lse = models.student.stats.lse
+    pair = None
+    if listed is not None:
+        of_list = vocab.on_first_shard(listed.divergence)
+        terms = terms._replace(divergence=of_list)
+        d_logits, lse = _d_logits_of_list(c, rows, listed), listed.q.lse
+    elif spec.divergence is not None:
+        pair = _pair(c, models, rows.sums)
+        divergence = spec.whole_divergence(x)
+        compared = compare_columns(
+            divergence, pair, vocab, of_slopes, recompute=recompute
         )
         terms = terms._replace(divergence=compared.divergence)
+        p, q = pair.softmaxes()
         d_logits, lse = _d_logits_of_pair(c, pair, compared), p.lse + q.lse
-    tops = None
     if models.alone is not None:
         of_label, uniform = student_terms.label_and_uniform(x, models.alone, vocab)
         terms = terms._replace(label=of_label, uniform=uniform)
-        d_logits = d_logits.plus(*_d_logits_alone(x, models.alone, sums, vocab))
-        if spec.statistics:
-            assert p is not None
-            q_at_1 = models.alone.softmax()
-            if c.listed is not None:
-                statistics = _listed_statistics(c, maxima, sums, q_at_1)
-            else:
-                at_1 = models.teacher_at_1
-                p_at_1 = p if at_1 is None else at_1.softmax()
-                statistics = _statistics(x, p_at_1, q_at_1, vocab, sums)
-            terms = terms._replace(**statistics)
-            tops = Tops(
-                _top(c.student, maxima.student, vocab),
-                _top(c.teacher, maxima.teacher, vocab),
-            )
+        d_logits = d_logits.plus(*_d_logits_alone(x, models.alone, rows.sums, vocab))
+    tops = None
+    if spec.statistics:
+        if listed is not None:
+            statistics = jax.tree.map(vocab.on_first_shard, _statistics_of_list(listed))
+            of_teacher = _top_of_list(x, spec.dtype)
+        else:
+            assert pair is not None
+            statistics = _statistics(pair, models, vocab)
+            of_teacher = Top.of(c.teacher, vocab)
+        terms = terms._replace(**statistics)
+        tops = OfEach(of_teacher, Top.of(c.student, vocab))
     # 0 · NaN is NaN in the product for `d kernel`: a token without weight does not
     # count if its hidden states may not be finite.
     counted &= x.weights.any_nonzero | jnp.isfinite(lse)
@@ -267,16 +290,16 @@ def finish(
 def complete(
     spec: Spec,
     x: Operands,
-    maxima: Maxima,
-    sums: RowSums,
+    rows: RowStats,
     terms: TermSums,
-    tops: Tops | None,
+    tops: OfEach | None,
     number_among_top: jax.Array | None,
 ) -> tuple[LossTerms, Statistics | None]:
     """The terms that have a weight, and the statistics, from sums over all columns.
 
     `number_among_top`, `[B]`, is that of a list: see `_list_statistics`.
     """
+    maxima, sums = rows
     of_loss = LossTerms(terms.divergence)
     if sums.below is not None:
         alone = student_terms.terms(
@@ -285,21 +308,18 @@ def complete(
         of_loss = alone._replace(divergence=terms.divergence)
     if tops is None:
         return of_loss, None
-    agree = (tops.student == tops.teacher).astype(spec.dtype)
+    agree = (tops.student.column == tops.teacher.column).astype(spec.dtype)
     entropies = terms.student_entropy, terms.teacher_entropy
     of_list = None
     if number_among_top is not None:
-        assert sums.entries is not None
-        at_1 = SoftmaxStats(maxima.student, None, sums.alone)
-        of_list = list_statistics(sums.entries, number_among_top, at_1)
+        row = student_row(x.teacher, x.student_temperature, rows, spec.vocab.size)
+        of_list = list_statistics(x.teacher, row, number_among_top, spec.vocab.size)
     return of_loss, Statistics(terms.kl, *entropies, agree, of_list)
 
 
-def _pair(c: Columns, models: Models, maxima: Maxima, sums: RowSums) -> Pair:
-    if c.listed is not None:
-        return _listed_pair(c, maxima, sums.of_list, c.x.student_temperature)
-    teacher = c.teacher if models.teacher is None else models.teacher
-    return Pair(teacher, models.student, sums, c.spec.same_temperature)
+def _pair(c: Columns, models: Models, sums: RowSums) -> Pair:
+    assert models.teacher is not None and models.student is not None
+    return Pair(models.teacher, models.student, sums, c.spec.same_temperature)
 
 
 class _DLogits(NamedTuple):
@@ -329,8 +349,6 @@ def _d_logits_of_pair(c: Columns, pair: Pair, compared: Comparison) -> _DLogits:
     d_s, d_student_temperature = _d_logits(
         weight, compared.d_student, q, x.student_temperature
     )
-    if c.listed is not None:
-        d_s = x.teacher.off_list(d_s, c.vocab)
     if spec.same_temperature:
         both = d_student_temperature, d_teacher_temperature
         d_student_temperature = jax.tree.map(jnp.add, *both)
@@ -367,35 +385,51 @@ def _d_logits(
     return weigh(weight[:, None], d_z), weigh(weight, d_temperature)
 
 
-def _statistics(
-    x: Operands, p: Softmax, q: Softmax, vocab: Vocabulary, sums: RowSums
-) -> dict[str, jax.Array]:
-    q_unlisted = None
-    if sums.unlisted_at_1 is not None:
-        q_unlisted = sums.unlisted_at_1 / sums.alone
+def _d_logits_of_list(c: Columns, rows: RowStats, listed: ListComparison) -> _DLogits:
+    """Of the comparison of a list."""
+    x, T = c.x, c.x.student_temperature
+    weight = x.weights.divergence
+    d_T = None
+    if listed.d_temperature is not None:
+        d_T = c.vocab.on_first_shard(weigh(weight, listed.d_temperature))
+        weight = weigh(weight, 1 / T)
+    d_listed = weigh(weight[:, None], listed.d_listed)
+    d_logits = jnp.zeros_like(c.student)
+    if listed.d_rest is not None:
+        # Each column outside the list has its share of the rest. Those inside may be
+        # far above the largest one outside.
+        total = rows.sums.unlisted.sum_exp
+        share = weigh(weight, listed.d_rest) / jnp.where(total > 0, total, 1)
+        z = SoftmaxStats(rows.maxima.unlisted, T).shifted(c.student)
+        d_logits = weigh(share[:, None], jnp.exp(jnp.minimum(z, 0)))
+    at = positions(x.teacher.columns, c.vocab)
+    return _DLogits(None, d_logits.at[at].set(d_listed, mode="drop"), None, d_T)
+
+
+def _statistics(pair: Pair, models: Models, vocab: Vocabulary) -> dict[str, jax.Array]:
+    """Of the models at temperature 1; beside a list, as they are compared."""
+    p, q = pair.softmaxes()
+    if models.teacher_at_1 is not None:
+        assert models.alone is not None
+        p, q = models.teacher_at_1.softmax(), models.alone.softmax()
     return dict(
-        kl=x.teacher.divergence_of(
-            ForwardKL(), p.outcomes, q.outcomes, vocab, q_unlisted
-        ),
+        kl=sum_terms(ForwardKL(), p.outcomes, q.outcomes, vocab),
         student_entropy=entropy(q.outcomes),
-        teacher_entropy=x.teacher.entropy(p.outcomes, vocab),
+        teacher_entropy=entropy(p.outcomes),
     )
 
 
-def _listed_statistics(
-    c: Columns, maxima: Maxima, sums: RowSums, q_at_1: Softmax
-) -> dict[str, jax.Array]:
-    """Those of the models given that the outcome is listed, but for the entropy of the
-    student, which is of all columns."""
-    of_list = sums.of_list if sums.of_list_at_1 is None else sums.of_list_at_1
-    pair = _listed_pair(c, maxima, of_list, None)
-    p, q = (model.outcomes for model in pair.softmaxes())
-    kl = c.x.teacher.sum_terms(ForwardKL(), p, q, c.vocab, pair.log_ratio())
-    student, teacher = entropy(q_at_1.outcomes), entropy(p)
-    return dict(kl=kl, student_entropy=student, teacher_entropy=teacher)
+def _statistics_of_list(listed: ListComparison) -> dict[str, jax.Array]:
+    return dict(
+        kl=listed.kl,
+        student_entropy=entropy(listed.q.outcomes),
+        teacher_entropy=entropy(listed.p.outcomes),
+    )
 
 
-def _top(logits: jax.Array, largest: jax.Array, vocab: Vocabulary) -> jax.Array:
-    """The first column at hand that holds the largest logit of the row, `[B]`."""
-    is_largest = logits == largest[:, None]
-    return jnp.min(jnp.where(is_largest, vocab.columns, vocab.size), axis=-1)
+def _top_of_list(x: Operands, dtype: jnp.dtype) -> Top:
+    """The first of the most likely columns of a list."""
+    log_probs = x.teacher.log_probs.astype(dtype)
+    at = jnp.argmax(log_probs, axis=-1)[:, None]
+    column = jnp.take_along_axis(x.teacher.columns, at, axis=-1)[:, 0]
+    return Top(jnp.max(log_probs, axis=-1), column.astype(jnp.int32))

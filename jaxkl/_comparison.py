@@ -1,6 +1,5 @@
 """A teacher and a student, compared column by column."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 
 from . import _checks as check
 from ._divergence_terms import q_less_p
-from ._divergences import Divergence, is_zero, kl_weights
+from ._divergences import Divergence, evaluate, is_zero, kl_weights
 from ._numerics import weigh, zero_unless
 from ._row_sums import CERTAIN, difference_of_shifted, log_sum_ratio, RowSums
 from ._slopes import centred, sum_slopes
@@ -19,28 +18,21 @@ from ._vocabulary import Vocabulary
 class Pair(NamedTuple):
     """Teacher and student at their temperatures, on the columns at hand."""
 
-    teacher: Model | jax.Array  # an array: log-probabilities, `[B, V]`
+    teacher: Model
     student: Model
     sums: RowSums  # over all columns
     same_temperature: bool
 
     def softmaxes(self) -> tuple[Softmax, Softmax]:
         """The softmax of teacher and student."""
-        q = self.student.softmax()
-        if isinstance(self.teacher, Model):
-            return self.teacher.softmax(), q
-        log_p = self.teacher
-        return Softmax(log_p, jnp.exp(log_p), jnp.zeros_like(q.lse), log_p), q
+        return self.teacher.softmax(), self.student.softmax()
 
     def shifted_difference(self) -> jax.Array:
         """The shifted logits of the student less those of the teacher, `[B, V]`."""
-        assert isinstance(self.teacher, Model)
         return difference_of_shifted(self.teacher, self.student, self.same_temperature)
 
-    def log_ratio(self) -> jax.Array | None:
-        """`log q - log p`, `[B, V]`, if it is known better than as their difference."""
-        if not isinstance(self.teacher, Model):
-            return None
+    def log_ratio(self) -> jax.Array:
+        """`log q - log p`, `[B, V]`, better than as the difference of the two."""
         ratio = self.shifted_difference() - log_sum_ratio(self.sums)[:, None]
         absent_p = self.teacher.logits == -jnp.inf
         absent_q = self.student.logits == -jnp.inf
@@ -54,12 +46,10 @@ class Pair(NamedTuple):
         not keep the results of the first for the second.
         """
         # Not the logits, which are in memory.
-        of_models = [m.stats for m in self[:2] if isinstance(m, Model)]
-        (of_models, sums), x = jax.lax.optimization_barrier(((of_models, self.sums), x))
-        student = self.student._replace(stats=of_models.pop())
-        teacher = self.teacher
-        if isinstance(teacher, Model):
-            teacher = teacher._replace(stats=of_models.pop())
+        stats = self.teacher.stats, self.student.stats, self.sums
+        (of_teacher, of_student, sums), x = jax.lax.optimization_barrier((stats, x))
+        teacher = self.teacher._replace(stats=of_teacher)
+        student = self.student._replace(stats=of_student)
         return Pair(teacher, student, sums, self.same_temperature), x
 
 
@@ -78,25 +68,27 @@ class OfEach(NamedTuple):
     student: Any
 
 
-# From (divergence, p, q, vocab, log_ratio) to the sum over the columns at hand, [B].
-SumTerms = Callable[
-    [Divergence, Outcomes, Outcomes, Vocabulary, jax.Array | None], jax.Array
-]
+def sum_terms(
+    divergence: Divergence,
+    p: Outcomes,
+    q: Outcomes,
+    vocab: Vocabulary,
+    log_ratio: jax.Array | None = None,
+) -> jax.Array:
+    """The divergence of each token, `[B]`, from teacher `p` and student `q`, `[B, V]`:
+    the sum over the columns at hand."""
+    p, q, log_ratio = jax.tree.map(vocab.mask, (p, q, log_ratio))
+    return jnp.sum(vocab.mask(evaluate(divergence, p, q, log_ratio)), axis=-1)
 
 
-def sums_of_slopes(
-    sum_terms: SumTerms, divergence: Divergence, pair: Pair, vocab: Vocabulary
-) -> OfEach:
+def sums_of_slopes(divergence: Divergence, pair: Pair, vocab: Vocabulary) -> OfEach:
     """`SlopeSums` over the columns at hand; None where the gradient needs none."""
-    _, slopes = _slopes(sum_terms, divergence, pair, vocab)
+    _, slopes = _slopes(divergence, pair, vocab)
     sums = OfEach(*(sum_slopes(*of_model) for of_model in slopes))
-    return (
-        sums._replace(student=None) if _has_known_gradient(divergence, pair) else sums
-    )
+    return sums if kl_weights(divergence) is None else sums._replace(student=None)
 
 
 def compare_columns(
-    sum_terms: SumTerms,
     divergence: Divergence,
     pair: Pair,
     vocab: Vocabulary,
@@ -108,17 +100,17 @@ def compare_columns(
 
     `recompute` is that of a `Plan`.
     """
-    value, slopes = _slopes(sum_terms, divergence, pair, vocab)
+    value, slopes = _slopes(divergence, pair, vocab)
 
     def gradient(model):
         (slope, prob), total = getattr(slopes, model), getattr(sums, model)
         if recompute:
             again, total = pair.recomputed_after(total)
-            of_each = _slopes(sum_terms, divergence, again, vocab)[1]
+            of_each = _slopes(divergence, again, vocab)[1]
             slope, prob = getattr(of_each, model)
         return centred(slope, prob, total)
 
-    if _has_known_gradient(divergence, pair):
+    if kl_weights(divergence) is not None:
         d_student = _known_gradient(divergence, pair)
     else:
         d_student = gradient("student")
@@ -126,7 +118,7 @@ def compare_columns(
 
 
 def _slopes(
-    sum_terms: SumTerms, divergence: Divergence, pair: Pair, vocab: Vocabulary
+    divergence: Divergence, pair: Pair, vocab: Vocabulary
 ) -> tuple[jax.Array, OfEach]:
     """The divergence, and of each model its slopes and probabilities."""
     p, q = pair.softmaxes()
@@ -141,11 +133,6 @@ def _slopes(
     return value, OfEach((f_p, p.prob), (f_q, q.prob))
 
 
-def _has_known_gradient(divergence: Divergence, pair: Pair) -> bool:
-    """Whether the sums of the pair are all that the student's gradient needs."""
-    return isinstance(pair.teacher, Model) and kl_weights(divergence) is not None
-
-
 def _known_gradient(divergence: Divergence, pair: Pair) -> jax.Array:
     """The gradient of `a KL(p ‖ q) + b KL(q ‖ p)` by the student's logits."""
     weights = kl_weights(divergence)
@@ -154,9 +141,7 @@ def _known_gradient(divergence: Divergence, pair: Pair) -> jax.Array:
     p, q = pair.softmaxes()
     gradients = []
     if not is_zero(forward):
-        ratio = pair.log_ratio()
-        assert ratio is not None
-        of_forward = q_less_p(p.outcomes, q.outcomes, ratio)
+        of_forward = q_less_p(p.outcomes, q.outcomes, pair.log_ratio())
         gradients.append(_weighted(forward, of_forward))
     if not is_zero(reverse):
         gradients.append(_weighted(reverse, _reverse_gradient(pair, q.prob)))

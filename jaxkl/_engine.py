@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
-from ._column_walk import walk_columns
 from ._compat import varying_axes
 from ._numerics import weigh
 from ._operands import LossTerms, Operands, Result, Spec, Statistics
@@ -37,12 +36,13 @@ def weighted_loss(spec: Spec, operands: Operands) -> Outputs:
 
     Terms and statistics are constants to differentiation.
     """
+    ready = lambda source: source.ready(spec.dtype, spec.vocab)
+    operands = operands.map_sources(ready)
     dtypes = tuple(x.dtype.name for x in jax.tree.leaves(operands))
     vocab_axis = spec.vocab.axis_name
     if vocab_axis is not None:
         operands = jax.tree.map(ft.partial(_widen_shared, vocab_axis), operands)
     operands = operands.match_varying(vocab_axis)
-    operands = operands.map_sources(lambda source: source.zero_padding(spec.vocab))
     outputs: Any = _weighted_loss(spec, dtypes, operands)
     loss, terms, statistics = outputs
     return loss, jax.lax.stop_gradient(terms), jax.lax.stop_gradient(statistics)
@@ -197,9 +197,7 @@ def _run(spec: Spec, operands: Operands, perturbed: Operands) -> Result:
             "`student` and `teacher` must be logits if mesh axes are Explicit: for a "
             "head or a SparseTeacher pass `mesh`."
         )
-    walk_by = lambda plan: ft.partial(
-        walk if plan.columns is None else walk_columns, spec, perturbed, plan
-    )
+    walk_by = lambda plan: ft.partial(walk, spec, perturbed, plan)
     on_cpu, elsewhere = plan("cpu", work), plan("accelerator", work)
     if on_cpu == elsewhere:
         return walk_by(on_cpu)(operands)

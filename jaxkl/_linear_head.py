@@ -111,7 +111,8 @@ class LinearHead(Source):
     def pad_columns(self, width):
         return self._map_shared(lambda x: pad_to_width(x, width))
 
-    def zero_padding(self, vocab):
+    def ready(self, dtype, vocab):
+        del dtype
         return self._map_shared(vocab.mask)
 
     def _map_shared(self, f: Callable[[jax.Array], jax.Array]) -> "LinearHead":

@@ -1,136 +1,128 @@
-"""A teacher's list and a student's row, compared on the list and on the rest."""
+r"""A teacher's list and a student's row, as two rows of k + 1 outcomes.
+
+To the student, all columns outside the list $L$ are one more outcome, with the logit
+
+$$ z_\mathrm{rest} = \log \sum_{v \notin L} e^{s_v / T}, \qquad
+   \frac{\partial z_\mathrm{rest}}{\partial s_v}
+     = \frac{e^{s_v / T - z_\mathrm{rest}}}{T}. $$
+
+The sum is relative to the largest logit outside the list, however far that is below the
+largest of the row. With the listed logits the rows are complete, on every device, and
+are compared as any other rows are.
+"""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ._comparison import Comparison, OfEach, Pair
-from ._compat import to_varying, varying_axes
-from ._divergences import Divergence, evaluate
-from ._lists import positions, safe_log
-from ._numerics import zero_unless
-from ._slopes import centred, SlopeSums, sum_slopes
-from ._softmax import Model, Outcomes
+from ._comparison import compare_columns, Pair, sums_of_slopes
+from ._divergences import Divergence, ForwardKL, is_zero, kl_weights
+from ._list_source import ListSource
+from ._numerics import safe_log, zero_unless
+from ._row_sums import pair_sums, RowStats, RowSums, sum_exp
+from ._softmax import Model, Softmax, SoftmaxStats
 from ._vocabulary import Vocabulary
 
 
-class List(NamedTuple):
-    """A teacher's list, `[B, k]`, and the outcome that all other columns are."""
+class ListComparison(NamedTuple):
+    """What a row of outcomes makes: `[B, k]` for those of the list, else `[B]`."""
 
-    columns: jax.Array
-    log_p: jax.Array
-    has_rest: jax.Array  # [B]: whether there are other columns
-    p_rest: Outcomes  # [B]
-    # Whether the divergence is `Σ p (log p - log q)` of the list, without the rest.
-    plain: bool
-
-    def sums(self, student: Model, vocab: Vocabulary) -> tuple[jax.Array, jax.Array]:
-        """`Σ e^z` over the columns at hand that are listed, and over the others."""
-        at = positions(self.columns, vocab)
-        exp_others = self._exp_others(student, at)
-        exp_listed = jnp.exp(student.stats.shifted(_listed(student, at)))
-        return jnp.sum(exp_listed, axis=-1), jnp.sum(exp_others, axis=-1)
-
-    def sums_of_slopes(
-        self, divergence: Divergence, pair: Pair, vocab: Vocabulary
-    ) -> OfEach:
-        _, (f_q, _), q, _ = self._slopes(divergence, pair, vocab)
-        return OfEach(None, sum_slopes(f_q, q.prob))
-
-    def compare(
-        self, divergence: Divergence, pair: Pair, vocab: Vocabulary, sums: OfEach
-    ) -> Comparison:
-        """Compares the listed columns, and all others as one outcome."""
-        value, (f_q, f_rest), q, q_rest = self._slopes(divergence, pair, vocab)
-        sums_of_list: SlopeSums = sums.student
-        total = sums_of_list.slope + f_rest
-        # To an entry of the list, the rest is another column, and the other way round.
-        with_rest = SlopeSums(
-            total,
-            sums_of_list.slope_of_others + f_rest,
-            sums_of_list.prob_of_others + q_rest,
-        )
-        d_listed = centred(f_q, q.prob, with_rest)
-        q_listed = pair.sums.listed / _total(pair)
-        without_rest = SlopeSums(total, sums_of_list.slope, q_listed)
-        d_rest = centred(f_rest[:, None], q_rest[:, None], without_rest)
-        # Each of the other columns has its part of `d_rest`, by its part of `q_rest`.
-        unlisted = pair.sums.unlisted
-        has_mass = unlisted > 0
-        part = zero_unless(has_mass, 1 / jnp.where(has_mass, unlisted, 1))
-        at = positions(self.columns, vocab)
-        d_student = self._exp_others(pair.student, at) * (part[:, None] * d_rest)
-        d_student = d_student.at[at].add(d_listed, mode="drop")
-        d_teacher = jnp.zeros_like(d_student)  # a list is a constant
-        return Comparison(value, d_teacher, d_student)
-
-    def _slopes(
-        self, divergence: Divergence, pair: Pair, vocab: Vocabulary
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array], Outcomes, jax.Array]:
-        """The divergence, its slopes of list and rest, and the student's outcomes."""
-        at = positions(self.columns, vocab)
-        is_here = at[1] < vocab.width
-        listed = _listed(pair.student, at)
-        sum_exp = _total(pair)
-        stats = pair.student.stats._replace(sum_exp=sum_exp)
-        q = stats.softmax(listed).outcomes
-        # Mark it as varying now: a later implicit cast would psum its gradient.
-        q_rest = to_varying(pair.sums.unlisted / sum_exp, varying_axes(listed))
-        p = Outcomes.of_log(self.log_p)
-
-        def divergences(log_q, log_q_rest):
-            of_list = p, Outcomes.known(log_q, q.prob)
-            of_rest = self.p_rest, Outcomes.known(log_q_rest, q_rest)
-            if self.plain:
-                value = plain_kl(*_equal_unless(is_here, *of_list))
-                return value, jnp.zeros_like(log_q_rest)
-            value = jnp.sum(evaluate_where(is_here, divergence, *of_list), axis=-1)
-            return value, evaluate_where(self.has_rest, divergence, *of_rest)
-
-        (of_list, of_rest), vjp = jax.vjp(divergences, q.log, safe_log(q_rest))
-        slopes = vjp((jnp.ones_like(of_list), jnp.ones_like(of_rest)))
-        return of_list + vocab.on_first_shard(of_rest), slopes, q, q_rest
-
-    def _exp_others(self, student: Model, at: tuple[jax.Array, jax.Array]) -> jax.Array:
-        """`e^z` of the columns that are not listed, and 0 in the others, `[B, V]`."""
-        return jnp.exp(student.shifted()).at[at].set(0, mode="drop")
+    divergence: jax.Array
+    kl: jax.Array  # KL(p ‖ q)
+    p: Softmax
+    q: Softmax
+    d_listed: jax.Array  # the gradient by their z
+    d_rest: jax.Array | None  # that by z_rest; None: the rest is no outcome
+    d_temperature: jax.Array | None
 
 
-def _listed(student: Model, at: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """The logits of the listed columns, `[B, k]`, `-inf` for those not at hand."""
-    return student.logits.at[at].get(mode="fill", fill_value=-jnp.inf)
-
-
-def _total(pair: Pair) -> jax.Array:
-    """`Σ e^z`, with the rounding of its two parts, so that these are shares of it."""
-    return pair.sums.unlisted + pair.sums.listed
-
-
-def _equal_unless(condition: jax.Array, *models: Outcomes) -> list[Outcomes]:
-    """The models where `condition`, and equal outcomes elsewhere.
-
-    A divergence of equal outcomes is 0. Of an outcome that neither model has, a user's
-    function may be NaN.
-    """
-    return [Outcomes(*(zero_unless(condition, y) for y in x)) for x in models]
-
-
-def evaluate_where(
-    condition: jax.Array,
+def compare_list(
     divergence: Divergence,
-    p: Outcomes,
-    q: Outcomes,
-    log_ratio: jax.Array | None = None,
-) -> jax.Array:
-    """`f(log p, log q)` where `condition`, and 0 elsewhere."""
-    p, q = _equal_unless(condition, p, q)
-    if log_ratio is not None:
-        log_ratio = zero_unless(condition, log_ratio)
-    return zero_unless(condition, evaluate(divergence, p, q, log_ratio))
+    teacher: ListSource,
+    temperature: jax.Array | None,
+    rows: RowStats,
+    vocab_size: int,
+) -> ListComparison:
+    """Compares the list with the student's row, from the statistics of all columns."""
+    k = teacher.columns.shape[-1]
+    row, log_p = student_row(teacher, temperature, rows, vocab_size), teacher.log_probs
+    z = row.z
+    if teacher.has_rest:
+        log_p = jnp.concatenate([log_p, teacher.log_rest], axis=-1)
+    else:
+        z = z[:, :k]
+    if teacher.tail == "drop":
+        value, kl, p, q, d_z = _compare_listed(log_p, z)
+    else:
+        value, kl, p, q, d_z = _compare_rows(divergence, log_p, z)
+    d_rest = d_z[:, k] if teacher.has_rest else None
+    d_temperature = None
+    if temperature is not None:
+        by_temperature = d_z * zero_unless(d_z != 0, row.mean[:, : z.shape[-1]])
+        d_temperature = -jnp.sum(by_temperature, axis=-1) / temperature
+    return ListComparison(value, kl, p, q, d_z[:, :k], d_rest, d_temperature)
 
 
-def plain_kl(p: Outcomes, q: Outcomes) -> jax.Array:
-    """`Σ p (log p - log q)`. The form without cancellation does not hold here, as the
-    listed probabilities do not sum to 1."""
-    return jnp.sum(p.prob * zero_unless(p.prob > 0, p.log - q.log), axis=-1)
+class StudentRow(NamedTuple):
+    """The listed columns, and the rest if its sums are known, `[B, k + 1]`."""
+
+    z: jax.Array  # logits of these outcomes, at temperature 1
+    mean: jax.Array  # -T ∂z/∂T: of a column z itself, of the rest a mean of its columns
+
+
+def student_row(
+    teacher: ListSource,
+    temperature: jax.Array | None,
+    rows: RowStats,
+    vocab_size: int,
+) -> StudentRow:
+    maxima, sums = rows
+    listed = jnp.where(teacher.has_column(vocab_size), sums.listed, -jnp.inf)
+    largest = jnp.max(listed, axis=-1)
+    if sums.unlisted is None:
+        z = _shifted(SoftmaxStats(jax.lax.stop_gradient(largest), temperature), listed)
+        return StudentRow(z, z)
+    largest = jnp.maximum(jax.lax.stop_gradient(largest), maxima.unlisted)
+    stats = SoftmaxStats(largest, temperature)
+    z, top = (_shifted(stats, x) for x in (listed, maxima.unlisted[:, None]))
+    total, shifted = (x[:, None] for x in sums.unlisted)
+    mean = top + shifted / jnp.where(total > 0, total, 1)
+    both = (z, top + safe_log(total)), (z, mean)
+    return StudentRow(*(jnp.concatenate(x, axis=-1) for x in both))
+
+
+def _shifted(stats: SoftmaxStats, logits: jax.Array) -> jax.Array:
+    return jnp.where(logits == -jnp.inf, -jnp.inf, stats.shifted(logits))
+
+
+def _model(logits: jax.Array) -> Model:
+    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+    total = sum_exp(Model(logits, SoftmaxStats(largest)))
+    return Model(logits, SoftmaxStats(largest, None, total))
+
+
+def _compare_rows(divergence: Divergence, log_p: jax.Array, z: jax.Array):
+    p, q = _model(log_p), _model(z)
+    weights = kl_weights(divergence)
+    reverse = weights is not None and not is_zero(weights[1])
+    sums = RowSums(
+        student=q.stats.sum_exp,
+        teacher=p.stats.sum_exp,
+        **pair_sums(p, q, same_temperature=True, reverse=reverse),
+    )
+    pair, columns = Pair(p, q, sums, True), Vocabulary.whole(z.shape[-1])
+    slopes = sums_of_slopes(divergence, pair, columns)
+    compared = compare_columns(divergence, pair, columns, slopes, recompute=False)
+    of_kl = compare_columns(ForwardKL(), pair, columns, slopes, recompute=False)
+    value, kl = compared.divergence, of_kl.divergence
+    return value, kl, *pair.softmaxes(), compared.d_student
+
+
+def _compare_listed(log_p: jax.Array, z: jax.Array):
+    """`Σ p (log p - log q)` of the list alone: its probabilities do not sum to 1, for
+    which the form without cancellation does not hold."""
+    q, prob = _model(z).softmax(), jnp.exp(log_p)
+    p = Softmax(log_p, prob, jnp.zeros_like(q.lse), log_p)
+    value = jnp.sum(prob * zero_unless(prob > 0, log_p - q.log), axis=-1)
+    return value, value, p, q, q.prob * jnp.sum(prob, -1, keepdims=True) - prob

@@ -41,12 +41,6 @@ def positions(columns: jax.Array, vocab: Vocabulary) -> tuple[jax.Array, jax.Arr
     return rows, jnp.where(here, local, vocab.width)
 
 
-def is_listed(indices: jax.Array, vocab: Vocabulary) -> jax.Array:
-    """Whether each column of a tile is in its row's list, `[B, width]`."""
-    listed = jnp.zeros((indices.shape[0], vocab.width), bool)
-    return listed.at[positions(indices, vocab)].set(True, mode="drop")
-
-
 def unlisted_mass(log_probs: jax.Array) -> jax.Array:
     """`1 - Σ p`, `[B]`, of the listed log-probabilities, `[B, k]`."""
     # When one column has p ≈ 1, `1 - Σ p` cancels: subtract the others from `1 - p`.
@@ -54,8 +48,3 @@ def unlisted_mass(log_probs: jax.Array) -> jax.Array:
     top = jnp.max(log_probs, axis=-1)
     others = jnp.sum(zero_unless(~at_top, jnp.exp(log_probs)), axis=-1)
     return jnp.maximum(-jnp.expm1(top) - others, 0)
-
-
-def safe_log(x: jax.Array) -> jax.Array:
-    """`log x`; at 0 it is `-inf` with a gradient of 0."""
-    return jnp.where(x > 0, jnp.log(jnp.where(x > 0, x, 1)), -jnp.inf)

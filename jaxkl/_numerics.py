@@ -19,6 +19,11 @@ def zero_unless(condition: jax.Array | bool, x: jax.Array) -> jax.Array:
     return jnp.where(condition, x, jnp.zeros_like(x))
 
 
+def safe_log(x: jax.Array) -> jax.Array:
+    """`log x`; at 0 it is `-inf` with a gradient of 0."""
+    return jnp.where(x > 0, jnp.log(jnp.where(x > 0, x, 1)), -jnp.inf)
+
+
 def weigh(weight: jax.Array, x: jax.Array) -> jax.Array:
     """`weight · x`, and 0 where the weight is, even if `x` is NaN or infinite there."""
     return weight * zero_unless((weight != 0) | jnp.isfinite(x), x)

@@ -39,6 +39,11 @@ class LossTerms(NamedTuple):
         return x if x.ndim == 1 else x[:, 0]
 
     @property
+    def has_own_terms(self) -> bool:
+        """Whether there are terms of the student alone."""
+        return any(w is not None for w in self[1:])
+
+    @property
     def any_nonzero(self) -> jax.Array:
         """Whether a token has any that is not 0, bool `[B]`."""
         of_token = lambda x: jnp.any(x != 0, axis=range(1, x.ndim))

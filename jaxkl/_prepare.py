@@ -25,11 +25,13 @@ from ._arguments import (
 )
 from ._divergences import Divergence
 from ._layout import as_layout, Layout
+from ._list_source import ListSource
 from ._no_teacher import NoTeacher
 from ._numerics import loss_dtype, zero_unless
 from ._operands import LossTerms, Operands, PlanName, Spec
 from ._parameters import split
 from ._sources import as_source, flattened, Given, Source
+from ._sparse import ABSENT, as_teacher, SparseTeacher
 from ._swapped import as_constant
 from ._vocabulary import Vocabulary
 
@@ -97,8 +99,14 @@ def prepare(
         tile=tile,
         plan=plan,
     )
+    given_teacher = teacher
     student, teacher, vocab, mask, layout, shape = models
     is_alone = isinstance(teacher, NoTeacher)
+    temperature = check.temperature("temperature", temperature, shape)
+    is_given = teacher_temperature is not None
+    if is_given:
+        name = "teacher_temperature"
+        teacher_temperature = check.temperature(name, teacher_temperature, shape)
     static, parameters = None, []
     if not is_alone:
         is_spread = not (axis_name is None and vocab_axis is None)
@@ -106,21 +114,22 @@ def prepare(
         static, parameters = split(divergence)
         if not check.boolean("differentiate_teacher", differentiate_teacher):
             teacher = as_constant(student, teacher)
-        teacher = teacher.checked_as_teacher(
+    if isinstance(teacher, ListSource):
+        assert isinstance(given_teacher, SparseTeacher)
+        teacher = as_teacher(
+            given_teacher,
+            teacher,
             static,
             vocab.size,
             mask,
-            teacher_temperature=teacher_temperature,
+            temperature=temperature,
+            teacher_temperature=teacher_temperature if is_given else ABSENT,
             differentiate=differentiate_teacher,
         )
-
+    same_temperature = not (is_given or teacher.is_normalized)
     if teacher.is_normalized:
-        teacher_temperature = 1.0
-    same_temperature = teacher_temperature is None
-    temperatures = [check.temperature("temperature", temperature, shape), None]
-    if not same_temperature:
-        name = "teacher_temperature"
-        temperatures[1] = check.temperature(name, teacher_temperature, shape)
+        teacher_temperature = None
+    temperatures = [temperature, teacher_temperature]
     weights = None if weights is None else check.float_array("weights", weights)
     parameter_arrays = [check.float_array(x.name, x.value) for x in parameters]
     arrays = jax.tree.leaves((temperatures, weights, student, teacher))

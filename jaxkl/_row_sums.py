@@ -7,9 +7,9 @@ $\sum e^u$, $\sum e^z$ and a few more. They make three things accurate:
   $U = \sum e^u$. $\log (Z / U)$ is computed from $\Delta = \sum (e^z - e^u)$, whose
   terms do not cancel: its error is relative to itself, not to $\log Z$ and $\log U$.
 - The gradient of $\mathrm{KL}(q \,\|\, p)$ is $q\,(d - \sum e^z d / Z)$, in which the
-  normalisers have cancelled. In a column that is certain, with $q > 3/4$, the difference
-  cancels too. There it is $q\,(d \sum' e^z - \sum' e^z d) / Z$, with sums over the
-  other columns.
+  normalisers have cancelled. In a column that is certain, with $q > 3/4$, the
+  difference cancels too. There it is $q\,(d \sum' e^z - \sum' e^z d) / Z$, with sums
+  over the other columns.
 - What the student has alone keeps its digits by the sum over the other columns, if one
   column is certain: see `_student_terms`.
 
@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ._list_statistics import ListSums
 from ._numerics import near_part, tanh_excess
 from ._softmax import finite_max, Model
 
@@ -35,8 +34,8 @@ class Maxima(NamedTuple):
     """The largest logit of each row, `[B]`."""
 
     student: Any
-    teacher: Any = None  # None: the teacher's logits are log-probabilities
-    listed: Any = None  # Maxima of a list, if its columns alone are outcomes
+    teacher: Any = None
+    unlisted: Any = None  # the student's, outside the teacher's list
 
 
 class ReverseSums(NamedTuple):
@@ -47,8 +46,15 @@ class ReverseSums(NamedTuple):
     log_ratio_below: Any
 
 
+class Unlisted(NamedTuple):
+    """Sums over the columns outside a list, relative to the largest of them."""
+
+    sum_exp: Any  # Σ e^z
+    shifted: Any  # Σ e^z z
+
+
 class RowSums(NamedTuple):
-    """Sums over columns, `[B]` each but for `entries`; None: not needed."""
+    """Sums over columns, `[B]` each but for `listed`; None: not needed."""
 
     student: Any = None  # Σ e^z
     teacher: Any = None  # Σ e^u
@@ -59,15 +65,10 @@ class RowSums(NamedTuple):
     below: Any = None
     shifted: Any = None
     reverse: ReverseSums | None = None
-    # Σ e^z over the columns of a teacher's list, and over the others
+    # The student's logits of a teacher's list, `[B, k]`: each is in one set of columns,
+    # and 0 in the others.
     listed: Any = None
-    unlisted: Any = None
-    unlisted_at_1: Any = None
-    # RowSums of a list whose columns alone are outcomes; at temperature 1, if it is
-    # another and the metrics ask for it
-    of_list: Any = None
-    of_list_at_1: Any = None
-    entries: ListSums | None = None  # of a list, if the metrics ask for it
+    unlisted: Unlisted | None = None
 
     @property
     def alone(self) -> Any:
@@ -150,31 +151,27 @@ def _exp_difference(u: jax.Array, z: jax.Array, z_less_u: jax.Array) -> jax.Arra
     return jnp.where(near, series, exp_z - exp_u)
 
 
-def moved(
-    sums: RowSums,
-    old: Maxima,
+def rescaled(
+    stats: RowStats,
     new: Maxima,
     student_temperature: jax.Array | None,
     teacher_temperature: jax.Array | None,
 ) -> RowSums:
     """The sums relative to maxima that are as large or larger."""
+    old, sums = stats
     z_at_1 = _move(old.student, new.student)
     z = _over(student_temperature, z_at_1)
     times = lambda x, move: None if x is None else x * jnp.exp(move)
     result = RowSums(
         student=times(sums.student, z),
         student_at_1=times(sums.student_at_1, z_at_1),
-        listed=times(sums.listed, z),
-        unlisted=times(sums.unlisted, z),
-        unlisted_at_1=times(sums.unlisted_at_1, z_at_1),
-        entries=sums.entries,
+        listed=sums.listed,
     )
-    if sums.of_list is not None:
-        of_list = moved(sums.of_list, old.listed, new.listed, student_temperature, None)
-        result = result._replace(of_list=of_list)
-    if sums.of_list_at_1 is not None:
-        of_list = moved(sums.of_list_at_1, old.listed, new.listed, None, None)
-        result = result._replace(of_list_at_1=of_list)
+    if sums.unlisted is not None:
+        move = _over(student_temperature, _move(old.unlisted, new.unlisted))
+        total, shifted = sums.unlisted
+        moved = Unlisted(times(total, move), times(shifted + move * total, move))
+        result = result._replace(unlisted=moved)
     if sums.below is not None:
         alone = z if sums.student_at_1 is None else z_at_1
         below = sum_without_top(sums.alone, sums.below, alone)
@@ -205,6 +202,19 @@ def moved(
         log_ratio_below=below + (z - u) * prob_below,
     )
     return result._replace(reverse=ReverseSums(*(times(x, z) for x in reverse)))
+
+
+def merged(
+    stats: RowStats,
+    more: RowStats,
+    student_temperature: jax.Array | None,
+    teacher_temperature: jax.Array | None,
+) -> RowStats:
+    """The statistics of two sets of columns together."""
+    maxima = jax.tree.map(jnp.maximum, stats.maxima, more.maxima)
+    temperatures = student_temperature, teacher_temperature
+    both = (rescaled(x, maxima, *temperatures) for x in (stats, more))
+    return RowStats(maxima, jax.tree.map(jnp.add, *both))
 
 
 def _move(old: jax.Array, new: jax.Array) -> jax.Array:

@@ -18,10 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from . import _checks as check
-from ._comparison import compare_columns, Comparison, OfEach, Pair, sums_of_slopes
-from ._divergences import Divergence, evaluate
 from ._numerics import zero_unless
-from ._softmax import entropy, Model, Outcomes
 from ._vocabulary import Vocabulary
 
 
@@ -83,7 +80,10 @@ class Source(Given):
 
     @abc.abstractmethod
     def logits(self, dtype: jnp.dtype, vocab: Vocabulary) -> Any:
-        """The logits, `[B, vocab.width]` in `dtype`, with `-inf` in padding columns."""
+        """The logits, `[B, vocab.width]` in `dtype`, with `-inf` in padding columns.
+
+        None, of a teacher: it has none, or a row of few outcomes.
+        """
 
     def d_outputs(self, logits: jax.Array, d_logits: jax.Array) -> jax.Array:
         """What `vjp` needs of the gradient of the logits, `[B, any]`.
@@ -177,9 +177,10 @@ class Source(Given):
         over = lambda x: jnp.expand_dims(mask, range(mask.ndim, x.ndim))
         return self.map_tokens(lambda x: zero_unless(over(x), x))
 
-    def zero_padding(self, vocab: Vocabulary) -> Self:
-        """The source with 0 in the padding columns of shared arrays."""
-        del vocab
+    def ready(self, dtype: jnp.dtype, vocab: Vocabulary) -> Self:
+        """The source as all walks and rules take it: what is the same in all of them is
+        made once, in `dtype`. Padding columns of shared arrays are 0."""
+        del dtype, vocab
         return self
 
     def with_max(self, vocab: Vocabulary) -> Self:
@@ -191,110 +192,6 @@ class Source(Given):
     def max(self, logits: jax.Array) -> jax.Array:
         """The largest logit of this device's columns, `[B]`."""
         return jnp.max(logits, axis=-1)
-
-    # What follows is asked of a teacher only.
-
-    def checked_as_teacher(
-        self,
-        divergence: Divergence,
-        vocab_size: int,
-        mask: jax.Array | None,
-        *,
-        teacher_temperature: ArrayLike | None,
-        differentiate: bool,
-    ) -> Self:
-        """The source, once its values and the other arguments are known to fit.
-
-        Raises `ValueError` where they do not, or makes a row NaN if its values are
-        traced. Tokens outside `mask`, `[B]`, may hold anything.
-        """
-        del divergence, vocab_size, mask, teacher_temperature, differentiate
-        return self
-
-    def on_list(
-        self, student: jax.Array, vocab: Vocabulary
-    ) -> tuple[jax.Array, jax.Array] | None:
-        """Logits of the teacher and of the student, `[B, k]`, of the few columns that
-        alone are outcomes; `-inf` for those that are not at hand.
-
-        None: all columns are outcomes. `student` are its logits, `[B, V]`.
-        """
-        del student, vocab
-        return None
-
-    def off_list(self, d_listed: jax.Array, vocab: Vocabulary) -> jax.Array:
-        """The gradient of the logits, `[B, V]`, from that of `on_list`."""
-        raise NotImplementedError
-
-    def entries(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array] | None:
-        """The columns and log-probabilities of the teacher's list, `[B, k]`, as
-        `merge_repeated` returns them; None: it has no list."""
-        del dtype
-        return None
-
-    def list_sums(
-        self, student: Model, vocab: Vocabulary
-    ) -> tuple[jax.Array, jax.Array] | None:
-        """`Σ e^z` over the columns of the teacher's list, and over the others, `[B]`.
-
-        None if it does not compare a list.
-        """
-        del student, vocab
-        return None
-
-    def sum_terms(
-        self,
-        divergence: Divergence,
-        p: Outcomes,
-        q: Outcomes,
-        vocab: Vocabulary,
-        log_ratio: jax.Array | None = None,
-    ) -> jax.Array:
-        """The divergence of each token, `[B]`, from teacher `p` and student `q`,
-        `[B, V]`: the sum over the columns at hand."""
-        p, q, log_ratio = jax.tree.map(vocab.mask, (p, q, log_ratio))
-        return jnp.sum(vocab.mask(evaluate(divergence, p, q, log_ratio)), axis=-1)
-
-    def divergence_of(
-        self,
-        divergence: Divergence,
-        p: Outcomes,
-        q: Outcomes,
-        vocab: Vocabulary,
-        q_unlisted: jax.Array | None = None,
-    ) -> jax.Array:
-        """The divergence of `p` and `q` as a user defines it: `sum_terms`, and what the
-        columns outside a list contribute.
-
-        `q_unlisted`, `[B]`, is the student's mass there; None: all columns are at hand.
-        """
-        del q_unlisted
-        return self.sum_terms(divergence, p, q, vocab)
-
-    def sums_of_slopes(
-        self, divergence: Divergence, pair: Pair, vocab: Vocabulary
-    ) -> OfEach:
-        """The sums over the columns at hand that `compare` needs of all columns."""
-        return sums_of_slopes(self.sum_terms, divergence, pair, vocab)
-
-    def compare(
-        self,
-        divergence: Divergence,
-        pair: Pair,
-        vocab: Vocabulary,
-        sums: OfEach,
-        *,
-        recompute: bool,
-    ) -> Comparison:
-        """The divergence of each token and its gradients; see `compare_columns`."""
-        return compare_columns(
-            self.sum_terms, divergence, pair, vocab, sums, recompute=recompute
-        )
-
-    def entropy(self, p: Outcomes, vocab: Vocabulary) -> jax.Array:
-        """The teacher's entropy in nats, `[B]`: the sum over the columns at hand."""
-        del vocab
-        return entropy(p)
 
 
 @jax.tree_util.register_dataclass

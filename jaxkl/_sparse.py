@@ -1,43 +1,39 @@
-"""Teachers given by a few columns of each row: top-k lists and samples."""
+"""Teachers given by a few columns of each row, as a user passes them."""
 
 import dataclasses
-from typing import ClassVar, Literal, TYPE_CHECKING
+from typing import Any, Literal, TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
+import numpy as np
 from jax.typing import ArrayLike
 
 from . import _checks as check
-from ._divergences import Divergence, ForwardKL, is_catalogued
-from ._list_comparison import evaluate_where, List, plain_kl
-from ._lists import is_listed, merge_repeated, positions, safe_log, unlisted_mass
-from ._numerics import zero_unless
-from ._parameters import with_numbers
-from ._softmax import entropy, Model, Outcomes
-from ._sources import Kind, Source
-from ._vocabulary import Vocabulary
+from ._divergences import Divergence
+from ._list_source import ListSource
+from ._sources import Given
 
 
 Tail = Literal["renormalize", "drop", "bucket", "uniform", "conditional"]
 TAILS = ("renormalize", "drop", "bucket", "uniform", "conditional")
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
-class SparseTeacher(Source):
+class SparseTeacher(Given):
     r"""A teacher known by the log-probabilities of `k` columns in each row.
 
-    Let $L$ be the listed columns, $p$ their probabilities and
-    $\rho = 1 - \sum_L p$ the rest of the mass. The tail says what becomes of it:
+    Let $L$ be the listed columns, $p$ their probabilities and $\rho$ the rest of the
+    mass. The tail says what becomes of it:
 
+    - `"bucket"`: the rest is one more outcome, of probability $\rho$ in the teacher and
+      $1 - \sum_L q$ in the student: two rows of $k + 1$ outcomes. It is a lower bound
+      of the dense divergence.
     - `"renormalize"`: the listed mass is scaled to 1 and $p = 0$ elsewhere, so the
       values need not be normalised. It is biased. Divergences that are infinite where
       $p = 0 < q$, such as `ReverseKL`, refuse it.
     - `"drop"`: the loss is $\sum_L p \log (p / q)$, without the columns outside $L$.
       For `ForwardKL` only; the value may be negative.
-    - `"bucket"`: the rest is one more outcome, of probability $\rho$ in the teacher and
-      $1 - \sum_L q$ in the student.
     - `"uniform"`: $\rho$ is spread evenly over the columns outside $L$.
     - `"conditional"`: both models are taken given that the outcome is in $L$. The
       listed mass is scaled to 1, and the student is
@@ -46,8 +42,16 @@ class SparseTeacher(Source):
       student to leave mass in the list. Any divergence has a meaning.
 
     The log-probabilities are at the teacher's temperature already: the `temperature` of
-    a loss divides the student's logits only. They are constants to differentiation. If
-    all columns are listed, each tail gives the loss of the dense teacher.
+    a loss divides the student's logits only, and must be that of the list. They are
+    constants to differentiation, and so are the other arrays. If all columns are
+    listed, each tail gives the loss of the dense teacher.
+
+    The rest is $e^{\mathrm{log\_rest}}$. Without it, the rest is
+    $\rho = 1 - \sum_L p$, but at least what rounding may hide,
+    $\tfrac\epsilon2 \sum_L p\,(1 + |\log p|)$, with the machine epsilon of the dtype in
+    which `log_probs` are given: so divergences that are infinite at $p = 0$ stay
+    finite. Masses $\sum_L p + \rho$ between 1 and 1.02, as rounding leaves them, are
+    scaled to 1.
 
     Args:
       indices: Columns, integers `[..., k]`. -1 is an empty slot, and repeated columns
@@ -55,6 +59,18 @@ class SparseTeacher(Source):
         nothing that is given: its loss is NaN.
       log_probs: The log-probabilities of these columns, `[..., k]`.
       tail: What becomes of the mass that is not listed.
+      log_rest: The log of the mass outside the list, `[...]`, as `top_k_teacher` makes
+        it; for the tails `"bucket"` and `"uniform"`. None: see above.
+      temperature: The temperature at which the list was made, a number, or an array
+        `[]` or `[...]`. The loss's `teacher_temperature`, or its `temperature` if that
+        is None, must be the same, to a thousandth: if it is not, that is an error, and
+        a loss of NaN where a value is traced. None: it is not known.
+
+    Raises:
+      ValueError: For an unknown tail. The loss has one for shapes that do not fit and,
+        where values are known, for columns out of range and, with the tails `"bucket"`,
+        `"uniform"` and `"drop"`, for a mass above 1.02, as raw logits and probabilities
+        have. Where they are traced, the loss of such a token is NaN.
 
     References:
       Anshumann et al. [Sparse Logit Sampling: Accelerating Knowledge Distillation in
@@ -63,12 +79,9 @@ class SparseTeacher(Source):
 
     indices: jax.Array
     log_probs: jax.Array
-    tail: Tail = dataclasses.field(
-        default="renormalize", kw_only=True, metadata={"static": True}
-    )
-
-    kind: ClassVar[Kind] = "list"
-    is_normalized: ClassVar[bool] = True
+    tail: Tail = dataclasses.field(default="bucket", kw_only=True)
+    log_rest: jax.Array | None = dataclasses.field(default=None, kw_only=True)
+    temperature: ArrayLike | None = dataclasses.field(default=None, kw_only=True)
 
     if TYPE_CHECKING:
 
@@ -77,11 +90,36 @@ class SparseTeacher(Source):
             indices: ArrayLike,
             log_probs: ArrayLike,
             *,
-            tail: Tail = "renormalize",
+            tail: Tail = "bucket",
+            log_rest: ArrayLike | None = None,
+            temperature: ArrayLike | None = None,
         ) -> None: ...
 
     def __post_init__(self):
         check.one_of("tail", self.tail, TAILS)
+        if check.is_number(self.temperature):
+            check.temperature("temperature", self.temperature, ())
+
+    def tree_flatten_with_keys(self):
+        # A temperature that is a number is part of the program.
+        static = None if _is_leaf(self.temperature) else self.temperature
+        leaves = {name: getattr(self, name) for name in _LEAVES}
+        if not _is_leaf(self.temperature):
+            leaves["temperature"] = None
+        keys = jax.tree_util.GetAttrKey
+        return [(keys(name), x) for name, x in leaves.items()], (self.tail, static)
+
+    @classmethod
+    def tree_unflatten(cls, static, leaves):
+        # They may be anything that JAX puts in the place of a leaf: nothing is checked.
+        new = object.__new__(cls)
+        tail, temperature = static
+        fields = dict(zip(_LEAVES, leaves, strict=True), tail=tail)
+        if temperature is not None:
+            fields["temperature"] = temperature
+        for name, x in fields.items():
+            object.__setattr__(new, name, x)
+        return new
 
     def checked(self, name):
         if name == "student":
@@ -97,223 +135,96 @@ class SparseTeacher(Source):
             raise ValueError(
                 f"`{name}.indices` must list a column at least, got k = 0."
             )
-        kind = _ConditionalList if self.tail == "conditional" else SparseTeacher
-        return kind(indices, log_probs, tail=self.tail)
-
-    @property
-    def batch_shape(self):
-        return self.indices.shape[:-1]
-
-    @property
-    def vocab_array(self):
-        return None
-
-    def pad_columns(self, width):
-        del width
-        return self
-
-    def partition_specs(self, token_axes, vocab_axis):
-        del vocab_axis
-        return self.map_fields(lambda *_: P(token_axes or None, None))
-
-    def checked_as_teacher(
-        self, divergence, vocab_size, mask, *, teacher_temperature, differentiate
-    ):
-        if teacher_temperature is not None:
-            raise ValueError(
-                "`teacher_temperature` must be None with a SparseTeacher, whose "
-                "log-probabilities are at its own temperature already; got "
-                f"{teacher_temperature!r}."
-            )
-        if differentiate:
-            raise ValueError(
-                "`differentiate_teacher` must be False with a SparseTeacher, which is "
-                "a constant."
-            )
-        _check_tail(self.tail, divergence)
-        return self._with_checked_columns(vocab_size, mask)
-
-    def logits(self, dtype, vocab):
-        """Log-probabilities: those of the list and, elsewhere, what the tail says."""
-        columns, log_probs = self.entries(dtype)
-        others = jnp.full_like(log_probs[:, :1], -jnp.inf)
-        total = jax.nn.logsumexp(log_probs, axis=-1, keepdims=True)
-        if self.tail in ("renormalize", "conditional"):
-            log_probs -= total
-            others = jnp.where(total == -jnp.inf, jnp.nan, others)
-        elif self.tail == "uniform":
-            number = jnp.sum(columns < vocab.size, axis=-1, keepdims=True)
-            outside = jnp.maximum(vocab.size - number, 1).astype(dtype)
-            others = safe_log(unlisted_mass(log_probs)[:, None] / outside)
-            log_probs -= jnp.maximum(total, 0)  # rounded values may sum to more than 1
-        dense = jnp.broadcast_to(others, (others.shape[0], vocab.width))
-        if vocab.valid is not None:
-            dense = jnp.where(vocab.valid, dense, -jnp.inf)
-        return dense.at[positions(columns, vocab)].set(log_probs, mode="drop")
-
-    def vjp(self, d_outputs, counted):
-        del d_outputs, counted
-        return self.map_fields(lambda _, x: jnp.zeros_like(x))  # it is a constant
-
-    def list_sums(
-        self, student: Model, vocab: Vocabulary
-    ) -> tuple[jax.Array, jax.Array] | None:
-        return self._list(student.logits.dtype, vocab).sums(student, vocab)
-
-    def divergence_of(self, divergence, p, q, vocab, q_unlisted=None):
-        if self.tail not in ("drop", "bucket"):
-            return self.sum_terms(divergence, p, q, vocab)
-        if self.tail == "drop":
-            return plain_kl(p, q)
-        listed = is_listed(self.indices, vocab)
-        of_list = jnp.sum(evaluate_where(listed, divergence, p, q), axis=-1)
-        has_rest, p_rest = self._rest(*self.entries(p.log.dtype), vocab)
-        if q_unlisted is None:
-            q_unlisted = jnp.sum(zero_unless(vocab.mask(~listed), q.prob), axis=-1)
-        q_rest = Outcomes.of_log(safe_log(q_unlisted))
-        of_rest = evaluate_where(has_rest, divergence, p_rest, q_rest)
-        return of_list + vocab.on_first_shard(of_rest)
-
-    def sums_of_slopes(self, divergence, pair, vocab):
-        if not self._is_lumped(divergence):
-            return super().sums_of_slopes(divergence, pair, vocab)
-        entries = self._list(pair.student.logits.dtype, vocab)
-        return entries.sums_of_slopes(divergence, pair, vocab)
-
-    def compare(self, divergence, pair, vocab, sums, *, recompute):
-        r"""Compares the columns of the list, and all others as one outcome.
-
-        The tail `"bucket"` is defined so, and with `"drop"` the others have no term.
-        With `"renormalize"` their sum is the same, as $p = 0$ and
-        $f(0, q) = q\,f(0, 1)$: divergences are homogeneous of degree 1. A user's
-        function need not be. With `"uniform"`, each of the other columns has a
-        probability of its own.
-        """
-        if not self._is_lumped(divergence):
-            return super().compare(divergence, pair, vocab, sums, recompute=recompute)
-        entries = self._list(pair.student.logits.dtype, vocab)
-        return entries.compare(divergence, pair, vocab, sums)
-
-    def _is_lumped(self, divergence: Divergence) -> bool:
-        """Whether the columns outside the list are compared as one outcome."""
-        if self.tail == "uniform":
-            return False
-        return self.tail != "renormalize" or is_catalogued(divergence)
-
-    def _list(self, dtype: jnp.dtype, vocab: Vocabulary) -> List:
-        columns, log_p = self.entries(dtype)
-        rest = self._rest(columns, log_p, vocab)
-        if self.tail == "renormalize":
-            log_p -= jax.nn.logsumexp(log_p, axis=-1, keepdims=True)
-        return List(columns, log_p, *rest, self.tail == "drop")
-
-    def entropy(self, p, vocab):
-        of_list = super().entropy(p, vocab)
-        if self.tail != "bucket":
-            return of_list
-        _, rest = self._rest(*self.entries(p.log.dtype), vocab)
-        rest = Outcomes(*(x[:, None] for x in rest))
-        return of_list + vocab.on_first_shard(entropy(rest))
-
-    def entries(self, dtype):
-        return merge_repeated(self.indices, self.log_probs, dtype)
-
-    def _rest(
-        self, columns: jax.Array, log_probs: jax.Array, vocab: Vocabulary
-    ) -> tuple[jax.Array, Outcomes]:
-        """Whether a list leaves out any column, and all these as one outcome, `[B]`."""
-        has_rest = jnp.sum(columns < vocab.size, axis=-1) < vocab.size
-        has_mass = has_rest & (self.tail != "renormalize")
-        mass = zero_unless(has_mass, unlisted_mass(log_probs))
-        return has_rest, Outcomes.of_log(safe_log(mass))
-
-    def _with_checked_columns(
-        self, vocab_size: int, mask: jax.Array | None
-    ) -> "SparseTeacher":
-        """The list, once the columns of the tokens in `mask` are known to exist.
-
-        Where they are traced and do not exist, and where nothing is listed though the
-        listed mass is to be 1, the row becomes NaN.
-        """
-        indices = self.indices
-        is_bad = (indices < -1) | (indices >= vocab_size)
-        if mask is not None:
-            is_bad &= mask[:, None]
-        if check.is_known(is_bad) and is_bad.any():
-            raise ValueError(
-                f"`teacher.indices` must be in [0, {vocab_size}), or -1 for an empty "
-                f"slot, got {indices[is_bad][0]}."
-            )
-        is_nan = is_bad.any(axis=-1, keepdims=True)
-        if self.tail in ("renormalize", "conditional"):
-            is_nan |= (indices == -1).all(axis=-1, keepdims=True)
-        # The NaN is put at a column that exists, so that no tail leaves it out.
-        indices = jnp.where(is_nan, 0, indices)
-        log_probs = jnp.where(is_nan, jnp.nan, self.log_probs)
-        return dataclasses.replace(self, indices=indices, log_probs=log_probs)
+        log_rest = self.log_rest
+        if log_rest is not None:
+            log_rest = check.float_array(f"{name}.log_rest", log_rest)
+            shape = indices.shape[:-1]
+            check.of_shape(f"{name}.log_rest", log_rest, shape, "the batch shape")
+            log_rest = log_rest[..., None]
+        eps = float(jnp.finfo(log_probs.dtype).eps)
+        return ListSource(indices, log_probs, log_rest, tail=self.tail, eps=eps)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _ConditionalList(SparseTeacher):
-    """A list whose columns alone are outcomes, of both models.
+_LEAVES = "indices", "log_probs", "log_rest", "temperature"
 
-    The listed columns are compared as a vocabulary of their own, `[B, k]`.
+
+def _is_leaf(temperature: Any) -> bool:
+    return temperature is not None and not check.is_number(temperature)
+
+
+_SAME = 1e-3  # the relative difference of temperatures that are the same
+
+
+def as_teacher(
+    given: SparseTeacher,
+    source: ListSource,
+    divergence: Divergence,
+    vocab_size: int,
+    mask: jax.Array | None,
+    *,
+    temperature: Any,
+    teacher_temperature: Any,
+    differentiate: bool,
+) -> ListSource:
+    """The list of `source`, `[B]`, once its values fit the other arguments of a loss.
+
+    The temperatures are checked, and None for exactly 1; that of the teacher is
+    `ABSENT` if it is not given. Raises `ValueError` where values do not fit, or makes a
+    row NaN if they are traced. Tokens outside `mask`, `[B]`, may hold anything.
     """
+    if differentiate:
+        raise ValueError(
+            "`differentiate_teacher` must be False with a SparseTeacher, which is a "
+            "constant."
+        )
+    is_other = _has_other_temperature(given, temperature, teacher_temperature, mask)
+    return source.compared_by(divergence).with_checked_values(
+        vocab_size, mask, is_other
+    )
 
-    def on_list(self, student, vocab):
-        columns, log_probs = self.entries(student.dtype)
-        at = positions(columns, vocab)
-        log_p = jnp.where(_is_here(at, vocab), log_probs, -jnp.inf)
-        return log_p, student.at[at].get(mode="fill", fill_value=-jnp.inf)
 
-    def off_list(self, d_listed, vocab):
-        columns, _ = self.entries(d_listed.dtype)
-        d_logits = jnp.zeros((d_listed.shape[0], vocab.width), d_listed.dtype)
-        return d_logits.at[positions(columns, vocab)].set(d_listed, mode="drop")
+ABSENT = object()
 
-    def sum_terms(self, divergence, p, q, vocab, log_ratio=None):
-        columns, _ = self.entries(p.log.dtype)
-        is_here = _is_here(positions(columns, vocab), vocab)
-        terms = evaluate_where(is_here, divergence, p, q, log_ratio)
-        return jnp.sum(terms, axis=-1)
 
-    def divergence_of(self, divergence, p, q, vocab, q_unlisted=None):
-        """From the softmax of all columns, all of which are at hand."""
-        listed: tuple[jax.Array, jax.Array] = self.on_list(q.log, vocab)
-        p, q = (Outcomes.of_log(jax.nn.log_softmax(x, axis=-1)) for x in listed)
-        return self.sum_terms(divergence, p, q, vocab)
+def _has_other_temperature(
+    given: SparseTeacher, temperature: Any, teacher_temperature: Any, mask: Any
+) -> Any:
+    """Whether a token's list was made at another temperature than the loss has, `[B]`.
 
-    def list_sums(self, student, vocab):
-        return None
-
-    def _is_lumped(self, divergence):
+    Raises `ValueError` if that is known.
+    """
+    is_given = teacher_temperature is not ABSENT
+    name = "teacher_temperature" if is_given else "temperature"
+    of_loss = teacher_temperature if is_given else temperature
+    of_loss = 1.0 if of_loss is None else of_loss
+    of_list: Any = given.temperature
+    if of_list is None:
+        if is_given:
+            raise ValueError(
+                "`teacher_temperature` must be None with a SparseTeacher whose "
+                "`temperature` is not known: its log-probabilities are at their own "
+                "temperature already. Pass SparseTeacher(…, temperature=…) to compare "
+                f"the two; got {of_loss!r}."
+            )
         return False
-
-
-def _is_here(at: tuple[jax.Array, jax.Array], vocab: Vocabulary) -> jax.Array:
-    """Whether `positions` are columns at hand, `[B, k]`."""
-    return at[1] < vocab.width
-
-
-def _check_tail(tail: Tail, divergence: Divergence) -> None:
-    """Checks that the divergence has a meaning on the tail."""
-    is_forward_kl = isinstance(divergence, ForwardKL) and is_catalogued(divergence)
-    if tail == "drop" and not is_forward_kl:
-        raise ValueError(
-            f'`divergence` must be ForwardKL() with tail="drop", got {divergence!r}.'
-        )
-    if tail != "renormalize":
-        return
-    with jax.ensure_compile_time_eval():
-        # Arrays are not known. They most often hold no end of their interval.
-        f = with_numbers(divergence)
-        f = f(jnp.full((1, 1), -jnp.inf), jnp.log(jnp.full((1, 1), 0.5)))
-        finite = bool(jnp.isfinite(f).all())
-    if not finite:
-        raise ValueError(
-            f"`divergence` {divergence!r} is not finite where p = 0, as it is outside "
-            'the list with tail="renormalize". Take tail="bucket" or "uniform", or a '
-            "divergence that is finite there, such as ForwardKL, SkewForwardKL, "
-            "JensenShannon or TotalVariation."
-        )
+    shape = given.indices.shape[:-1]
+    if not check.is_number(of_list):
+        of_list = check.temperature("teacher.temperature", of_list, shape)
+    both = of_list, of_loss
+    if all(map(check.is_known, both)) and check.is_known(mask):
+        x, y = (np.broadcast_to(np.asarray(x, np.float64), shape) for x in both)
+        other = (np.abs(x - y) > _SAME * np.abs(y)).reshape(-1)
+        if mask is not None:
+            other &= np.asarray(mask)
+        if other.any():
+            first = lambda x: f"{x.reshape(-1)[other][0]:g}"
+            raise ValueError(
+                f"`{name}` must be the temperature of the SparseTeacher, {first(x)}, "
+                f"got {first(y)}: make the list at the temperature of the loss, or "
+                "pass `teacher_temperature`, and another `temperature` for the student "
+                "alone."
+            )
+        return False
+    x, y = (jnp.asarray(x, jnp.float32) for x in both)
+    other = jnp.broadcast_to(jnp.abs(x - y) > _SAME * jnp.abs(y), shape).reshape(-1)
+    return other if mask is None else other & mask

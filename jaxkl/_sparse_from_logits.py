@@ -80,7 +80,7 @@ def sampled_teacher(
     """
     num_samples = check.positive_int("num_samples", num_samples)
     t, per_row = _checked(logits, temperature)
-    return SparseTeacher(*_sample(key, t, per_row, num_samples))
+    return SparseTeacher(*_sample(key, t, per_row, num_samples), tail="renormalize")
 
 
 @ft.partial(jax.jit, static_argnums=2)

@@ -26,6 +26,8 @@ def walk(spec: Spec, perturbed: Operands, plan: Plan, operands: Operands) -> Res
     """
     is_shared = operands.shared_flags()  # before `with_max` adds an array
     waiting = _sources_with_sums(perturbed, is_shared)
+    leaves, structure = jax.tree.flatten(perturbed)
+    flags = structure, tuple(leaves)
     write_again = all(source.pulls_back_uncounted for source in operands[:2])
     order = ft.partial(ORDERS[plan.order], write_again=write_again)
 
@@ -36,13 +38,17 @@ def walk(spec: Spec, perturbed: Operands, plan: Plan, operands: Operands) -> Res
 
     def of_tile(x, counted):
         x = _linearized(perturbed, _SOURCES, x)
-        result = run_tile(spec, x, counted, recompute=plan.recompute)
+        result = run_tile(spec, flags, plan, x, counted)
+        if plan.columns is not None:
+            return finished(result, result.gradients)
         return finished(result, pull_back(x, result, _SOURCES))
 
     def of_part(x, counted):
         assert plan.tile is not None
         tiles = order(counted.shape[0], plan.tile)
-        return finished(*_run_part(spec, perturbed, plan, waiting, tiles, x, counted))
+        return finished(
+            *_run_part(spec, perturbed, flags, plan, waiting, tiles, x, counted)
+        )
 
     everything = jnp.full_like(operands.weights.per_token, True, bool)
     if plan.tile is None:
@@ -78,6 +84,7 @@ def _linearized(perturbed: Operands, names: Sequence[str], x: Operands) -> Opera
 def _run_part(
     spec: Spec,
     perturbed: Operands,
+    flags: Any,
     plan: Plan,
     waiting: list[str],
     tiles: Tiles,
@@ -100,7 +107,7 @@ def _run_part(
         x = _linearized(perturbed, others, x)
         # A tile that takes a token again writes its row again: that is harmless here.
         counted = jnp.full_like(counted, True)
-        result = run_tile(spec, x, counted, recompute=plan.recompute)
+        result = run_tile(spec, flags, plan, x, counted)
         gradients = pull_back(x, result, others)
         outputs = {
             name: getattr(gradients, name).astype(

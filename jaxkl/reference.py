@@ -15,10 +15,11 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
 from ._cross_entropy import prepare_labels
-from ._divergences import Divergence, ForwardKL
+from ._divergences import Divergence, evaluate, ForwardKL
 from ._function_head import FunctionHead
 from ._keywords import suggest_keywords
 from ._linear_head import LinearHead
+from ._lists import positions
 from ._numerics import zero_unless
 from ._operands import LossTerms, PlanName
 from ._prepare import prepare, Prepared, Reduction
@@ -277,13 +278,18 @@ def _weighted_terms(prepared: Prepared) -> LossTerms:
     # The temperature of the student's own terms: 1 beside a divergence.
     temperature = x.student_temperature if spec.divergence is None else None
     if spec.divergence is not None:
-        t = _gathered(x.teacher.logits(spec.dtype, spec.vocab), spec.vocab)
-        log_p = _over(t, spec.teacher_temperature(x))
-        if not x.teacher.is_normalized:
+        whole, teacher = spec.whole_divergence(x), x.teacher
+        if teacher.kind == "list":
+            teacher = teacher.ready(spec.dtype, vocab)
+        t = teacher.logits(spec.dtype, vocab if teacher.kind == "list" else spec.vocab)
+        if t is None:
+            divergence = _list_divergence(whole, teacher, log_q, vocab)
+        else:
+            if teacher.kind != "list":
+                t = _gathered(t, spec.vocab)
+            log_p = _over(t, spec.teacher_temperature(x))
             log_p = jax.nn.log_softmax(log_p, axis=-1)
-        p, q = Outcomes.of_log(log_p), Outcomes.of_log(log_q)
-        whole = spec.whole_divergence(x)
-        divergence = x.teacher.divergence_of(whole, p, q, vocab)
+            divergence = _divergence(whole, log_p, log_q)
     logits = _over(s, temperature)
     log_q = jax.nn.log_softmax(logits, axis=-1)
     terms = LossTerms(
@@ -295,6 +301,31 @@ def _weighted_terms(prepared: Prepared) -> LossTerms:
     )
     pairs = zip(x.weights, terms, strict=True)
     return LossTerms(*(None if w is None else w * term for w, term in pairs))
+
+
+def _divergence(divergence, log_p, log_q):
+    p, q = Outcomes.of_log(log_p), Outcomes.of_log(log_q)
+    return jnp.sum(evaluate(divergence, p, q), axis=-1)
+
+
+def _list_divergence(divergence, teacher, log_q, vocab):
+    """That of the listed columns, and of the others as one outcome more."""
+    at = positions(teacher.columns, vocab)
+    listed = log_q.at[at].get(mode="fill", fill_value=-jnp.inf)
+    log_p = teacher.log_probs
+    if teacher.tail == "drop":
+        p = jnp.exp(log_p)
+        return jnp.sum(p * zero_unless(p > 0, log_p - listed), axis=-1)
+    if teacher.tail == "conditional":
+        log_q = jax.nn.log_softmax(listed, axis=-1)
+    else:
+        others = log_q.at[at].set(-jnp.inf, mode="drop")
+        is_any = jnp.any(others > -jnp.inf, axis=-1, keepdims=True)
+        rest = jax.nn.logsumexp(jnp.where(is_any, others, 0), axis=-1, keepdims=True)
+        rest = jnp.where(is_any, rest, -jnp.inf)
+        log_q = jnp.concatenate([listed, rest], axis=-1)
+        log_p = jnp.concatenate([log_p, teacher.log_rest], axis=-1)
+    return _divergence(divergence, jax.nn.log_softmax(log_p, axis=-1), log_q)
 
 
 def _label_term(log_q, labels):
