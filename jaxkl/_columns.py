@@ -35,9 +35,9 @@ from ._comparison import (
     sum_terms,
     sums_of_slopes,
 )
-from ._divergences import ForwardKL, is_zero, kl_weights
+from ._divergences import Divergence, ForwardKL, is_zero, kl_weights
 from ._list_comparison import compare_list, ListComparison, student_row
-from ._list_statistics import list_statistics
+from ._list_statistics import list_statistics, ListStatistics
 from ._lists import positions
 from ._numerics import weigh, zero_unless
 from ._operands import LossTerms, Operands, Spec, Statistics
@@ -178,8 +178,14 @@ def listed_of(spec: Spec, x: Operands, rows: RowStats) -> ListComparison | None:
     """The comparison of a teacher's list, from the statistics of all columns."""
     if not has_outcomes(spec, x):
         return None
-    divergence, T = spec.whole_divergence(x), x.student_temperature
-    return compare_list(divergence, x.teacher, T, rows, spec.vocab.size)
+    return _list_comparison(spec, x, rows, spec.whole_divergence(x))
+
+
+def _list_comparison(
+    spec: Spec, x: Operands, rows: RowStats, divergence: Divergence
+) -> ListComparison:
+    T, vocab = x.student_temperature, spec.vocab
+    return compare_list(divergence, x.teacher, T, rows, vocab.size)
 
 
 def slope_sums(c: Columns, rows: RowStats) -> OfEach:
@@ -266,6 +272,9 @@ def finish(
         d_logits = d_logits.plus(*_d_logits_alone(x, models.alone, rows.sums, vocab))
     tops = None
     if spec.statistics:
+        if listed is None and x.teacher.kind == "list" and x.teacher.has_lumped_rest:
+            # A user's function compares all columns, and the statistics the rest.
+            listed = _list_comparison(spec, x, rows, ForwardKL())
         if listed is not None:
             statistics = jax.tree.map(vocab.on_first_shard, _statistics_of_list(listed))
             of_teacher = _top_of_list(x, spec.dtype)
@@ -312,8 +321,11 @@ def complete(
     entropies = terms.student_entropy, terms.teacher_entropy
     of_list = None
     if number_among_top is not None:
-        row = student_row(x.teacher, x.student_temperature, rows, spec.vocab.size)
-        of_list = list_statistics(x.teacher, row, number_among_top, spec.vocab.size)
+        vocab = spec.vocab
+        row = student_row(x.teacher, x.student_temperature, rows, vocab.size)
+        of_list = list_statistics(x.teacher, row, number_among_top, vocab.size)
+        # They are the same on all devices, but JAX cannot know that.
+        of_list = ListStatistics(*vocab.psum(*map(vocab.on_first_shard, of_list)))
     return of_loss, Statistics(terms.kl, *entropies, agree, of_list)
 
 

@@ -58,6 +58,11 @@ class ListSource(Source):
         """Whether all unlisted columns together are one more outcome."""
         return self.tail != "conditional"
 
+    @property
+    def has_lumped_rest(self) -> bool:
+        """Whether the rest is one outcome, though its columns may be compared."""
+        return self.tail != "uniform"
+
     def pad_columns(self, width):
         del width
         return self
@@ -92,9 +97,9 @@ class ListSource(Source):
         Where they are traced and are not, where nothing is listed though the listed
         mass is to be 1, and where the traced `is_bad`, `[B]`, holds, the row is NaN.
         """
-        columns, counted = self.columns, True if mask is None else mask
-        bad = (columns < -1) | (columns >= vocab_size)
-        bad &= jnp.expand_dims(counted, -1)
+        columns = self.columns
+        counted = jnp.ones(columns.shape[:1], bool) if mask is None else mask
+        bad = ((columns < -1) | (columns >= vocab_size)) & counted[:, None]
         if check.is_known(bad) and bad.any():
             raise ValueError(
                 f"`teacher.indices` must be in [0, {vocab_size}), or -1 for an empty "

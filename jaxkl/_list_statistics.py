@@ -55,7 +55,8 @@ def number_among_top(
     """The number of listed columns among the student's largest, `[B]`, from
     `count_larger` of all columns."""
     has_column = columns < vocab.size
-    is_among = has_column & (larger < jnp.sum(has_column, axis=-1, keepdims=True))
+    number = jnp.sum(has_column, axis=-1, keepdims=True).astype(larger.dtype)
+    is_among = has_column & (larger < number)
     return jnp.sum(is_among, axis=-1).astype(larger.dtype)
 
 

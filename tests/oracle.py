@@ -9,6 +9,7 @@ All gradients are closed forms, which `test_oracle.py` checks by central differe
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 
@@ -242,7 +243,8 @@ def distillation_loss(
 ) -> Result:
     """The loss, and `cotangent` pulled back to each float argument.
 
-    The teacher is logits, or a list: it has `indices`, `log_probs` and a `tail`.
+    The teacher is logits, or a list: it has `indices`, `log_probs`, `log_rest` and a
+    `tail`, and its own temperature.
     """
     tokens = _Tokens(student, teacher, vocab_size, where, weights)
     T = tokens.per_token(temperature)
@@ -332,7 +334,8 @@ def metrics(
 ) -> Metrics:
     """Weighted means over the counted tokens; 0 where nothing counts.
 
-    A list that is no distribution over the vocabulary has neither entropy nor top 1.
+    Beside a list, all but the cross-entropy and the top 1 are at the loss's temperature
+    and of the outcomes that are compared.
     """
     tokens = _Tokens(student, teacher, vocab_size, where, weights)
     T = tokens.per_token(temperature)
@@ -342,27 +345,43 @@ def metrics(
         return np.sum(w * x) / w.sum() if w.sum() > 0 else np.longdouble(0)
 
     with np.errstate(all="ignore"):
-        s, log_p = tokens.student, tokens.teacher_log_probs()
+        s, top1 = tokens.student, np.argmax(tokens.student, -1)
         D, _, _ = tokens.divergence_and_grad(divergence, T, Tt)
-        kl, _, _ = tokens.divergence_and_grad(forward_kl, *np.ones_like([T, Tt]))
-        log_q, top1 = log_softmax(s), np.argmax(s, -1)
         cross_entropy = None
         if labels is not None:
             labels = tokens.integer(labels)
             ce, _ = _cross_entropy(s, labels, 0.0)
             cross_entropy = mean(ce, tokens.weights * (labels != -100))
         p_listed = q_listed = overlap = None
-        if tokens.list is not None:
-            rows = zip(log_q, tokens.integer(tokens.list.indices), tokens.teacher)  # noqa: B905
-            of_rows = np.reshape([_listed(*row) for row in rows], (-1, 3))
+        if tokens.list is None:
+            log_p, log_q = log_softmax(tokens.teacher), log_softmax(s)
+            kl, _, _ = tokens.divergence_and_grad(forward_kl, *np.ones_like([T, Tt]))
+            top1_of_teacher = np.argmax(log_p, -1)
+        else:
+            kl, _, _ = tokens.divergence_and_grad(forward_kl, T, Tt)
+            log_p, log_q, of_rows, top1_of_teacher = [], [], [], []
+            of_list = tokens.of_list(log_softmax(s / T[:, None]))
+            for row, indices, log_probs, *rest in of_list:
+                log_P, log_Q, _ = _outcomes(row, indices, log_probs, *rest, True)
+                log_p.append(log_P)
+                log_q.append(log_Q)
+                of_rows.append(_listed(row, indices, log_probs))
+                used = indices >= 0
+                p = np.zeros_like(row)
+                np.add.at(p, indices[used], np.exp(log_probs[used]))
+                top1_of_teacher.append(np.argmax(p))
+            of_rows = np.reshape(of_rows, (-1, 3))
             p_listed, q_listed, overlap = map(mean, of_rows.T)
+        entropy = lambda log_x: np.array(
+            [-np.sum(_times(np.exp(row), row)) for row in log_x], np.longdouble
+        )
         return Metrics(
             mean(D),
             mean(kl),
             cross_entropy,
-            mean(-np.sum(_times(np.exp(log_q), log_q), -1)),
-            None if log_p is None else mean(-np.sum(_times(np.exp(log_p), log_p), -1)),
-            None if log_p is None else mean(1.0 * (top1 == np.argmax(log_p, -1))),
+            mean(entropy(log_q)),
+            mean(entropy(log_p)),
+            mean(1.0 * (top1 == np.array(top1_of_teacher, int))),
             p_listed,
             q_listed,
             overlap,
@@ -386,42 +405,47 @@ def _divergence_and_grad(divergence, student_logits, teacher_logits):
     return np.sum(f, -1), _to_logits(log_q, f_q), _to_logits(log_p, f_p)
 
 
-def _outcomes(log_q, indices, log_probs, tail):
+def _outcomes(log_q, indices, log_probs, log_rest, eps, tail, lumped=False):
     """The two distributions that a tail compares in one row, and a matrix.
 
-    It sums the columns that make an outcome: `[outcomes, vocab]`, of 0 and 1.
+    It sums the columns that make an outcome: `[outcomes, vocab]`, of 0 and 1. Of
+    "conditional" it has a listed column in a row, and the student is given these. With
+    "renormalize" the unlisted columns are one outcome if they are `lumped`.
     """
     used, p = indices >= 0, np.zeros_like(log_q)
     np.add.at(p, indices[used], np.exp(log_probs[used]))
     listed = np.isin(np.arange(len(log_q)), indices[used])
-    rest = 0 if listed.all() else max(1 - p.sum(), 0)
-    columns = np.eye(len(log_q), dtype=log_q.dtype)
-    if tail in ("renormalize", "conditional"):
-        p = p / p.sum()
-    elif tail == "uniform":
-        p = np.where(listed, p, rest / max((~listed).sum(), 1))
-        p = p / p.sum()
+    if log_rest is None:
+        hidden = eps / 2 * np.sum(p - _times(p, np.log(p)))
+        rest = max(1 - p.sum(), hidden)
     else:
+        rest = np.exp(log_rest)
+    columns = np.eye(len(log_q), dtype=log_q.dtype)
+    if tail == "uniform":
+        p = np.where(listed, p, rest / max((~listed).sum(), 1))
+    elif tail != "renormalize" or lumped:
         p, columns = p[listed], columns[listed]
-        if tail == "bucket" and not listed.all():
-            p = np.append(p, rest)
+        if tail != "conditional" and not listed.all():
+            p = np.append(p, rest if tail == "bucket" else 0)
             columns = np.concatenate([columns, 1 * ~listed[None]])
-    return np.log(p), np.log(columns @ np.exp(log_q)), columns
+    if tail != "drop":
+        p = p / p.sum()
+    log_Q = np.log(columns @ np.exp(log_q))
+    if tail == "conditional":
+        log_Q = log_softmax(log_q[listed])
+    return np.log(p), log_Q, columns
 
 
-def _listed_divergence_and_grad(divergence, student_logits, indices, log_probs, tail):
+def _listed_divergence_and_grad(divergence, student_logits, of_list):
     losses, grads = np.zeros_like(student_logits[:, 0]), np.zeros_like(student_logits)
-    for i, log_q in enumerate(log_softmax(student_logits)):
-        if tail == "conditional":  # a loss of a smaller vocabulary
-            listed = np.unique(indices[i][indices[i] >= 0])
-            log_p, _, _ = _outcomes(log_q, indices[i], log_probs[i], tail)
-            small = student_logits[i : i + 1, listed], log_p[None, listed]
-            (losses[i],), (grads[i, listed],), _ = _divergence_and_grad(
-                divergence, *small
-            )
-            continue
-        log_p, log_Q, columns = _outcomes(log_q, indices[i], log_probs[i], tail)
+    for i, (log_q, indices, log_probs, log_rest, eps, tail) in enumerate(of_list):
+        log_p, log_Q, columns = _outcomes(
+            log_q, indices, log_probs, log_rest, eps, tail
+        )
         f, _, f_Q = divergence(log_p, log_Q)
+        if tail == "conditional":  # a loss of a smaller vocabulary
+            losses[i], grads[i] = f.sum(), _to_logits(log_Q, f_Q) @ columns
+            continue
         if tail == "drop":  # not a whole sum, over which the oracle's `q - p` is 0
             f_Q = -np.exp(log_p)
             f = _times(-f_Q, log_p - log_Q)
@@ -429,7 +453,7 @@ def _listed_divergence_and_grad(divergence, student_logits, indices, log_probs, 
         # ∂ log Q / ∂ log q, where there is any.
         f_q = f_Q @ (columns * q / np.where(Q > 0, Q, 1)[:, None])
         losses[i], grads[i] = f.sum(), f_q - q * f_q.sum()
-    return losses, grads, np.zeros_like(log_probs)  # a list is a constant
+    return losses, grads
 
 
 def _to_logits(log_probs, slopes):
@@ -513,19 +537,20 @@ class _Tokens:
     def divergence_and_grad(self, divergence, temperature, teacher_temperature):
         student = self.student / temperature[:, None]
         if self.list is not None:
-            lists = self.integer(self.list.indices), self.teacher, self.list.tail
-            return _listed_divergence_and_grad(divergence, student, *lists)
+            of_list = self.of_list(log_softmax(student))
+            found = _listed_divergence_and_grad(divergence, student, of_list)
+            return *found, np.zeros_like(self.teacher)  # a list is a constant
         teacher = self.teacher / teacher_temperature[:, None]
         return _divergence_and_grad(divergence, student, teacher)
 
-    def teacher_log_probs(self):
-        if self.list is None:
-            return log_softmax(self.teacher)
-        if self.list.tail in ("drop", "bucket"):
-            return None
-        rows = zip(self.student, self.integer(self.list.indices), self.teacher)  # noqa: B905
-        log_p = [_outcomes(*row, self.list.tail)[0] for row in rows]
-        return np.reshape(log_p, self.student.shape)
+    def of_list(self, log_q):
+        """For each token, `log_q` and what there is of its list."""
+        eps = float(ml_dtypes.finfo(self.list.log_probs.dtype).eps)
+        rest = [None] * len(log_q)
+        if self.list.log_rest is not None:
+            rest = _real(self.list.log_rest)[self.kept]
+        rows = zip(log_q, self.integer(self.list.indices), self.teacher, rest)  # noqa: B905
+        return [(*row, eps, self.list.tail) for row in rows]
 
     def rows(self, x, vocab_size):
         return _real(x)[self.kept][:, :vocab_size]

@@ -23,7 +23,8 @@ FINITE_WITHOUT_MASS = [
 
 def a_list_and_an_empty_one(rng, **options):
     indices = jnp.array([[0, 3], [-1, -1]])
-    return SparseTeacher(indices, rounded(rng, (2, 2)), **options)
+    log_probs = jnp.asarray(rng.uniform(-3, -1, (2, 2)), jnp.float32)
+    return SparseTeacher(indices, log_probs, **options)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
