@@ -38,7 +38,7 @@ from ._comparison import (
 from ._divergences import Divergence, ForwardKL, is_zero, kl_weights
 from ._list_comparison import compare_list, ListComparison, student_row
 from ._list_statistics import list_statistics, ListStatistics
-from ._lists import positions
+from ._lists import plus_listed, positions, without_listed
 from ._numerics import weigh, zero_unless
 from ._operands import LossTerms, Operands, Spec, Statistics
 from ._row_sums import Maxima, pair_sums, RowStats, RowSums, sum_exp, Unlisted
@@ -63,8 +63,7 @@ class Columns(NamedTuple):
         unlisted = None
         of_list = has_outcomes(spec, x) and x.teacher.has_rest
         if of_list or (spec.statistics and x.teacher.kind == "list"):
-            at = positions(x.teacher.columns, vocab)
-            unlisted = student.at[at].set(-jnp.inf, mode="drop")
+            unlisted = without_listed(student, x.teacher.columns, vocab)
         return cls(spec, x, vocab, teacher, student, unlisted)
 
     def made_first(self) -> "Columns":
@@ -408,14 +407,17 @@ def _d_logits_of_list(c: Columns, rows: RowStats, listed: ListComparison) -> _DL
     d_listed = weigh(weight[:, None], listed.d_listed)
     d_logits = jnp.zeros_like(c.student)
     if listed.d_rest is not None:
-        # Each column outside the list has its share of the rest. Those inside may be
-        # far above the largest one outside.
+        # Each column outside the list has its share of the rest.
         total = rows.sums.unlisted.sum_exp
         share = weigh(weight, listed.d_rest) / jnp.where(total > 0, total, 1)
-        z = SoftmaxStats(rows.maxima.unlisted, T).shifted(c.student)
-        d_logits = weigh(share[:, None], jnp.exp(jnp.minimum(z, 0)))
-    at = positions(x.teacher.columns, c.vocab)
-    return _DLogits(None, d_logits.at[at].set(d_listed, mode="drop"), None, d_T)
+        z = SoftmaxStats(rows.maxima.unlisted, T).shifted(c.unlisted)
+        d_logits = weigh(share[:, None], jnp.exp(z))
+    array = x.student.vocab_array
+    if x.student.kind == "logits" and not x.weights.has_own_terms:
+        # Nothing is added to these, and they are rounded once here or later.
+        d_listed = d_listed.astype(array.dtype)
+    d_logits = plus_listed(d_logits, d_listed, x.teacher.columns, c.vocab)
+    return _DLogits(None, d_logits, None, d_T)
 
 
 def _statistics(pair: Pair, models: Models, vocab: Vocabulary) -> dict[str, jax.Array]:

@@ -183,6 +183,14 @@ class Source(Given):
         del dtype, vocab
         return self
 
+    def materialized(self) -> Self:
+        """The source whose logits, if they are an argument, are one array.
+
+        An accelerator may fuse the end of the program that made them, and round it in
+        one fusion and not in another.
+        """
+        return self
+
     def with_max(self, vocab: Vocabulary) -> Self:
         """The source with its rows' maxima, if it is cheaper to find them for all
         tokens at once than for each tile."""
@@ -226,23 +234,42 @@ class Logits(Source):
         return Logits(P(token_axes or None, vocab_axis))
 
     def logits(self, dtype, vocab):
-        return vocab.fit(self.values).astype(dtype)
+        return _widened(vocab.fit(self.values), dtype)
 
     def vjp(self, d_outputs, counted):
         del counted
         d_values = pad_to_width(d_outputs, self.values.shape[-1])
         return Logits(d_values.astype(self.values.dtype))
 
+    def materialized(self):
+        return Logits(jax.lax.optimization_barrier(self.values), self.maxima)
+
     def with_max(self, vocab):
         if vocab.valid is not None or self.values.shape[-1] != vocab.width:
             return self  # the columns without padding would be a copy
-        maxima = jnp.max(jax.lax.stop_gradient(self.values), axis=-1)
+        values = jax.lax.stop_gradient(self.values)
+        maxima = jnp.max(_widened(values, jnp.dtype(jnp.float32)), axis=-1)
         return Logits(self.values, maxima)
 
     def max(self, logits):
         if self.maxima is None:
             return super().max(logits)
         return self.maxima.astype(logits.dtype)
+
+
+def _widened(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`x` in at least `dtype`, with the values that a bfloat16 array has.
+
+    XLA leaves out a rounding to bfloat16 where it likes, in one fusion and not in
+    another. On a CPU, where it has no barriers, we round again.
+    """
+    if x.dtype != jnp.bfloat16:
+        return x.astype(jnp.promote_types(x.dtype, dtype))
+    finfo = jnp.finfo(x.dtype)
+    rounded = lambda x: jax.lax.reduce_precision(
+        x.astype(dtype), finfo.nexp, finfo.nmant
+    )
+    return jax.lax.platform_dependent(x, cpu=rounded, default=lambda x: x.astype(dtype))
 
 
 def as_source(name: str, x: Given | ArrayLike) -> Source:

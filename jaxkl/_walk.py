@@ -52,7 +52,8 @@ def walk(spec: Spec, perturbed: Operands, plan: Plan, operands: Operands) -> Res
 
     everything = jnp.full_like(operands.weights.per_token, True, bool)
     if plan.tile is None:
-        result, totals = of_tile(operands, everything)
+        whole = operands.map_sources(lambda source: source.materialized())
+        result, totals = of_tile(whole, everything)
     else:
         f, size = of_tile, plan.tile
         if plan.part is not None and waiting:
