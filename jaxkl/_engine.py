@@ -43,7 +43,13 @@ def weighted_loss(spec: Spec, operands: Operands) -> Outputs:
         operands = jax.tree.map(ft.partial(_widen_shared, vocab_axis), operands)
     operands = operands.match_varying(vocab_axis)
     operands = operands.map_sources(lambda source: source.zero_padding(spec.vocab))
-    outputs: Any = _weighted_loss(spec, dtypes, operands)
+    outputs: Any
+    try:
+        outputs = _weighted_loss(spec, dtypes, operands)
+    except NotImplementedError:
+        # A `jax.shard_map` without a `jit` around it runs no custom_vjp with symbolic
+        # zeros, but a `jit` around one.
+        outputs = _jitted_weighted_loss(spec, dtypes, operands)
     loss, terms, statistics = outputs
     return loss, jax.lax.stop_gradient(terms), jax.lax.stop_gradient(statistics)
 
@@ -143,6 +149,7 @@ def _backward(spec, res, g):
 
 
 _weighted_loss.defvjp(_weighted_loss_fwd, _weighted_loss_bwd, symbolic_zeros=True)
+_jitted_weighted_loss = jax.jit(_weighted_loss, static_argnums=(0, 1))
 
 
 def _absent() -> jax.Array:
