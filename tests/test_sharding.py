@@ -760,5 +760,11 @@ def test_a_users_function_is_asked_of_a_slices_own_columns(rng):
 def test_explicit_axes_need_a_mesh_for_heads(rng):
     mesh = mesh_of("2x4", AxisType.Explicit)
     student, teacher = (spread(mesh, x) for x in sources(rng, "heads", (8,), 24))
-    with pytest.raises(ValueError, match="must be logits .* pass `mesh`"):
+    with pytest.raises(ValueError, match="`teacher` must be logits .* pass `mesh`"):
         jax.jit(distillation_loss)(student, teacher)
+    tokens = np.zeros((8, 2), int)
+    with pytest.raises(ValueError, match="^`student` must be logits .* pass `mesh`"):
+        jax.jit(jaxkl.token_log_probs)(student, tokens[:, 0])
+    logits = jax.device_put(rounded(rng, (8, 24)), NamedSharding(mesh, P("data")))
+    with pytest.raises(ValueError, match="`tokens` must be one .* pass `mesh`"):
+        jax.jit(jaxkl.token_log_probs)(logits, tokens)
