@@ -244,6 +244,31 @@ def test_names_what_the_arrays_show():
         assert not found.agrees
 
 
+@pytest.mark.parametrize("scale", [1, 1000])
+def test_names_raw_logits(scale, tmp_path, capsys):
+    """PyTorch computes the same, and a loss below 0: nobody means it."""
+    raw, target = scale * logits[0], scale * logits[1]
+    path = tmp_path / "raw.npz"
+    for arrays, options, says in [
+        ({"input": raw}, {}, ["raw logits passed as log-probabilities: input"]),
+        (
+            {"input": raw, "target": target},
+            dict(log_target=True),
+            [f"raw logits passed as log-probabilities: {n}" for n in ARRAYS],
+        ),
+        ({"target": target}, {}, ["raw logits passed as probabilities: target"]),
+    ]:
+        arrays = ARRAYS | arrays
+        recorded = torch_loss(arrays["input"], arrays["target"], **options)
+        for recording in ({}, recorded):
+            found = compare(Recording("file", arrays | recording), **options)
+            assert [m.name for m in found.mistakes] == says and not found.agrees
+            assert "softmax(" in found.mistakes[0].evidence
+    np.savez(path, **ARRAYS | {"input": raw}, loss=torch_loss(raw, t)["loss"])
+    assert main(["parity", "compare", str(path)]) == 1
+    assert "kl_div takes log_softmax(input)" in capsys.readouterr().out
+
+
 RIGHT = {
     "batchmean": (kl, {}, {}),
     "mean": (torch_loss(x, t, "mean"), {}, dict(reduction="mean")),

@@ -19,6 +19,7 @@ from ._mistakes import (
     Formula,
     Mistake,
     nans,
+    no_distributions,
     single_mistakes,
     wrong_contents,
 )
@@ -89,8 +90,11 @@ def compare(
         bad, found = nans(arrays), []
         if not all(r.agrees for r in recorded):
             found = _explanations(truth, recorded)
-            if not (found or bad):
-                found = [_unknown(recorded)]
+        # The recording may be of the right loss, made of the file's logits.
+        if not any("logits" in mistake.name for mistake in found):
+            bad += no_distributions(arrays, log_target)
+        if not (found or bad or all(r.agrees for r in recorded)):
+            found = [_unknown(recorded)]
         mistakes = (*bad, *wrong_contents(arrays, log_target), *found)
     shown = {k: f"{v.dtype}{list(v.shape)}" for k, v in arrays.items()}
     return Comparison(recording.path, right, shown, both, recorded, mistakes)

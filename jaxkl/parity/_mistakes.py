@@ -226,6 +226,29 @@ def wrong_contents(arrays: Arrays, log_target: bool) -> list[Mistake]:
     return found
 
 
+def no_distributions(arrays: Arrays, log_target: bool) -> list[Mistake]:
+    """Arrays of which no row is a distribution: most likely raw logits."""
+    found = []
+    for name, logs in (("input", True), ("target", log_target)):
+        x = _rows(arrays, name)
+        if not (x.ndim and x.size) or _holds(x, logs) or _holds(x, not logs):
+            continue
+        tol = distributions.TOLERANCE[x.dtype.name]
+        with np.errstate(over="ignore"):
+            x = x.astype(np.float64)
+            sums = np.sum(np.exp(x) if logs else x, -1)
+        if np.any(np.isnan(sums) | (np.abs(sums - 1) <= tol)):
+            continue
+        what, log = ("the exponentials of no row", "log_") if logs else ("no row", "")
+        evidence = (
+            f"{what} of `{name}` sum to 1 (the first: {sums.flat[0]:.6g}): kl_div takes "
+            f"{log}softmax({name})"
+        )
+        kind = "log-probabilities" if logs else "probabilities"
+        found.append(Mistake(f"raw logits passed as {kind}: {name}", evidence))
+    return found
+
+
 def _evidence(name: str, x: np.ndarray, logs: bool) -> str:
     x = x.astype(np.float64)
     entries, exponentials = (float(np.sum(a, -1).flat[0]) for a in (x, np.exp(x)))
