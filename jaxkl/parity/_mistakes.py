@@ -241,8 +241,8 @@ def no_distributions(arrays: Arrays, log_target: bool) -> list[Mistake]:
             continue
         what, log = ("the exponentials of no row", "log_") if logs else ("no row", "")
         evidence = (
-            f"{what} of `{name}` sum to 1 (the first: {sums.flat[0]:.6g}): kl_div takes "
-            f"{log}softmax({name})"
+            f"{what} of `{name}` sum to 1 (the first: {sums.flat[0]:.6g}): kl_div "
+            f"takes {log}softmax({name})"
         )
         kind = "log-probabilities" if logs else "probabilities"
         found.append(Mistake(f"raw logits passed as {kind}: {name}", evidence))
