@@ -297,7 +297,6 @@ MODELS = {"student": logits[0], "teacher": logits[1]}
         (of_models(2.0), {}, {}, "T = 2 (give it"),
         (of_models(mean=False), {}, {}, "sum for the mean over rows"),
         (of_models(factor=4), {}, dict(temperature=2.0), "logits not divided by T"),
-        (of_models(), {"mask": mask}, {}, "padding not masked"),
     ],
 )
 def test_logits_of_two_models(recorded, more, options, says):
