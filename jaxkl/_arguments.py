@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from . import _checks as check
 from ._compat import varying_axes
 from ._divergences import check_callable, foreign_members
+from ._function_source import FunctionSource
 from ._operands import Operands
 from ._sources import Source
 from ._vocabulary import Vocabulary
@@ -31,13 +32,14 @@ def as_vocabulary(
             raise ValueError(
                 "`student` and `teacher` must have the same vocabulary, got "
                 f"{width} and {other} columns; with padding columns, pass "
-                "`vocab_size`."
+                f"`vocab_size`.{_as_hidden(student=student, teacher=teacher)}"
             )
         if vocab_size is not None and vocab_size > min(width, other):
             also = "" if teacher.width is None else f", and of `teacher`, {other}"
             raise ValueError(
                 "`vocab_size` must be at most the columns of `student`, "
                 f"{width}{also}, got {vocab_size}."
+                f"{_as_hidden(student=student, teacher=teacher)}"
             )
         return Vocabulary.whole(width if vocab_size is None else vocab_size)
     if width != other:
@@ -52,6 +54,16 @@ def as_vocabulary(
             f"all devices of axis {axis_name!r}, got {vocab_size}."
         )
     return vocab
+
+
+def _as_hidden(**models: Source) -> str:
+    """What to look for if a function makes as many columns as its argument has."""
+    return "".join(
+        f" `{name}.apply` makes as many columns as its hidden states have, {x.width}: "
+        "if it returns hidden states, multiply them by the matrix of the head."
+        for name, x in models.items()
+        if isinstance(x, FunctionSource) and x.width == x.hidden.shape[-1]
+    )
 
 
 def check_slices(axis_name: str, operands: Operands, labels: str = "labels") -> None:

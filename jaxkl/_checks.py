@@ -38,7 +38,8 @@ def array(name: str, x: Any, kind: str) -> jax.Array:
     try:
         return jnp.asarray(x)
     except (TypeError, ValueError) as error:
-        got = type(x).__name__
+        hint = ", which can be called: pass its array" if callable(x) else ""
+        got = f"{type(x).__name__}{hint}"
         raise TypeError(f"`{name}` must be an array of {kind}, got {got}.") from error
     except OverflowError as error:
         raise ValueError(f"`{name}` must be an array of {kind}: {error}.") from error

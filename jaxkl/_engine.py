@@ -43,7 +43,21 @@ def weighted_loss(spec: Spec, operands: Operands) -> Outputs:
     if vocab_axis is not None:
         operands = jax.tree.map(ft.partial(_widen_shared, vocab_axis), operands)
     operands = operands.match_varying(vocab_axis)
-    outputs: Any = _weighted_loss(spec, dtypes, operands)
+    outputs: Any
+    try:
+        outputs = _weighted_loss(spec, dtypes, operands)
+    except NotImplementedError:
+        # A `jax.shard_map` without a `jit` around it runs no custom_vjp with symbolic
+        # zeros, but a `jit` around one.
+        outputs = _jitted_weighted_loss(spec, dtypes, operands)
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise TypeError(
+            "forward-mode autodiff (`jax.jvp`, `jax.linearize`, `jax.jacfwd`) is for "
+            "the function of the same name in `jaxkl.reference`, which has the same "
+            "values; this one makes gradients with the loss, for reverse mode alone."
+        ) from error
     loss, terms, statistics = outputs
     return loss, jax.lax.stop_gradient(terms), jax.lax.stop_gradient(statistics)
 
@@ -143,6 +157,7 @@ def _backward(spec, res, g):
 
 
 _weighted_loss.defvjp(_weighted_loss_fwd, _weighted_loss_bwd, symbolic_zeros=True)
+_jitted_weighted_loss = jax.jit(_weighted_loss, static_argnums=(0, 1))
 
 
 def _absent() -> jax.Array:
@@ -182,6 +197,22 @@ def _with_dtypes(dtypes: tuple[str, ...], operands: Operands) -> Operands:
     return structure.unflatten([cast(x, dtype) for x, dtype in pairs])
 
 
+def _check_explicit(operands: Operands, is_dense: bool, is_alone: bool) -> None:
+    what = "`mesh`, with `token_axes` or `vocab_axis`"
+    if not is_dense:
+        names = "`student`" if is_alone else "`student` and `teacher`"
+        sparse = "" if is_alone else " or a SparseTeacher"
+        raise ValueError(
+            f"{names} must be logits if mesh axes are Explicit: for a head{sparse} "
+            f"pass {what}."
+        )
+    if operands.labels is not None and operands.labels.ndim > 1:
+        raise ValueError(
+            "`tokens` must be one in each place if mesh axes are Explicit, got "
+            f"{operands.labels.shape[1]}: for several pass {what}."
+        )
+
+
 def _outputs(spec: Spec, operands: Operands, result: Result) -> Any:
     loss = jax.tree.map(weigh, operands.weights, result.terms)
     if spec.reduce:
@@ -192,11 +223,8 @@ def _outputs(spec: Spec, operands: Operands, result: Result) -> Any:
 def _run(spec: Spec, operands: Operands, perturbed: Operands) -> Result:
     """Walks over all tokens as planned for the platform; see `walk`."""
     work = workload(spec, operands, perturbed)
-    if work.sharding == "explicit" and not work.is_dense:
-        raise ValueError(
-            "`student` and `teacher` must be logits if mesh axes are Explicit: for a "
-            "head or a SparseTeacher pass `mesh`."
-        )
+    if work.sharding == "explicit":
+        _check_explicit(operands, work.is_dense, spec.divergence is None)
     walk_by = lambda plan: ft.partial(walk, spec, perturbed, plan)
     on_cpu, elsewhere = plan("cpu", work), plan("accelerator", work)
     if on_cpu == elsewhere:

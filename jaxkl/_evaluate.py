@@ -24,4 +24,7 @@ def weighted_terms(prepared: Prepared) -> Outputs:
     spec, operands, layout, *_ = prepared
     if layout is None:
         return weighted_loss(spec, operands)
-    return sharded_weighted_loss(spec, layout, operands)
+    # Without `jit`, each step would be a program of all devices, and they may wait for
+    # each other for ever.
+    with jax.disable_jit(False):
+        return sharded_weighted_loss(spec, layout, operands)

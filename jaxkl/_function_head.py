@@ -137,7 +137,15 @@ def _logits_type(name: str, apply: Any, leaves: tuple[Any, ...], hidden: jax.Arr
     """The type of the logits of some tokens, once it is checked."""
     width = hidden.shape[-1]
     f = lambda leaves, hidden: apply(leaves, zeros(hidden, (2, width)))
-    jaxpr, out = jax.make_jaxpr(f, return_shape=True)(leaves, hidden)
+    try:
+        jaxpr, out = jax.make_jaxpr(f, return_shape=True)(leaves, hidden)
+    except Exception as error:
+        _check_order(name, apply, leaves, hidden)
+        error.add_note(
+            f"`{name}.apply` was called as apply(params, hidden), with hidden "
+            f"{hidden.dtype.name}{[2, width]}."
+        )
+        raise
     if any(map(check.is_traced, jaxpr.consts)):
         raise ValueError(
             f"`{name}.apply` must not close over traced values: pass them in `params`, "
@@ -156,6 +164,22 @@ def _logits_type(name: str, apply: Any, leaves: tuple[Any, ...], hidden: jax.Arr
             f"{', '.join(check.FLOAT_DTYPES)}; got {out.dtype.name}."
         )
     return jaxpr.out_avals[0]
+
+
+def _check_order(name: str, apply: Any, leaves: tuple[Any, ...], hidden: jax.Array):
+    """Checks that `apply`, which fails, does not take its arguments in reverse."""
+    reverse = lambda leaves, hidden: apply.apply(
+        zeros(hidden, (2, hidden.shape[-1])), apply.structure.unflatten(leaves)
+    )
+    try:
+        out = jax.eval_shape(reverse, leaves, hidden)
+    except Exception:
+        return
+    if getattr(out, "shape", ())[:-1] == (2,):
+        raise ValueError(
+            f"`{name}.apply` must be `(params, hidden) -> logits`: it fails, and as "
+            "`(hidden, params) -> logits` it does not. Swap its arguments."
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -160,9 +160,13 @@ class DistillationMetrics:
             if (x is None) != (y is None)
         ]
         if differing:
+            flags = {"labels": "cross_entropy", "sparse_teacher": "top_k_overlap"}
+            given = [f"{flag}=True" for flag, x in flags.items() if x in differing]
             raise ValueError(
                 "`+` needs metrics with the same attributes; in one of these "
-                f"{', '.join(differing)} is None, and in the other not."
+                f"{', '.join(differing)} is None, and in the other not: start from "
+                f"`DistillationMetrics.zeros({', '.join(given)})`, or give both losses "
+                "the same kinds of arguments."
             )
         return jax.tree.map(jnp.add, self, other)
 

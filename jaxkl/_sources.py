@@ -214,7 +214,7 @@ class Logits(Source):
     by_column: ClassVar[frozenset[str]] = frozenset({"values"})
 
     def checked(self, name):
-        values = check.float_array(name, self.values)
+        values = logits_array(name, self.values)
         if values.ndim == 0:
             raise ValueError(f"`{name}` must be logits [..., vocab], got a scalar.")
         return Logits(values)
@@ -283,6 +283,35 @@ def as_source(name: str, x: Given | ArrayLike) -> Source:
     if source.width == 0:
         raise ValueError(f"`{name}` must have a vocabulary of at least 1, got 0.")
     return source
+
+
+def logits_array(name: str, x: ArrayLike) -> jax.Array:
+    """`x` as an array of floats, once it is no model, nor several arrays."""
+    must = f"`{name}` must be one array of logits or a head"
+    kind = type(x).__name__
+    if isinstance(x, Given):
+        raise TypeError(f"`{name}` must be an array of logits, got {kind}.")
+    if isinstance(x, list | tuple) and any(map(_is_model, x)):
+        several = "; for several teachers, add up the loss to each"
+        raise TypeError(
+            f"{must}, got a {kind} of {len(x)}: pass one of them, or for hidden states "
+            "and their matrix a LinearHead(hidden, kernel)"
+            f"{several if name == 'teacher' else ''}."
+        )
+    if callable(x):
+        raise TypeError(
+            f"{must}, got {kind}, which can be called: pass what it makes, or for a "
+            "tile at a time LinearHead(hidden, kernel) or "
+            "FunctionHead(apply, params, hidden)."
+        )
+    if hasattr(x, "logits"):
+        raise TypeError(f"{must}, got {kind}: pass its `logits`.")
+    return check.float_array(name, x)
+
+
+def _is_model(x: Any) -> bool:
+    """Whether `x` is an array, or a thing of another kind than numbers."""
+    return getattr(x, "ndim", 0) > 0 or isinstance(x, Given) or callable(x)
 
 
 def flattened(source: Source) -> Source:

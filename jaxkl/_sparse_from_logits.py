@@ -11,6 +11,7 @@ from . import _checks as check
 from ._arguments import per_token
 from ._numerics import loss_dtype, zero_unless
 from ._softmax import SoftmaxStats
+from ._sources import logits_array
 from ._sparse import SparseTeacher, Tail
 
 
@@ -131,7 +132,7 @@ def _checked(
     logits: ArrayLike, temperature: ArrayLike
 ) -> tuple[jax.Array, jax.Array | None]:
     """The logits, and the temperature of each row, `[B]`; None: 1."""
-    t = check.float_array("logits", logits)
+    t = logits_array("logits", logits)
     if t.ndim == 0 or t.shape[-1] == 0:
         raise ValueError(f"`logits` must be [..., vocab], got shape {t.shape}.")
     shape = t.shape[:-1]

@@ -146,6 +146,81 @@ TYPE_ERRORS = {
     "a class": ("divergence", dict(divergence=jaxkl.ForwardKL)),
     "a class with parameters": ("divergence", dict(divergence=jaxkl.JensenShannon)),
 }
+HIDDEN, KERNEL = np.ones((3, 4), np.float32), np.ones((4, 5), np.float32)
+
+
+class Module:
+    """As a layer of Flax or Equinox."""
+
+    kernel = KERNEL
+
+    def __call__(self, x):
+        return x @ self.kernel
+
+
+class Output:
+    """As what a model of Hugging Face returns."""
+
+    logits = S
+
+
+def _head(apply, params):
+    return jaxkl.FunctionHead(apply, params, HIDDEN)
+
+
+AS_HIDDEN = "`student.apply` makes as many columns as its hidden states have, 4"
+WAYS_OUT = {  # the arguments, the type of the error, and what it says
+    "a module": (
+        dict(student=Module()),
+        TypeError,
+        r"`student` .*got Module, which can be called: .*FunctionHead\(apply, params",
+    ),
+    "a module as teacher": (
+        dict(teacher=Module()),
+        TypeError,
+        r"`teacher` .*LinearHead\(hidden, kernel\)",
+    ),
+    "a module as kernel": (
+        dict(student=jaxkl.LinearHead(HIDDEN, Module())),
+        TypeError,
+        "`student.kernel` .*got Module, which can be called: pass its array",
+    ),
+    "a model's output": (
+        dict(student=Output()),
+        TypeError,
+        "`student` .*Output: pass its `logits`",
+    ),
+    "a tuple": (
+        dict(student=(HIDDEN, KERNEL)),
+        TypeError,
+        r"`student` .*got a tuple of 2: .*LinearHead\(hidden, kernel\)\.",
+    ),
+    "teachers": (
+        dict(teacher=[S, S]),
+        TypeError,
+        "`teacher` .*got a list of 2: .*several teachers, add up the loss to each",
+    ),
+    "heads of teachers": (
+        dict(teacher=[jaxkl.LinearHead(HIDDEN, KERNEL)]),
+        TypeError,
+        "`teacher` .*got a list of 1: ",
+    ),
+    "apply(hidden, params)": (
+        dict(student=_head(lambda x, params: x @ params["kernel"], {"kernel": KERNEL})),
+        ValueError,
+        "`student.apply` must be .*Swap its arguments",
+    ),
+    "hidden states": (
+        dict(student=_head(lambda scale, x: scale * x, np.float32(2))),
+        ValueError,
+        AS_HIDDEN,
+    ),
+    "hidden states and vocab_size": (
+        dict(student=_head(lambda scale, x: scale * x, np.float32(2)), vocab_size=5),
+        ValueError,
+        AS_HIDDEN,
+    ),
+}
 FUNCTIONS = [
     pytest.param(f, id=name)
     for name, f in {
@@ -173,6 +248,40 @@ def test_value_errors_name_the_argument(loss, name, arguments):
 def test_type_errors_name_the_argument(loss, name, arguments):
     with pytest.raises(TypeError, match=f"`{name}`"):
         _call(loss, arguments)
+
+
+@pytest.mark.parametrize("arguments, error, says", WAYS_OUT.values(), ids=WAYS_OUT)
+def test_errors_name_the_way_out(arguments, error, says):
+    with pytest.raises(error, match=says):
+        _call(jaxkl.distillation_loss, arguments)
+
+
+def test_an_apply_that_fails_is_named():
+    """The error is the user's own, with a note."""
+    head = _head(lambda params, x: x @ params["kernal"], {"kernel": KERNEL})
+    with pytest.raises(KeyError, match="kernal") as caught:
+        jaxkl.distillation_loss(head, S)
+    (note,) = [x for x in caught.value.__notes__ if "apply" in x]
+    assert "`student.apply` was called as apply(params, hidden)" in note
+    assert "float32[2, 4]" in note
+
+
+@pytest.mark.parametrize(
+    "logits, says",
+    [
+        (Module(), "`logits` .*got Module, which can be called"),
+        (jaxkl.SparseTeacher(LABELS, S[:, 0]), "`logits` .*got SparseTeacher"),
+        ((HIDDEN, KERNEL), "`logits` .*got a tuple of 2"),
+    ],
+)
+def test_lists_are_made_of_logits(logits, says):
+    with pytest.raises(TypeError, match=says):
+        jaxkl.top_k_teacher(logits, 2)
+
+
+def test_a_list_of_numbers_is_an_array():
+    numbers = [[1.0, 2.0]], ([np.float32(1), np.float32(2)],)
+    assert jaxkl.distillation_loss(*numbers) == 0
 
 
 @pytest.mark.parametrize("loss", FUNCTIONS)

@@ -244,6 +244,87 @@ def test_names_what_the_arrays_show():
         assert not found.agrees
 
 
+@pytest.mark.parametrize("scale", [1, 1000])
+def test_names_raw_logits(scale, tmp_path, capsys):
+    """PyTorch computes the same, and a loss below 0: nobody means it."""
+    raw, target = scale * logits[0], scale * logits[1]
+    path = tmp_path / "raw.npz"
+    for arrays, options, says in [
+        ({"input": raw}, {}, ["raw logits passed as log-probabilities: input"]),
+        (
+            {"input": raw, "target": target},
+            dict(log_target=True),
+            [f"raw logits passed as log-probabilities: {n}" for n in ARRAYS],
+        ),
+        ({"target": target}, {}, ["raw logits passed as probabilities: target"]),
+    ]:
+        arrays = ARRAYS | arrays
+        recorded = torch_loss(arrays["input"], arrays["target"], **options)
+        for recording in ({}, recorded):
+            found = compare(Recording("file", arrays | recording), **options)
+            assert [m.name for m in found.mistakes] == says and not found.agrees
+            assert "softmax(" in found.mistakes[0].evidence
+    np.savez(path, **ARRAYS | {"input": raw}, loss=torch_loss(raw, t)["loss"])
+    assert main(["parity", "compare", str(path)]) == 1
+    assert "kl_div takes log_softmax(input)" in capsys.readouterr().out
+
+
+def of_models(temperature=1.0, mask=None, **changes):
+    """What a PyTorch user records who writes `distillation_loss` by hand."""
+    s, t = (torch.tensor(x).requires_grad_() for x in logits)
+    T = temperature
+    log_q, p = torch.log_softmax(s / T, -1), torch.softmax(t / T, -1)
+    terms = torch.nn.functional.kl_div(log_q, p, reduction="none")
+    rows = changes.get("factor", T * T) * terms.sum(-1)
+    rows = rows if mask is None else rows[torch.tensor(mask)]
+    loss = rows.mean() if changes.get("mean", True) else rows.sum()
+    names = "loss", "grad_student", "grad_teacher"
+    values = loss, *torch.autograd.grad(loss, (s, t))
+    return {n: x.detach().numpy() for n, x in zip(names, values, strict=True)}
+
+
+MODELS = {"student": logits[0], "teacher": logits[1]}
+
+
+@pytest.mark.parametrize(
+    "recorded, more, options, says",
+    [
+        (of_models(), {}, {}, None),
+        (of_models(3.0), {"temperature": np.float64(3)}, {}, None),
+        (of_models(2.0, mask), {"mask": mask}, dict(temperature=2.0), None),
+        (of_models(2.0, mean=False), {}, dict(temperature=2.0, reduction="sum"), None),
+        (of_models(2.0, factor=1), {}, dict(temperature=2.0), "missing T²"),
+        (of_models(2.0), {}, {}, "T = 2 (give it"),
+        (of_models(mean=False), {}, {}, "sum for the mean over rows"),
+        (of_models(factor=4), {}, dict(temperature=2.0), "logits not divided by T"),
+    ],
+)
+def test_logits_of_two_models(recorded, more, options, says):
+    found = compare(Recording("file", MODELS | recorded | more), **options)
+    names = [r.quantity for r in found.both]
+    assert names == ["value", "d_student", "d_teacher"]
+    assert all(r.agrees for r in found.both)
+    assert [r.name for r in found.recorded] == [*recorded]
+    assert found.agrees == (says is None) and "student" in str(found.formula)
+    if says is None:
+        assert not found.mistakes
+    else:
+        assert found.mistakes[0].name.startswith(says)
+        assert "input" not in found.mistakes[0].evidence
+
+
+def test_logits_of_two_models_on_the_command_line(tmp_path, capsys):
+    path = tmp_path / "models.npz"
+    np.savez(path, **MODELS, **of_models(2.0))
+    assert main(["parity", "compare", str(path), "--temperature", "2"]) == 0
+    assert "distillation_loss in jaxkl and in PyTorch" in capsys.readouterr().out
+    assert main(["parity", "compare", str(path), "--log-target"]) == 2
+    assert "leave out --reduction none and --log-target" in capsys.readouterr().err
+    np.savez(path, **MODELS, **ARRAYS)
+    assert main(["parity", "compare", str(path)]) == 2
+    assert "beside `student`" in capsys.readouterr().err
+
+
 RIGHT = {
     "batchmean": (kl, {}, {}),
     "mean": (torch_loss(x, t, "mean"), {}, dict(reduction="mean")),

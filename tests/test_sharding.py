@@ -2,6 +2,7 @@
 
 import functools as ft
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -497,6 +498,45 @@ def test_axis_name_with_metrics_and_per_token_losses(rng):
         assert_close(x, y, 2e-6)
 
 
+LABELS = np.array([9, 0, 4])
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda s, t, **axis: distillation_loss(s, t, temperature=2.0, **axis),
+        *rarely(
+            lambda s, _, **axis: jaxkl.cross_entropy(s, LABELS, **axis),
+            lambda s, _, **axis: jaxkl.token_log_probs(s, LABELS, **axis)[1],
+        ),
+    ],
+    ids=["distillation_loss", "cross_entropy", "token_log_probs"],
+)
+def test_axis_name_without_jit(rng, loss):
+    student, teacher = sources(rng, "heads", (3,), 10)[0], rounded(rng, (3, 10))
+    columns = P(None, "model")
+    spec = replace(student, hidden=P(), kernel=columns, bias=P("model"))
+    mesh = jax.make_mesh((2,), ("model",), (AxisType.Auto,), devices=jax.devices()[:2])
+    f = ft.partial(loss, axis_name="model")
+    f = jax.shard_map(f, mesh=mesh, in_specs=(spec, columns), out_specs=P())
+    want, d_want = jax.jit(jax.value_and_grad(loss))(student, teacher)
+    value, gradient = jax.value_and_grad(f)(student, teacher)
+    assert_close(jnp.stack([f(student, teacher), value]), [want, want], 1e-5)
+    assert_source_gradient(student, gradient, d_want, "student")
+
+
+@pytest.mark.parametrize("form", ["dense", *rarely("heads")])
+def test_a_mesh_without_jit(rng, form):
+    student, teacher = sources(rng, form)
+    f = jax.value_and_grad(sharded("2x4"))
+    want, d_want = f(student, teacher)
+    with jax.disable_jit():
+        value = sharded("2x4")(student, teacher)
+        again, gradient = f(student, teacher)
+    assert value == again == want and want > 0
+    jax.tree.map(np.testing.assert_array_equal, gradient, d_want)
+
+
 # Errors.
 
 
@@ -720,5 +760,11 @@ def test_a_users_function_is_asked_of_a_slices_own_columns(rng):
 def test_explicit_axes_need_a_mesh_for_heads(rng):
     mesh = mesh_of("2x4", AxisType.Explicit)
     student, teacher = (spread(mesh, x) for x in sources(rng, "heads", (8,), 24))
-    with pytest.raises(ValueError, match="must be logits .* pass `mesh`"):
+    with pytest.raises(ValueError, match="`teacher` must be logits .* pass `mesh`"):
         jax.jit(distillation_loss)(student, teacher)
+    tokens = np.zeros((8, 2), int)
+    with pytest.raises(ValueError, match="^`student` must be logits .* pass `mesh`"):
+        jax.jit(jaxkl.token_log_probs)(student, tokens[:, 0])
+    logits = jax.device_put(rounded(rng, (8, 24)), NamedSharding(mesh, P("data")))
+    with pytest.raises(ValueError, match="`tokens` must be one .* pass `mesh`"):
+        jax.jit(jaxkl.token_log_probs)(logits, tokens)

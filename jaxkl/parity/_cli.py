@@ -18,7 +18,8 @@ HELP = "compare jaxkl with the installed PyTorch, on a battery of cases"
 COMPARE = "compare your own arrays, and name the mistake if a recorded loss differs"
 FILES = (
     f".npz, .safetensors or .pt with the arrays {', '.join(NAMES[:2])}, and as far as "
-    f"recorded {', '.join(NAMES[2:])}; or two .npy files, an input and its target"
+    f"recorded {', '.join(NAMES[2:7])}; or with the logits student and teacher, for "
+    "distillation_loss; or two .npy files, an input and its target"
 )
 STDOUT = "-"
 Command = Callable[[argparse.Namespace], int]

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import warnings
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,14 @@ from ._errors import ParityError, require_torch
 from ._files import Arrays, check_temperature, Recording
 from ._measure import equal
 from ._mistakes import (
+    as_models,
     at_unknown_temperature,
     Candidates,
     double_mistakes,
     Formula,
     Mistake,
     nans,
+    no_distributions,
     single_mistakes,
     wrong_contents,
 )
@@ -77,10 +80,16 @@ def compare(
         temperature = float(arrays.get("temperature", np.ones(())).item())
     check_temperature(temperature)
     right = Formula(reduction, log_target, temperature, masked="mask" in arrays)
+    of_models = "student" in arrays
+    if of_models:
+        right = _of_models(recording, right)
+        names = {as_models(n): n for n in ("input", "target", *GRADIENTS)}
+        arrays = {names.get(n, n): x for n, x in arrays.items()}
+        recording = Recording(recording.path, arrays)
     with jax.enable_x64(True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _check_shapes(recording, reduction)
-        both = _in_both(recording, reduction, log_target)
+        both = _in_both(recording, right)
         truth = Evaluated(right, arrays)
         recorded = tuple(
             Recorded(name, arrays[name], truth.values[name], truth.agrees(name))
@@ -89,11 +98,41 @@ def compare(
         bad, found = nans(arrays), []
         if not all(r.agrees for r in recorded):
             found = _explanations(truth, recorded)
-            if not (found or bad):
-                found = [_unknown(recorded)]
-        mistakes = (*bad, *wrong_contents(arrays, log_target), *found)
+        # The recording may be of the right loss, made of the file's logits.
+        if not (of_models or any("logits" in mistake.name for mistake in found)):
+            bad += no_distributions(arrays, log_target)
+        if not (found or bad or all(r.agrees for r in recorded)):
+            found = [_unknown(recorded)]
+        contents = [] if of_models else wrong_contents(arrays, log_target)
+        mistakes = (*bad, *contents, *found)
     shown = {k: f"{v.dtype}{list(v.shape)}" for k, v in arrays.items()}
+    if of_models:
+        shown = {as_models(k): v for k, v in shown.items()}
+        both = tuple(replace(r, quantity=as_models(r.quantity)) for r in both)
+        recorded = tuple(replace(r, name=as_models(r.name)) for r in recorded)
+        mistakes = tuple(
+            Mistake(as_models(m.name), as_models(m.evidence)) for m in mistakes
+        )
     return Comparison(recording.path, right, shown, both, recorded, mistakes)
+
+
+def _of_models(recording: Recording, asked: Formula) -> Formula:
+    """The formula of `distillation_loss`: T² KL in the mean over rows, or their sum."""
+    path, arrays = recording.path, recording.arrays
+    if asked.reduction == "none" or asked.log_target:
+        raise ParityError(
+            f"{path}: `student` and `teacher` are logits, of one loss: leave out "
+            "--reduction none and --log-target"
+        )
+    s, t = (arrays[name].shape for name in ("student", "teacher"))
+    if s != t or not s:
+        raise ParityError(
+            f"{path}: `student` {s} and `teacher` {t} must be logits of one shape, "
+            "[..., vocab]"
+        )
+    changes = dict(input="log_softmax", target="log_softmax", log_target=True)
+    reduction = "sum" if asked.reduction == "sum" else "rows"
+    return replace(asked, reduction=reduction, of_models=True, **changes)
 
 
 def _check_shapes(recording: Recording, reduction: str) -> None:
@@ -127,17 +166,22 @@ def _check_shapes(recording: Recording, reduction: str) -> None:
             )
 
 
-def _in_both(
-    recording: Recording, reduction: str, log_target: bool
-) -> tuple[Result, ...]:
+def _in_both(recording: Recording, right: Formula) -> tuple[Result, ...]:
     x, t = recording.arrays["input"], recording.arrays["target"]
+    more = [np.ones(1)]
+    function, options = "gradients", {"log_target": right.log_target}
+    reduction = right.reduction
+    if right.of_models:
+        function, options = "distillation", {"temperature": right.temperature}
+        reduction = "sum" if reduction == "sum" else "mean"
+        more += [recording.arrays["mask"]] if right.masked else []
     case = Case(
         "compare",
         recording.path,
-        "gradients",
-        lambda: (x, t, np.ones(1)),
+        function,
+        lambda: (x, t, *more),
         (),
-        dict(reduction=reduction, log_target=log_target),
+        dict(reduction=reduction, **options),
         (x.dtype.name, t.dtype.name),
     )
     return tuple(compare_cases([case]))

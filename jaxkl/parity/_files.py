@@ -23,6 +23,7 @@ from ._errors import ParityError, require_torch
 NAMES = (
     *("input", "target", "loss", "grad_input", "grad_target"),
     *("mask", "temperature"),
+    *("student", "teacher", "grad_student", "grad_teacher"),
 )
 SUFFIXES = ".npz", ".safetensors", ".pt", ".pth", ".npy"
 MAX_BYTES = 2 * 2**30
@@ -97,11 +98,20 @@ def _guarded(
 
 
 def _checked(path: pathlib.Path, arrays: Arrays) -> Arrays:
-    for name in ("input", "target"):
+    has_models = not arrays.keys().isdisjoint(("student", "teacher"))
+    if has_models and not arrays.keys().isdisjoint(("input", "target")):
+        raise ParityError(
+            f"{path}: holds `input` or `target` beside `student` or `teacher`: keep "
+            "the log-probabilities of kl_div, or the logits of distillation_loss"
+        )
+    kind = ("student", "teacher") if has_models else ("input", "target")
+    for name in kind:
         if name not in arrays:
+            optional = (n for n in NAMES[2:7] if "grad" not in n)
+            gradients = (f"grad_{n}" for n in kind)
             raise ParityError(
-                f"{path}: no array `{name}`; needed: `input`, `target`; optional: "
-                f"{', '.join(f'`{n}`' for n in NAMES[2:])}"
+                f"{path}: no array `{name}`; needed: `{kind[0]}`, `{kind[1]}`; "
+                f"optional: {', '.join(f'`{n}`' for n in (*optional, *gradients))}"
             )
     for name, array in arrays.items():
         if name == "mask":

@@ -47,6 +47,17 @@ def jax_call(x, t, *, module, arguments):
     return {"outcome": outcome, "value": value}
 
 
+def jax_distillation(s, t, g, where=None, **options):
+    def loss(s, t):
+        mask = None if where is None else jnp.asarray(where, bool)
+        more = dict(where=mask, differentiate_teacher=True)
+        return jaxkl.distillation_loss(s, t, **more, **options)
+
+    value, pull = jax.vjp(loss, s, t)
+    d_student, d_teacher = pull(jnp.ones_like(value))
+    return {"value": value, "d_input": d_student, "d_target": d_teacher}
+
+
 def jax_losses(x, t, g, where=None, *, name, axis):
     f = getattr(jaxkl.losses, name)
     value, pull = jax.vjp(lambda x, t: f(x, t, axis, where), x, t)

@@ -26,6 +26,19 @@ def torch_second_order(x, t, g, c_input, c_target, **options):
     return {"d2_input": d_input, "d2_target": d_target, "d2_g": d_g}
 
 
+def torch_distillation(s, t, g, where=None, *, temperature, reduction):
+    s, t = s.requires_grad_(), t.requires_grad_()
+    wide = torch.promote_types(torch.promote_types(s.dtype, t.dtype), torch.float32)
+    log_q, log_p = (torch.log_softmax(x.to(wide) / temperature, -1) for x in (s, t))
+    rows = torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True)
+    rows = temperature**2 * rows.sum(-1)
+    if where is not None:
+        rows = rows[torch.tensor(where, dtype=torch.bool)]
+    value = rows.mean() if reduction == "mean" else rows.sum()
+    d_student, d_teacher = torch.autograd.grad(value, (s, t))
+    return {"value": value, "d_input": d_student, "d_target": d_teacher}
+
+
 def torch_call(x, t, *, module, arguments):
     built = 0
     with warnings.catch_warnings(record=True) as seen:

@@ -116,6 +116,8 @@ def scales(
     with np.errstate(all="ignore"):
         if case.function == "losses":
             return _scales_of_losses(case.options["name"], numbers, results)
+        if case.function == "distillation":
+            return _scales_of_distillation(case, numbers)
         return _scales_of_kl_div(case, numbers, results)
 
 
@@ -155,6 +157,25 @@ def _scales_of_kl_div(
         "d2_input": summed(to_input, g * c_t * mixed),
         "d2_target": summed(to_target, g * (c_x * mixed + c_t * pure)),
         "d2_g": summed(shape, (c_x * d_input + c_t * d_target) / divisor),
+    }
+
+
+def _scales_of_distillation(case: Case, numbers: Numbers) -> dict[str, Scale]:
+    """Dividing by T rounds the logits, so all terms grow with these."""
+    T = case.options["temperature"]
+    x = np.stack([n / T for n in numbers[:2]])
+    size = 1 + np.sum(np.max(np.abs(np.where(np.isfinite(x), x, 0)), -1), 0)[..., None]
+    q, p = np.exp(x - np.logaddexp.reduce(x, -1, keepdims=True))
+    value = T**2 * p * size
+    rows = numbers[3].sum() if len(numbers) > 3 else value[..., 0].size
+    divisor = rows if case.options["reduction"] == "mean" else 1
+    total, count = _total(value)
+    slope = T * (p + q) * size / divisor
+    width = value.shape[-1]
+    return {
+        "value": (total / divisor, count),
+        "d_input": (slope, width),
+        "d_target": (slope * size, width),
     }
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -52,6 +53,8 @@ class Formula:
     masked: bool = False
     # Where padding counts: "none", in the "count" of rows only, or "all": the sum too.
     padding: str = "none"
+    # Whether the arrays are logits of a student and a teacher, in this order.
+    of_models: bool = False
 
     def __call__(
         self, x: jax.Array, t: jax.Array, mask: jax.Array | None = None
@@ -118,12 +121,18 @@ class Formula:
             "count": ", rows of mask, divided by all",
             "all": ", all rows",
         }
-        return text + rows[self.padding]
+        text += rows[self.padding]
+        return as_models(text) if self.of_models else text
 
     def _shown(self, change: str, name: str) -> str:
         if self._divides(change):
             name += f" / {self.temperature:g}"
         return f"{change}({name})" if change else name
+
+
+def as_models(text: str) -> str:
+    """The text with the names of models for those of `kl_div`'s arguments."""
+    return re.sub(r"(?<!log_)target", "teacher", text.replace("input", "student"))
 
 
 Candidates = Iterator[tuple[str, Formula]]  # names of mistakes, and what they lead to
@@ -151,6 +160,10 @@ def at_unknown_temperature(right: Formula, dims: Dims) -> Candidates:
         return
     for temperature, t_squared in itertools.product(USUAL, (True, False)):
         formula = replace(right, temperature=temperature, t_squared=t_squared)
+        if right.of_models:
+            missing = "" if t_squared else "missing T², and "
+            yield f"{missing}T = {temperature:g} (give it to be sure)", formula
+            continue
         for name, changes in _logits(right, dims):
             name += f", at T = {temperature:g} (give the temperature to be sure)"
             yield name, replace(formula, **changes)
@@ -159,12 +172,23 @@ def at_unknown_temperature(right: Formula, dims: Dims) -> Candidates:
 def _changes(right: Formula, dims: Dims) -> Changes:
     for other in ("mean", "batchmean", "sum"):
         if right.reduction not in ("none", other):
-            yield f"{other} for {right.reduction}", dict(reduction=other)
+            meant = right.reduction.replace("rows", "the mean over rows")
+            yield f"{other} for {meant}", dict(reduction=other)
     if max(dims) > 2 and right.reduction == "batchmean" and not right.masked:
         name = "mean over all rows for batchmean, which divides by the first axis"
         yield name, dict(reduction="rows")
     if right.temperature != 1:
         yield "missing T²", dict(t_squared=False)
+    yield "reversed direction", dict(reverse=True)
+    yield "cross-entropy taken for KL", dict(cross_entropy=True)
+    if right.masked:
+        if right.reduction in ("mean", "batchmean", "rows"):
+            yield "mean over padding", dict(padding="count")
+        yield "padding not masked", dict(padding="all")
+    if right.of_models:
+        if right.temperature != 1:
+            yield "logits not divided by T", dict(divided=False)
+        return
     yield "log_target wrong", dict(log_target=not right.log_target)
     yield "probabilities passed as log-probabilities: input", dict(input="exp")
     yield "the file holds probabilities, their logarithm was taken", dict(input="log")
@@ -174,12 +198,6 @@ def _changes(right: Formula, dims: Dims) -> Changes:
     else:
         name = "log-probabilities passed as probabilities: target"
         yield name, dict(target="log")
-    yield "reversed direction", dict(reverse=True)
-    yield "cross-entropy taken for KL", dict(cross_entropy=True)
-    if right.masked:
-        if right.reduction in ("mean", "batchmean"):
-            yield "mean over padding", dict(padding="count")
-        yield "padding not masked", dict(padding="all")
     yield from _logits(right, dims)
     if right.temperature != 1:
         for name, changes in _logits(right, dims, ", not divided by T"):
@@ -223,6 +241,29 @@ def wrong_contents(arrays: Arrays, log_target: bool) -> list[Mistake]:
             text = f"{kinds[not logs]} passed as {kinds[logs]}: {name}"
             wrong = "log_target wrong: " if name == "target" else ""
             found.append(Mistake(wrong + text, _evidence(name, x, logs)))
+    return found
+
+
+def no_distributions(arrays: Arrays, log_target: bool) -> list[Mistake]:
+    """Arrays of which no row is a distribution: most likely raw logits."""
+    found = []
+    for name, logs in (("input", True), ("target", log_target)):
+        x = _rows(arrays, name)
+        if not (x.ndim and x.size) or _holds(x, logs) or _holds(x, not logs):
+            continue
+        tol = distributions.TOLERANCE[x.dtype.name]
+        with np.errstate(over="ignore"):
+            x = x.astype(np.float64)
+            sums = np.sum(np.exp(x) if logs else x, -1)
+        if np.any(np.isnan(sums) | (np.abs(sums - 1) <= tol)):
+            continue
+        what, log = ("the exponentials of no row", "log_") if logs else ("no row", "")
+        evidence = (
+            f"{what} of `{name}` sum to 1 (the first: {sums.flat[0]:.6g}): kl_div "
+            f"takes {log}softmax({name})"
+        )
+        kind = "log-probabilities" if logs else "probabilities"
+        found.append(Mistake(f"raw logits passed as {kind}: {name}", evidence))
     return found
 
 

@@ -141,7 +141,8 @@ def comparisons_as_text(comparisons: Sequence[Comparison]) -> str:
 
 def _comparison(c: Comparison) -> str:
     arrays = ", ".join(f"{name} {what}" for name, what in c.arrays.items())
-    lines = [f"{c.path}: {arrays}", "", "kl_div in jaxkl and in PyTorch:"]
+    function = "distillation_loss" if c.formula.of_models else "kl_div"
+    lines = [f"{c.path}: {arrays}", "", f"{function} in jaxkl and in PyTorch:"]
     lines += _aligned([_both(r) for r in c.both], left=(0, 1))
     if c.recorded:
         lines += ["", f"Recorded, beside {c.formula}:"]
