@@ -225,6 +225,7 @@ def test_a_call_in_a_loop_does_not_trace_the_divergence_again(rng):
 # One exported artefact serves three platforms and any number of tokens.
 
 
+@pytest.mark.usefixtures("all_platforms")
 @pytest.mark.parametrize(
     "source, dtype, tile",
     [

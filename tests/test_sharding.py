@@ -167,6 +167,7 @@ def test_a_half_gradient_meets_the_cotangent_in_float32(rng):
         assert np.any(d != one)
 
 
+@pytest.mark.usefixtures("all_platforms")
 def test_local_tokens_are_not_copied_to_stride_over_them(rng):
     """A slice of consecutive tokens needs no copy; strides of 7 by 3 are padded."""
     student, teacher = sources(rng, "heads", (56,), 24)  # 7 tokens a device
