@@ -2,12 +2,15 @@
 
 import pathlib
 
+import pytest
+
 from .helpers import run_python
 
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_a_single_doctest_is_quiet(monkeypatch):
     """JAX does not look for a TPU where libtpu is installed: nothing is printed."""
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)

@@ -97,7 +97,7 @@ MOVING = {
 
 
 def over_moving(*quick, without=()):
-    """Parametrises a test over names; only CI runs those that are not `quick`."""
+    """Parametrises a test over names; those that are not `quick` are slow."""
     others = [name for name in MOVING if name not in (*quick, *without)]
     return pytest.mark.parametrize("name", [*quick, *rarely(*others)])
 
