@@ -44,7 +44,7 @@ notebook: .venv/has-notebook
 test: .venv-test/has-test-torch
 	$(QUICKLY) $(TEST)/$(PYTEST) --dist loadfile -m "not slow" $(ARGS)
 
-# Run the slow tests.
+# Run the slow tests. Of each test, `ARGS=--cases=1` takes the first parameters.
 test-slow: .venv-test/has-test-torch
 	$(QUICKLY) $(TEST)/$(PYTEST) --dist loadfile -m slow $(ARGS)
 
@@ -60,7 +60,8 @@ test-trainers: .venv-trainers/has-trainers
 test-floor: .venv-floor/has-test-core
 	$(QUICKLY) .venv-floor/bin/$(PYTEST) $(CORE) $(ARGS)
 
-# Run the tests that need no PyTorch on the newest Python and JAX.
+# Run the tests that need no PyTorch on the newest Python and JAX, in the programs that
+# users have.
 test-newest: .venv-newest/has-test
 	@.venv-newest/bin/python -c "import jax, sys; print('JAX', jax.__version__, 'on Python', sys.version.split()[0])"
 	@echo "Newer Pythons than 3.11 have no small build of PyTorch, so these are left out:"

@@ -1,6 +1,8 @@
-"""What doctests find defined, what must be said before JAX is imported, options."""
+"""What doctests find defined, what must be said before JAX is imported, an option."""
 
+import gc
 import os
+from collections import Counter
 from importlib.metadata import version
 
 
@@ -22,30 +24,30 @@ import jaxkl
 
 
 def pytest_addoption(parser):
-    text = "run at most N of the parameters of each test, unless it is `newest`"
+    text = "run the first N of the parameters of each test, and all if it is `newest`"
     parser.addoption("--cases", type=int, metavar="N", help=text)
-    text = "which ones: other numbers, other parameters"
-    parser.addoption("--cases-from", type=int, default=0, metavar="I", help=text)
 
 
 @pytest.hookimpl(trylast=True)  # of those that `-m` has left
 def pytest_collection_modifyitems(config, items):
-    most, first = config.getoption("--cases"), config.getoption("--cases-from")
+    most = config.getoption("--cases")
     if most is None:
         return
-    tests = {}
+    count, taken, others = Counter(), [], []
     for item in items:
-        if not item.get_closest_marker("newest"):
-            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    others = set()
-    for cases in tests.values():
-        number = min(most, len(cases))
-        chosen = {
-            (first + i * len(cases) // number) % len(cases) for i in range(number)
-        }
-        others.update(case for i, case in enumerate(cases) if i not in chosen)
+        test = item.nodeid.partition("[")[0]
+        count[test] += 1
+        is_taken = count[test] <= most or item.get_closest_marker("newest")
+        (taken if is_taken else others).append(item)
     config.hook.pytest_deselected(items=others)
-    items[:] = [item for item in items if item not in others]
+    items[:] = taken
+
+
+def pytest_collection_finish():
+    # What is imported by now stays. To go over it again and again, and over the graphs
+    # of traced programs, takes a twentieth of the time of the tests.
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 1000)
 
 
 @pytest.fixture(autouse=True)

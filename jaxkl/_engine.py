@@ -21,12 +21,15 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from ._compat import varying_axes
 from ._numerics import weigh
 from ._operands import LossTerms, Operands, Result, Spec, Statistics
-from ._plan import plan, workload
+from ._plan import plan, Platform, workload
 from ._trees import keep
 from ._walk import walk
 
 
 Outputs = tuple[Any, LossTerms, Statistics | None]
+
+# What a program is traced for. The tests leave out accelerators, which they do not run.
+PLATFORMS: tuple[Platform, ...] = ("cpu", "accelerator")
 
 
 def weighted_loss(spec: Spec, operands: Operands) -> Outputs:
@@ -226,9 +229,9 @@ def _run(spec: Spec, operands: Operands, perturbed: Operands) -> Result:
     if work.sharding == "explicit":
         _check_explicit(operands, work.is_dense, spec.divergence is None)
     walk_by = lambda plan: ft.partial(walk, spec, perturbed, plan)
-    on_cpu, elsewhere = plan("cpu", work), plan("accelerator", work)
-    if on_cpu == elsewhere:
-        return walk_by(on_cpu)(operands)
+    first, *others = [plan(platform, work) for platform in PLATFORMS]
+    if all(other == first for other in others):
+        return walk_by(first)(operands)
     return jax.lax.platform_dependent(
-        operands, cpu=walk_by(on_cpu), default=walk_by(elsewhere)
+        operands, cpu=walk_by(first), default=walk_by(*others)
     )

@@ -45,13 +45,13 @@ FORWARD, REVERSE, JENSEN_SHANNON = (CATALOGUE[x] for x in ("forward", "reverse",
 
 
 def rarely(*values):
-    """For `pytest.mark.parametrize`: values that only CI runs."""
+    """For `pytest.mark.parametrize`: values for `make test-slow` alone."""
     one = lambda x: x if isinstance(x, tuple) else (x,)
     return [pytest.param(*one(x), marks=pytest.mark.slow) for x in values]
 
 
 def over(*names, slow=()):
-    """Parametrises a test over divergences and oracles; the `slow` ones run in CI."""
+    """Parametrises a test over divergences and oracles; the `slow` ones are marked."""
     case = lambda name, *marks: pytest.param(*ALL[name], id=name, marks=marks)
     cases = [case(name) for name in names]
     cases += [case(name, pytest.mark.slow) for name in slow]
@@ -81,7 +81,7 @@ OTHERS = tuple(name for name in ALL if name not in QUICK)
 over_all = over(*QUICK, slow=OTHERS)
 over_catalogue = over(*CATALOGUE)
 # A test of anything else takes one of each kind: two exponentials, infinite at p = 0, a
-# mixture, and a user's own. All but the first are left to CI.
+# mixture, and a user's own. All but the first are slow.
 KINDS = ("reverse", "js_normalized", "user")
 over_kinds = over("forward", slow=KINDS)
 

@@ -6,7 +6,7 @@ import pytest
 
 import jaxkl
 
-from .cases import assert_matches, forget_programs, over, rarely, rounded
+from .cases import assert_matches, over, rarely, rounded
 from .helpers import assert_close
 from .sources import make_head
 
@@ -15,7 +15,7 @@ TOKENS, VOCAB = 521, 53  # sizes that are in no other test, and that no tile div
 
 
 @pytest.fixture
-def taken(monkeypatch):
+def taken(monkeypatch, all_platforms):
     """Takes the accelerators' way wherever the program depends on the platform.
 
     It is a list of the plans that were taken.
@@ -29,9 +29,22 @@ def taken(monkeypatch):
         return default(*args)
 
     monkeypatch.setattr(jax.lax, "platform_dependent", on_accelerator)
-    forget_programs()
-    yield plans
-    forget_programs()
+    return plans
+
+
+@pytest.mark.usefixtures("all_platforms")
+def test_each_platform_has_its_own_program(rng):
+    """The platforms are those of users, and not the one that other tests make do with.
+
+    Accelerators have the slopes twice, and a barrier keeps XLA from storing them.
+    """
+    s, t = rounded(rng, (TOKENS, VOCAB)), rounded(rng, (TOKENS, VOCAB))
+    options = dict(divergence=jaxkl.JensenShannon(), tile=64)
+    grad = jax.grad(lambda s: jaxkl.distillation_loss(s, t, **options))
+    traced = jax.jit(grad).trace(s)
+    for platform, twice in ("cpu", False), ("tpu", True), ("cuda", True):
+        program = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ("optimization_barrier" in program) == twice
 
 
 @over("forward", slow=["reverse", "js", "user"])

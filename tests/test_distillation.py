@@ -64,17 +64,18 @@ def test_value_and_gradients_match_the_oracle(
 
 @over_sources(
     *each("logits", QUICK),
-    *each("head", QUICK),
-    *each("renormalize", ("forward", "user")),
-    *each("bucket", ("reverse", "js_normalized")),
-    "drop forward",
+    "head js_normalized",
+    "renormalize forward",
+    "bucket reverse",
     "uniform reverse",
     "conditional js_normalized",
     slow=(
         *each("logits", OTHERS),
-        *each("head", OTHERS),
-        *each("renormalize", ("js", "alpha_half", "total_variation", "skew_reverse")),
-        *each("bucket", ("forward", "user")),
+        *each("head", ("forward", *OTHERS)),
+        *each("renormalize", ("user", "js", "alpha_half", "skew_reverse")),
+        "renormalize total_variation",
+        *each("bucket", ("js_normalized", "forward", "user")),
+        "drop forward",
         *each("uniform", ("forward", "total_variation")),
         *each("conditional", [x for x in ALL if x != "js_normalized"]),
     ),
@@ -105,7 +106,7 @@ def test_a_head_beside_a_list_in_bfloat16(rng, tail):
     assert_matches(*models, FORWARD, temperature=2.0, tile=3)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", ["bfloat16", *rarely("float32", "float16")])
 @pytest.mark.parametrize("arguments", [{}, dict(teacher_temperature=1.25)])
 def test_temperature_as_a_python_number(rng, dtype, arguments):
     s, t = rounded(rng, (3, 5, 11), dtype), rounded(rng, (3, 5, 11), dtype)
@@ -139,8 +140,8 @@ def test_every_argument_at_once(rng, source, divergence):
     "source, dtypes",
     [
         ("logits", ("bfloat16", "float32")),
-        ("logits", ("float32", "float16")),
         ("head", ("float32", "float16")),
+        *rarely(("logits", ("float32", "float16"))),
     ],
 )
 def test_models_of_different_dtypes(rng, source, dtypes):
@@ -229,9 +230,11 @@ def test_odd_sizes(rng, source, tokens, vocab):
 @pytest.mark.parametrize(
     "source, tile, reduction",
     [
-        *(("logits", n, reduction) for n in (3, 64) for reduction in ("none", "mean")),
+        ("logits", 3, "none"),
+        ("logits", 64, "mean"),
         ("head", 3, "none"),
-        ("head, logits", 3, "mean"),
+        *rarely(("logits", 3, "mean"), ("logits", 64, "none")),
+        *rarely(("head, logits", 3, "mean")),
         *rarely(*(("logits", n, x) for n in (1, 16, 200) for x in ("none", "mean"))),
         *rarely(("head", 1, "mean"), ("head", 64, "mean"), ("head", 200, "none")),
         *rarely(("head, logits", 64, "none")),
@@ -249,10 +252,12 @@ def test_any_tile_gives_the_same_answer(rng, source, tile, reduction):
 @pytest.mark.parametrize(
     "source, shape, reduction",
     [
-        *(("logits", x, y) for x in ((), (2, 1, 3)) for y in ("none", "mean")),
-        *(("head", shape, "none") for shape in ((), (6,), (2, 3))),
-        ("head", (), "mean"),
-        ("bucket", (2, 3), "none"),
+        ("logits", (), "mean"),
+        ("logits", (2, 1, 3), "none"),
+        ("head", (2, 3), "none"),
+        *rarely(("logits", (), "none"), ("logits", (2, 1, 3), "mean")),
+        *rarely(*(("head", shape, "none") for shape in ((), (6,)))),
+        *rarely(("head", (), "mean"), ("bucket", (2, 3), "none")),
         *rarely(*(("logits", x, "none") for x in ((1,), (6,), (2, 3)))),
         *rarely(*(("logits", x, "mean") for x in ((1,), (6,), (2, 3)))),
         *rarely(("bucket", (), "none")),
@@ -270,8 +275,9 @@ def test_batch_shapes(rng, source, shape, reduction):
 # The square of the temperature.
 
 
-@pytest.mark.parametrize("divergence", [FORWARD, USER], ids=["forward", "user"])
-def test_t_squared_is_the_students_and_optional(rng, divergence):
+@over("forward", slow=["user"])
+def test_t_squared_is_the_students_and_optional(rng, divergence, reference):
+    divergence = divergence, reference
     s, t = rounded(rng, (4, 7)), rounded(rng, (4, 7))
     arguments = dict(temperature=jnp.float32(3), teacher_temperature=jnp.float32(2))
     with_square, _ = assert_matches(s, t, divergence, **arguments)
@@ -299,8 +305,8 @@ def test_labels(rng, alpha, label_smoothing):
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("dtype", ["bfloat16", *rarely("float32", "float16")])
+@pytest.mark.parametrize("label_smoothing", [0.2, *rarely(0.0)])
 def test_cross_entropy_matches_torch(rng, dtype, label_smoothing):
     import torch
 
@@ -421,7 +427,8 @@ JUNK = (np.nan, np.inf, -np.inf, 1e30, 0.0, 50.0)
     [
         ("logits", FORWARD, JUNK),
         ("bucket", FORWARD, JUNK),
-        *(("head", divergence, np.nan) for divergence in (FORWARD, USER)),
+        ("head", FORWARD, np.nan),
+        *rarely(("head", USER, np.nan)),
         *rarely(*(("logits", ALL[name], JUNK) for name in KINDS)),
         *rarely(*(("head", x, y) for x in (FORWARD, USER) for y in (np.inf, 1e30))),
     ],
@@ -456,8 +463,8 @@ def test_vocab_size_may_equal_a_width(rng):
     assert_matches(s, t[:, :7], FORWARD, vocab_size=7)
 
 
-@over("forward", "reverse", "js_normalized", slow=("symmetric", "skew_reverse"))
-@pytest.mark.parametrize("tile", [None, 8])
+@over("reverse", "js_normalized", slow=("forward", "symmetric", "skew_reverse"))
+@pytest.mark.parametrize("tile", [8, *rarely(None)])
 def test_confident_rows_have_gradients_too(rng, divergence, reference, tile):
     # A normaliser near 1 has no digits left for unlikely outcomes. Their mass is all of
     # the likely one's gradient, and must be right in every row.
@@ -496,6 +503,7 @@ def test_never_negative(rng, divergence, reference):
     assert (value >= 0).all() and value.any()
 
 
+@pytest.mark.slow
 def test_reverse_is_forward_with_the_models_exchanged(rng):
     s, t = rounded(rng, (4, 7)), rounded(rng, (4, 7))
     arguments = dict(temperature=2.0, reduction="none")
@@ -507,6 +515,7 @@ def test_reverse_is_forward_with_the_models_exchanged(rng):
     assert np.abs(reverse - evaluate(s, t, **arguments)[0]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_jensen_shannon_is_symmetric_at_a_half_only(rng):
     s, t = rounded(rng, (4, 7)), rounded(rng, (4, 7))
     f = lambda s, t, beta: evaluate(

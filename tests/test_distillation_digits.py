@@ -42,7 +42,7 @@ SMALL = {
 
 
 def each(divergences, *quick):
-    """Parametrises a test over divergences; only CI runs those that are not quick."""
+    """Parametrises a test over divergences; those that are not quick are slow."""
     marks = lambda name: () if name in quick else pytest.mark.slow
     cases = [
         pytest.param(pair, id=name, marks=marks(name))

@@ -29,7 +29,7 @@ from .helpers import assert_close
 from .sources import expected_of, make_models, per_token
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("reduction", ["none", *rarely("mean")])
 @over_kinds
 def test_cotangents_scale_the_gradients(rng, divergence, reference, reduction):
     s, t = rounded(rng, (3, 5, 7)), rounded(rng, (3, 5, 7))
@@ -40,7 +40,7 @@ def test_cotangents_scale_the_gradients(rng, divergence, reference, reduction):
     assert_matches(s, t, (divergence, reference), **arrays, **options)
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("reduction", ["none", *rarely("mean")])
 @over_kinds
 def test_value_is_the_same_under_grad(rng, divergence, reference, reduction):
     s, t = rounded(rng, (33, 7)), rounded(rng, (33, 7))
@@ -147,7 +147,11 @@ def _assert_hessians(rng, divergence, reference, reduction):
 
 @pytest.mark.parametrize(
     "source, reduction",
-    [*(("logits", x) for x in ("none", "sum", "mean")), ("head", "sum")],
+    [
+        ("logits", "none"),
+        ("head", "sum"),
+        *rarely(("logits", "sum"), ("logits", "mean")),
+    ],
 )
 def test_mixed_derivatives_at_a_weight_of_zero(rng, source, reduction):
     # Learning to reweight examples (Ren et al., 2018) starts with weights of zero.
@@ -188,8 +192,7 @@ def test_hessian_of_a_capped_head_at_the_teacher(rng):
 @pytest.mark.parametrize(
     "source, divergence, reduction",
     [
-        ("bucket", FORWARD, "mean"),
-        *rarely(("renormalize", FORWARD, "mean")),
+        *rarely(("bucket", FORWARD, "mean"), ("renormalize", FORWARD, "mean")),
         ("head", FORWARD, "none"),  # the tiles do not divide the tokens
         *rarely(*(("head", JENSEN_SHANNON, x) for x in ("mean", "none"))),
     ],
@@ -224,7 +227,7 @@ def test_hessian_of_a_masked_tiled_batch_in_float32(rng):
 # Float arguments and constants.
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("reduction", ["mean", *rarely("none")])
 def test_constants_have_a_zero_gradient(rng, reduction):
     s, t = rounded(rng, (4, 7)), rounded(rng, (4, 7))
     constants = dict(alpha=0.5, z_loss=0.1, label_smoothing=0.1)
@@ -243,7 +246,7 @@ def test_constants_have_a_zero_gradient(rng, reduction):
     assert all(g.shape == () and g == 0 for g in d_constants.values())
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("reduction", ["mean", *rarely("none")])
 @over_kinds
 def test_teacher_is_a_constant_unless_differentiated(
     rng, divergence, reference, reduction
@@ -291,7 +294,7 @@ def test_gradient_to_one_argument_alone(rng, argument):
     assert_gradient(argument, jax.jit(jax.grad(f))(x), expected, 1e-5)
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("reduction", ["none", *rarely("sum", "mean")])
 def test_a_weight_of_zero_has_a_gradient(rng, reduction):
     s, t = rounded(rng, (4, 7)), rounded(rng, (4, 7))
     weights = jnp.array([0.0, 1.0, 0.0, 3.0])

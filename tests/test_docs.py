@@ -50,7 +50,7 @@ def programs():
 
 
 @pytest.fixture
-def as_users_have_it():
+def as_users_have_it(all_platforms):
     """JAX's defaults, as other tests are stricter, and quick compilation."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)

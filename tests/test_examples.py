@@ -212,6 +212,7 @@ def test_digits_bad_option(digits, monkeypatch, capsys, tmp_path, option, value)
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_digits_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     result = run("digits.py", "--output", tmp_path / "file" / "out", code=2)
@@ -220,6 +221,7 @@ def test_digits_folder_that_cannot_be_written(tmp_path):
 
 
 @pytest.mark.torch
+@pytest.mark.slow
 def test_from_pytorch_agrees():
     result = run("from_pytorch.py")
     assert result.stderr == ""
@@ -270,6 +272,7 @@ def test_fused_head():
     assert logits > 2 * 128 and heads < logits - 128
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options, part",
     [
@@ -329,6 +332,7 @@ def kl_of(result):
     return rows["before"], rows["after"]
 
 
+@pytest.mark.slow
 def test_policy_gradient():
     result = run("policy_gradient.py", *"--steps 20 --vocab 16".split())
     assert max(map(len, result.stdout.splitlines())) <= 80

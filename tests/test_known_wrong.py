@@ -296,6 +296,7 @@ def test_zero_times_the_head_as_an_accumulator(rng, junk):
         assert_source_gradient(teacher, grads["teacher"], expected.teacher, "teacher")
 
 
+@pytest.mark.usefixtures("all_platforms")
 def test_a_chunk_that_is_nearly_twice_as_large(rng):
     # Liger's `chunk(max(1, tokens // 1024))` makes one chunk of 2047 rows.
     tokens, size = 2047, 1024

@@ -20,6 +20,7 @@ from .cases import (
     evaluate,
     FORWARD,
     over,
+    rarely,
     REVERSE,
     rounded,
 )
@@ -69,7 +70,7 @@ def test_a_masked_vocabulary(rng, divergence, reference):
 
 
 @pytest.mark.parametrize("reduction, tile", [("none", 2), ("mean", None)])
-@pytest.mark.parametrize("by", ["where", "weights"])
+@pytest.mark.parametrize("by", ["where", *rarely("weights")])
 def test_a_dropped_row_may_hold_nan(rng, by, reduction, tile):
     settings = dict(bias=True, softcap=3.0)
     student = make_head(rng, (5,), 4, 11, **settings)
@@ -136,7 +137,7 @@ def test_d_bias_has_the_digits_of_a_float32_bias(rng, tile):
     assert_close(slope(bias, head, teacher), exact.bias, 5e-6)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", *rarely("float16")])
 def test_logits_are_not_rounded_to_half_precision(rng, dtype):
     student = make_head(rng, (6,), 64, 300, dtype)
     noise = jnp.asarray(0.02 * rng.normal(size=(64, 300)), jnp.float32)
@@ -224,7 +225,7 @@ def _memory(tokens, loss=distillation_loss, **options):
 
 
 @pytest.mark.parametrize(
-    "options", [dict(reduction="none"), dict(divergence=jaxkl.JensenShannon())]
+    "options", [dict(divergence=jaxkl.JensenShannon()), *rarely(dict(reduction="none"))]
 )
 def test_temporaries_are_those_of_a_tile(options):
     tokens = 4096
@@ -239,7 +240,7 @@ def test_plain_jax_breaks_the_memory_bound():
     assert _memory(4096, loss=jaxkl.reference.distillation_loss) > 4096 * VOCAB * 4
 
 
-@pytest.mark.parametrize("bad", [0.0, np.nan])
+@pytest.mark.parametrize("bad", [np.nan, *rarely(0.0)])
 @pytest.mark.parametrize("tile", [None, 2])
 def test_a_token_without_weight_needs_no_temperature(rng, bad, tile):
     student, teacher = make_head(rng, (5,), 4, 11), make_head(rng, (5,), 3, 11)
@@ -389,7 +390,7 @@ def test_settings_are_keywords():
         LinearHead(HIDDEN_4, KERNEL, None, 30.0)
 
 
-@pytest.mark.parametrize("scale", [0.0, -0.5, 2])
+@pytest.mark.parametrize("scale", [0.0, -0.5, *rarely(2)])
 def test_any_finite_scale(rng, scale):
     student = make_head(rng, (5,), 4, 11, bias=True, scale=scale)
     assert_matches(student, rounded(rng, (5, 11)), REVERSE)

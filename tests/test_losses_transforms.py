@@ -77,6 +77,7 @@ def test_export_for_all_platforms_and_any_shape(rng, name):
     _assert_exported(name, (b, v), args, 1e-2)
 
 
+@pytest.mark.usefixtures("all_platforms")
 def test_export_of_softmax_for_all_platforms(rng):
     args = *draw(rng, "softmax", (3, 5)), jnp.asarray(rng.random((3, 5)) < 0.7)
     _assert_exported("softmax", (3, 5), args, 1e-5)

@@ -50,7 +50,8 @@ def _assert_metrics(actual, expected, tol=1e-6, shape=()):
 
 
 @pytest.mark.parametrize(
-    "dtype, reduction", [("float32", "mean"), ("bfloat16", "none"), ("float16", "sum")]
+    "dtype, reduction",
+    [("bfloat16", "none"), *rarely(("float32", "mean"), ("float16", "sum"))],
 )
 @over_kinds
 def test_metrics_match_the_oracle(rng, divergence, reference, reduction, dtype):
@@ -75,7 +76,7 @@ def test_metrics_match_the_oracle(rng, divergence, reference, reduction, dtype):
 
 
 @pytest.mark.parametrize(
-    "source", ["head", "renormalize", "bucket", "uniform", "conditional"]
+    "source", ["head", "bucket", *rarely("renormalize", "uniform", "conditional")]
 )
 def test_metrics_of_heads_and_lists(rng, source):
     student, teacher = make_models(rng, source, (3, 5), 11, pad=(3, 1))
@@ -374,7 +375,7 @@ def test_per_token_metrics_is_a_bool(rng):
 
 
 @pytest.mark.parametrize("tail", ["renormalize", *rarely("bucket", "conditional")])
-@pytest.mark.parametrize("plan", ["fast", "lean"])
+@pytest.mark.parametrize("plan", ["lean", *rarely("fast")])
 def test_lists_over_tiles_and_blocks(rng, monkeypatch, plan, tail):
     monkeypatch.setattr(jaxkl._plan, "_columns", lambda *_: 128)
     student = make_head(rng, (13,), 5, 300, bias=True, softcap=3.0)
@@ -401,6 +402,7 @@ def test_overlap_of_equal_logits(rng, dtype):
     _assert_metrics(_metrics(student, teacher, {}), oracle.metrics(student, teacher))
 
 
+@pytest.mark.slow
 def test_overlap_with_itself_and_of_all_columns_is_one(rng):
     t = rounded(rng, (5, 9))
     for k in (4, 9):

@@ -10,6 +10,7 @@ from scipy.special import entr, logsumexp, rel_entr, softmax
 import jaxkl
 
 from . import oracle
+from .cases import rarely
 from .helpers import assert_close
 from .sources import make_list, TAILS
 
@@ -28,15 +29,12 @@ DIVERGENCES = {
     "alpha_minus_one": oracle.alpha_divergence(-1.0),
     "squared_error": oracle.squared_error,
 }
-ARGUMENTS = ["student", "teacher", "temperature", "teacher_temperature", "weights"]
 
 
-@pytest.mark.parametrize("argument", ARGUMENTS)
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-@pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES)
-def test_closed_form_gradients_match_central_differences(
-    rng, divergence, reduction, argument
-):
+@pytest.mark.parametrize("number", range(len(DIVERGENCES)), ids=DIVERGENCES)
+def test_closed_form_gradients_match_central_differences(rng, number):
+    divergence = list(DIVERGENCES.values())[number]
+    reduction = ("none", "sum", "mean")[number % 3]  # whatever the divergence is
     floats = dict(
         student=rng.normal(size=(2, 3, 5)),
         teacher=rng.normal(size=(2, 3, 6)),
@@ -55,16 +53,17 @@ def test_closed_form_gradients_match_central_differences(
         vocab_size=4,
         reduction=reduction,
     )
-
-    def loss(x):
-        arguments = floats | {argument: x}
-        value = oracle.distillation_loss(**arguments, **rest).loss
-        return np.sum(value * cotangent)
-
     grads = oracle.distillation_loss(**floats, **rest, cotangent=cotangent)
-    expected = oracle.jacobian(loss, floats[argument])
-    assert np.any(expected != 0)
-    assert_close(getattr(grads, argument), expected, 1e-9)
+    for argument in floats:
+
+        def loss(x):
+            arguments = floats | {argument: x}  # noqa: B023
+            value = oracle.distillation_loss(**arguments, **rest).loss
+            return np.sum(value * cotangent)
+
+        expected = oracle.jacobian(loss, floats[argument])
+        assert np.any(expected != 0)
+        assert_close(getattr(grads, argument), expected, 1e-9, argument)
 
 
 @pytest.mark.parametrize("argument", ["student", "temperature", "weights"])
@@ -258,7 +257,11 @@ def _assert_digits(actual, expected, rounding=0.0):
     assert_close(actual, [float(x) for x in expected], 1e-12, floor=rounding)
 
 
-@pytest.mark.parametrize("row", HARD)
+@pytest.mark.parametrize(
+    "row",
+    ["confident", "near", "T = 1e6"]
+    + rarely("confident student", "confident teacher", "apart", "T = 1e4"),
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_digits_of_hard_rows(family, row):
     make, textbook = FAMILIES[family]

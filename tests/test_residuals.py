@@ -47,6 +47,7 @@ def test_second_order_after_other_arguments(rng, reduction):
                 np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
+@pytest.mark.usefixtures("all_platforms")
 @pytest.mark.parametrize("plan", ["fast", "lean"])
 def test_the_backward_rule_makes_no_maxima_again(rng, plan):
     hidden = jnp.asarray(rng.normal(size=(5, 3)), jnp.float32)

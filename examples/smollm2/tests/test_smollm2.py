@@ -83,7 +83,9 @@ def programs(text):
     return program
 
 
-@pytest.mark.parametrize("kind", ["on-policy", "hidden", "top-k"])
+@pytest.mark.parametrize(
+    "kind", ["on-policy", "top-k", pytest.param("hidden", marks=pytest.mark.slow)]
+)
 def test_two_steps(tmp_path, text, kind):
     program, options = programs(text), ["--steps=2", "--output", tmp_path / "out"]
     way, split = kind, "own-text"
@@ -106,6 +108,7 @@ def test_two_steps(tmp_path, text, kind):
     assert steps == [1, 2] and np.all(np.isfinite(loss))
 
 
+@pytest.mark.slow
 def test_two_steps_on_eight_devices(tmp_path, text):
     program = programs(text)
     options = ["--steps=2", "--batch=4", "--ways=distilled"]

@@ -1,5 +1,6 @@
 """Tests training in every mode on a tiny teacher, and recovery from a SIGKILL."""
 
+import functools
 import random
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import log
 import train
 
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 SHORT = ["--steps=2", "--evaluate-every=1", "--layers=0,3", "--batch=4"]
 
 
@@ -114,7 +116,9 @@ def test_a_cache_of_hidden_states_is_as_good_as_the_teacher(online, distil, cach
     np.testing.assert_allclose(losses(rounded), expected, rtol=1e-3)
 
 
-@pytest.mark.parametrize("tail", ["bucket", "renormalize", "uniform", "drop"])
+@pytest.mark.parametrize(
+    "tail", ["bucket", slow("renormalize"), slow("uniform"), slow("drop")]
+)
 def test_a_cache_of_top_k(distil, cached, tail):
     few = cached("--kind=top-k", "--k=8")
     assert np.all(np.isfinite(losses(distil("--cache", few, "--tail", tail))))
@@ -172,7 +176,7 @@ def test_bfloat16_is_close(online, distil):
     "options",
     [
         ["--divergence=jensen-shannon:beta=0.3", "--temperature=linear:4:1"],
-        ["--divergence=reverse-kl", "--alpha=cosine:1:0.5", "--temperature=2"],
+        slow(["--divergence=reverse-kl", "--alpha=cosine:1:0.5", "--temperature=2"]),
     ],
 )
 def test_other_divergences_and_schedules(online, distil, options):
@@ -197,8 +201,10 @@ def test_a_finished_run_has_nothing_to_do(run, common, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "saving, way",
-    [(False, "on-policy"), (True, "distilled")],
-    ids=["anything", "a save"],
+    [
+        pytest.param(True, "distilled", id="a save"),
+        slow(False, "on-policy", id="anything"),
+    ],
 )
 def test_killed_during(saving, way, common, tmp_path):
     def command(out):
