@@ -172,6 +172,7 @@ class Case(NamedTuple):
     value: Callable[..., Any]  # of the arrays, the models and a plan
     expected: Callable[..., tuple[Any, tuple[Any, ...]]]
     of: tuple[str, ...] = ("student", "teacher")
+    floors: tuple[float, ...] = ()  # errors that values may have besides
 
 
 def cross_entropy(**arguments):
@@ -252,38 +253,43 @@ def metrics():
         rows = [
             oracle.metrics(s[[i]], t[[i]], labels=x.labels[[i]]) for i in range(len(s))
         ]
-        of_rows = ([getattr(row, name) for row in rows] for name in METRICS)
+        of_rows = (np.array([getattr(x, name) for x in rows]) for name in METRICS)
         return (result.loss, *of_rows), (result.student, result.teacher)
 
-    return Case(value, expected)
+    # Entropies are sums of plain products, in which the logarithm of a nearly certain
+    # column has the rounding of 1.
+    of_metrics = dict(student_entropy=1e-6, teacher_entropy=1e-6)
+    floors = (of_metrics.get(name, 0.0) for name in METRICS)
+    return Case(value, expected, floors=(0.0, *floors))
 
 
 def divergences(names, **arguments):
     return {f"{name} {arguments}": divergence(name, **arguments) for name in names}
 
 
-NONE = dict(reduction="none")
-FEW = "forward", "reverse", "js"
+FEW = "forward", "reverse"
 REST = [x for x in CATALOGUE if x not in FEW]
 FAMILIES = {
     "alone": {
-        "cross_entropy": cross_entropy(),
         "cross_entropy, none": cross_entropy(reduction="none"),
-        "cross_entropy, z_loss": cross_entropy(reduction="none", z_loss=1e-3),
-        "cross_entropy, smoothed": cross_entropy(label_smoothing=0.1),
+        "cross_entropy, mean": cross_entropy(),
+        "cross_entropy, smoothed": cross_entropy(label_smoothing=0.1, z_loss=1e-3),
         "log_probs": log_probs("labels", temperature=1.7),
         "log_probs, several": log_probs("tokens"),
     },
     "compared": {
         **divergences(FEW, reduction="none"),
-        **divergences(("reverse", "symmetric, array"), temperature=1.7),
+        **divergences(("symmetric, array",), temperature=1.7),
         **divergences(("forward",), alpha=0.3),
         "metrics": metrics(),
     },
-    "rest": divergences((*REST, "mixture, array")),
-    "rest, temperature": {
+    "rest": divergences(REST),
+    "rest, none": {
+        **divergences((*REST, "mixture, array"), reduction="none"),
+    },
+    "temperature": {
         **divergences((*REST, "symmetric, array"), reduction="none", temperature=1.7),
-        **divergences(("forward", "js", "mixture, array"), temperature=1.7),
+        **divergences((*FEW, "js", "mixture, array"), temperature=1.7),
     },
 }
 
@@ -307,27 +313,27 @@ def over_programs(*often, rare):
     return pytest.mark.parametrize("way, family", [*often, *rarely(*others)])
 
 
+HEADS = "softcap", "scale", "all of a head", "function", "function, cap"
+
+
 @over_programs(
     ("softcap", "alone"),
     ("scale", "compared"),
     ("function", "alone"),
     ("quotient", "compared"),
     ("tanh", "alone"),
-    ("tanh", "rest"),
     rare=[(way, family) for way in WAYS for family in FAMILIES],
 )
 def test_tokens_at_once(way, family):
-    """Tiles would be slices of logits that are made before, and stored."""
-    assert_right(WAYS[way], FAMILIES[family])
-
-
-HEADS = "softcap", "scale", "all of a head"
+    """Or tiles of a head: those of logits would be slices of stored ones."""
+    tile = dict(tile=4) if way in HEADS else {}
+    assert_right(WAYS[way], FAMILIES[family], **tile)
 
 
 @over_programs(
     ("scale", "alone"),
     ("softcap", "compared"),
-    rare=[(way, family) for way in HEADS for family in FAMILIES],
+    rare=[(way, family) for way in HEADS[:3] for family in FAMILIES],
 )
 def test_blocks_of_columns(monkeypatch, way, family):
     with taking(monkeypatch) as take:
@@ -360,7 +366,7 @@ def assert_right(way, cases, **plan):
         lambda of_cases: {k: evaluate(cases[k], x) for k, x in of_cases.items()},
         compiler_options=OPTIONS,
     )
-    results = run({name: x for name in cases})
+    results = run(dict.fromkeys(cases, x))
     wrong = [
         f"{name}: {what}"
         for name, result in results.items()
@@ -418,7 +424,8 @@ def differences(way, case, x, is_head, value, gradients, g):
                 np.max([np.abs(x[i] - wants[i]) for x in others], 0),
             )
         )
-        allowed = (1e-5 + own) * size + bound
+        floor = case.floors[i] if i < len(case.floors) else 0.0
+        allowed = (1e-5 + own) * size + bound + floor
         is_wrong = ~(error <= allowed)
         if is_wrong.any():
             first = np.argmax(is_wrong)
