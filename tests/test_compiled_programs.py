@@ -416,7 +416,7 @@ def differences(way, case, x, is_head, value, gradients, g):
             ordinary = np.where(np.abs(logits) < 1e30, logits, 0)
             step = size * np.max(np.abs(ordinary), -1, keepdims=True)
             return logits + np.where(
-                ordinary == logits, step * rng.choice([-1, 1], logits.shape), 0
+                ordinary == logits, step * rng.uniform(-1, 1, logits.shape), 0
             )
 
         values, slopes = case.expected(x, g, *(moved(s) for s, _ in models))
@@ -425,7 +425,7 @@ def differences(way, case, x, is_head, value, gradients, g):
         return [np.asarray(x, np.float64) for x in (*jax.tree.leaves(values), *slopes)]
 
     wants = expected(0.0)
-    others = [expected(6 * way.epsilon) for _ in range(4)]
+    others = [expected(8 * way.epsilon) for _ in range(6)]
     values = jax.tree.leaves(value)
     for i, actual in enumerate((*values, *gradients)):
         is_gradient = i >= len(values)
