@@ -20,8 +20,13 @@ IGNORED_LABEL = -100
 
 
 def as_vocabulary(
-    vocab_size: int | None, student: Source, teacher: Source, axis_name: str | None
+    vocab_size: int | None,
+    student: Source,
+    teacher: Source,
+    axis_name: str | None,
+    name: str = "student",
 ) -> Vocabulary:
+    """The vocabulary of both. `name` is the argument that holds the first."""
     if vocab_size is not None:
         vocab_size = check.positive_int("vocab_size", vocab_size)
     width = student.width
@@ -37,7 +42,7 @@ def as_vocabulary(
         if vocab_size is not None and vocab_size > min(width, other):
             also = "" if teacher.width is None else f", and of `teacher`, {other}"
             raise ValueError(
-                "`vocab_size` must be at most the columns of `student`, "
+                f"`vocab_size` must be at most the columns of `{name}`, "
                 f"{width}{also}, got {vocab_size}."
                 f"{_as_hidden(student=student, teacher=teacher)}"
             )

@@ -33,7 +33,7 @@ def sharded_weighted_loss(spec: Spec, layout: Layout, operands: Operands) -> Out
         return loss, terms, statistics
 
     specs = _partition_specs(operands, layout)
-    operands = jax.tree.map(ft.partial(_reshard, layout), operands, specs)
+    operands = jax.tree.map(ft.partial(reshard, layout), operands, specs)
     by_token = P(layout.token_axes or None)
     outputs = jax.shard_map(
         on_device,
@@ -46,7 +46,7 @@ def sharded_weighted_loss(spec: Spec, layout: Layout, operands: Operands) -> Out
     def without_padding(x):
         if x.ndim == 0 or x.shape[0] == tokens:
             return x
-        return _reshard(layout, x, P())[:tokens]
+        return reshard(layout, x, P())[:tokens]
 
     return jax.tree.map(without_padding, outputs)
 
@@ -75,7 +75,7 @@ def _partition_specs(operands: Operands, layout: Layout) -> Any:
     return Operands(of(operands.student), of(operands.teacher), *rest)
 
 
-def _reshard(layout, x, spec):
+def reshard(layout: Layout, x: jax.Array, spec: P) -> jax.Array:
     """`x` spread as `spec` says. XLA does that itself unless mesh axes are explicit."""
     if not has_explicit_axes(layout.mesh):
         return x

@@ -206,7 +206,7 @@ class Cache:
         if log_probs is not None:
             return jaxkl.SparseTeacher(indices, log_probs, tail=self.tail)
         log_probs = jnp.full(indices.shape, -np.log(indices.shape[-1]), jnp.float32)
-        return jaxkl.SparseTeacher(indices, log_probs)
+        return jaxkl.SparseTeacher(indices, log_probs, tail="renormalize")
 
     @property
     def bytes_per_token(self):
