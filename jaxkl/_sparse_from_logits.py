@@ -25,7 +25,7 @@ def top_k_teacher(
     Args:
       logits: Logits $t$, `[..., vocab]`.
       k: Columns to keep, at most `vocab`.
-      temperature: $T > 0$, a scalar or `[...]`.
+      temperature: $T$ in $[2^{-20}, 2^{20}]$, a scalar or `[...]`.
       tail: See `SparseTeacher`.
 
     Returns:
@@ -62,7 +62,7 @@ def sampled_teacher(
       key: A JAX random key.
       logits: Logits $t$, `[..., vocab]`.
       num_samples: Draws for each row.
-      temperature: $T > 0$, a scalar or `[...]`.
+      temperature: $T$ in $[2^{-20}, 2^{20}]$, a scalar or `[...]`.
 
     Returns:
       A `SparseTeacher` of `[..., num_samples]`, whose tail is `"renormalize"`.

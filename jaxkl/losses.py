@@ -222,7 +222,8 @@ def softmax_kl_divergence(
         broadcasts with it.
       axis: Axis or axes of the classes. All of them if None.
       where: Classes to include: bool, broadcast to the shape of the logits.
-      temperature: $T > 0$, a scalar or of the loss's shape. Differentiable.
+      temperature: $T$ in $[2^{-20}, 2^{20}]$, a scalar or of the loss's shape.
+        Differentiable.
 
     Returns:
       The loss, `[...]`: float64 if an input is float64, else float32. Gradients have
@@ -231,7 +232,7 @@ def softmax_kl_divergence(
     Raises:
       TypeError: If an input is not floating point, `where` not bool, `axis` not int.
       ValueError: If shapes do not fit, `axis` is out of bounds or repeated, or
-        `temperature` is not positive.
+        `temperature` is out of range.
 
     Example:
       >>> import jax.numpy as jnp
@@ -290,7 +291,8 @@ def softmax_divergence(
         that `where` removes.
       axis: Axis or axes of the classes. All of them if None.
       where: Classes to include: bool, broadcast to the shape of the logits.
-      temperature: $T > 0$, a scalar or of the loss's shape. Differentiable.
+      temperature: $T$ in $[2^{-20}, 2^{20}]$, a scalar or of the loss's shape.
+        Differentiable.
 
     Returns:
       The loss, `[...]`: float64 if an input is float64, else float32. Gradients have
@@ -300,7 +302,7 @@ def softmax_divergence(
       TypeError: If an input is not floating point, `where` not bool, `axis` not int, or
         `divergence` not callable or hashable.
       ValueError: If shapes do not fit, `axis` is out of bounds or repeated,
-        `temperature` is not positive, or `divergence` is not elementwise.
+        `temperature` is out of range, or `divergence` is not elementwise.
 
     Example:
       >>> import jax.numpy as jnp

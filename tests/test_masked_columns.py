@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 
 import jaxkl
+from jaxkl._checks import TEMPERATURES
 
 from . import oracle
-from .cases import assert_matches
+from .cases import assert_matches, over, rarely
+from .helpers import assert_close
 from .sources import rounded
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", *rarely("bfloat16", "float64")])
 def test_slopes_of_temperatures_beside_arrays(rng, dtype):
     # Slopes that are tiny where they should be 0 are not, times the lowest number.
     with jax.enable_x64(dtype == "float64"):
@@ -37,3 +39,34 @@ def test_slopes_of_temperatures_beside_arrays(rng, dtype):
             teacher_temperature=jnp.full(8, 1.5, jnp.float32),
         )
         assert_matches(s, t, (mixture, by_token), reduction="none", **temperatures)
+
+
+@over("forward", slow=["js", "reverse"])
+def test_temperatures_at_the_ends_of_their_range(rng, divergence, reference):
+    s, t = (x.at[:, 2].set(-jnp.inf) for x in (rounded(rng, (3, 5)) for _ in "st"))
+    low, high = TEMPERATURES
+
+    @jax.jit
+    def derivatives(s, t, T):
+        f = lambda s, T: jaxkl.distillation_loss(
+            s, t, divergence=divergence, temperature=T
+        )
+        return *jax.value_and_grad(f, (0, 1))(s, T), *jax.hessian(f, (0, 1))(s, T)
+
+    value, gradients, *hessian = derivatives(s, t, 1.0)
+    assert np.isfinite(np.hstack([x.ravel() for x in jax.tree.leaves(hessian)])).all()
+    for T in low, high:
+        # Of logits that are larger by T, T² D is larger by T².
+        got = derivatives(s * T, t * T, T)
+        want = value * T**2, jax.tree.map(lambda x: x * T, gradients), *hessian
+        jax.tree.map(lambda x, y: assert_close(x, y, 1e-5), got, want)
+        # Others are nearly certain, or nearly alike.
+        for name in "temperature", "teacher_temperature":
+            assert_matches(s, t, (divergence, reference), **{name: jnp.float32(T)})
+
+
+def test_a_float16_temperature_may_be_at_the_ends(rng):
+    s = rounded(rng, (2, 5))
+    T = jnp.asarray([TEMPERATURES[0], 6e4, 4e-7, jnp.inf], jnp.float16)
+    f = lambda T: jaxkl.distillation_loss(s, s, temperature=T)
+    np.testing.assert_array_equal(jax.jit(jax.vmap(f))(T), [0, 0, np.nan, np.nan])
