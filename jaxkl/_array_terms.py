@@ -95,9 +95,9 @@ def _jensen_shannon_array_term_jvp(primals, tangents):
     phi_p, _ = _log_mean(log_ratio, beta, 1 - beta)
     phi_q, _ = _log_mean(-log_ratio, 1 - beta, beta)
     difference = scale * q_less_p(p, q, log_ratio)
-    # φ is at least as large as where e^r overflows, but of an outcome that a model lacks
-    # its logit may be -inf, with which the slope of a temperature multiplies f. At the
-    # end of the interval that is the other model's KL, f is -p of an outcome q lacks.
+    # φ ends at a tiny number, where e^r overflows. The slope of an outcome that a model
+    # lacks must be 0, as that of the temperature is its product with a logit of -inf.
+    # It is not 0 at the end of the interval that is the KL from this model.
     f_p = zero_unless((p.prob > 0) | (beta == 1), weigh(difference, -phi_p))
     f_q = zero_unless((q.prob > 0) | (beta == 0), weigh(difference, phi_q))
     value = jensen_shannon_array_term(*primals)
