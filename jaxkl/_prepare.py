@@ -134,6 +134,7 @@ def prepare(
     weight = _weight(weights, mask, shape, dtype)
     if is_alone or labels is not None:
         labels = as_labels(labels, mask, shape, vocab.size)
+    given_weight = weight
     if is_alone:
         weight = zero_unless(labels != IGNORED_LABEL, weight)
     term_weights = _term_weights(
@@ -151,7 +152,8 @@ def prepare(
     if mask is not None:
         term_weights = jax.tree.map(lambda w: zero_unless(mask, w), term_weights)
     weightless = ~term_weights.any_nonzero
-    student, teacher = student.spared(weightless), teacher.spared(weightless)
+    dropped = weightless & (given_weight != 0)  # as by a label of -100
+    student, teacher = (x.spared(weightless, dropped) for x in (student, teacher))
     operands = Operands(
         student,
         teacher,

@@ -176,7 +176,8 @@ def prepare_tokens(
         entropy = zero_unless(mask, entropy)
         weight = zero_unless(jnp.expand_dims(mask, range(1, weight.ndim)), weight)
     weights = LossTerms(None, weight, entropy=entropy if with_entropy else None)
-    student = student.spared(~weights.any_nonzero)
+    is_dropped = ~weights.any_nonzero
+    student = student.spared(is_dropped, is_dropped)
     operands = Operands(student, NoTeacher(), weights, T, None, columns, mask)
     spec = Spec(
         None,
