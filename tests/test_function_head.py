@@ -205,7 +205,7 @@ def test_a_weight_of_zero_has_the_gradients_of_its_token(rng, tile):
     def both(loss, head, weights):
         f = lambda head, w: loss(head, teacher, weights=w, reduction="sum", tile=tile)
         of_params = lambda w: jax.grad(f)(head, w).params["kernel"]
-        return jax.grad(f, 1)(head, weights), jax.jacrev(of_params)(weights)
+        return jax.grad(f, (0, 1))(head, weights)[1], jax.jacrev(of_params)(weights)
 
     first, mixed = both(distillation_loss, student, weights)
     want, want_mixed = both(jaxkl.reference.distillation_loss, student, weights)
