@@ -153,9 +153,7 @@ def test_a_dropped_row_may_hold_nan(rng, by, reduction, tile, apply):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("by", ["labels", "weights"])
-def test_a_token_without_weight_may_be_where_a_norm_has_no_gradient(
-    rng, by, reduction
-):
+def test_a_token_without_weight_may_be_where_a_norm_has_no_gradient(rng, by, reduction):
     student, _ = heads(rng, (5,))
     padded = replace(student, hidden=student.hidden.at[np.array([1, 4])].set(0))
     kept = np.array([0, 2, 3])
