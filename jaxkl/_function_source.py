@@ -38,8 +38,8 @@ class FunctionSource(Source):
     leaves: tuple[Any, ...]
     hidden: Any
     # [B, 1]: 1, but 0 for tokens that can have no weight, as those that the engine has
-    # masked or added as padding, all of whose rows are 0; and NaN for tokens of weight 0
-    # that a function may have no gradient at.
+    # masked or added as padding, all of whose rows are 0; and NaN for those of weight 0
+    # at which a function may have no gradient.
     present: Any
     made: Any = None  # the logits of `apply`, and what pulls their gradient back
     apply: OfLeaves = dataclasses.field(kw_only=True, metadata={"static": True})

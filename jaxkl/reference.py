@@ -261,7 +261,9 @@ def token_log_probs(
 
 def _loss(prepared: Prepared) -> Array:
     loss = ft.reduce(jnp.add, jax.tree.leaves(_weighted_terms(prepared)))
-    return jnp.sum(loss) if prepared.spec.reduce else loss.reshape(prepared.batch_shape)
+    if not prepared.spec.reduce:
+        return loss.reshape(prepared.batch_shape)
+    return jnp.sum(loss) if prepared.factor is None else jnp.sum(loss) * prepared.factor
 
 
 def _weighted_terms(prepared: Prepared) -> LossTerms:
