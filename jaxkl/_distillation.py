@@ -88,7 +88,7 @@ def distillation_loss(
       alpha: $\alpha$ in [0, 1]. It must be given with `labels`, and is 1 without them.
         A constant.
       label_smoothing: The share of each label, in [0, 1], that is spread evenly over
-        the vocabulary. A constant.
+        the columns that are not `-inf`. A constant.
       z_loss: $z \ge 0$. A constant.
       where: Tokens that count, bool `[...]`. The others have no influence, even if
         their logits are NaN.

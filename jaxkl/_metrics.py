@@ -208,8 +208,8 @@ def metrics_of(
         cross_entropy = terms.label
         if terms.uniform is not None:
             smoothing = jnp.asarray(prepared.label_smoothing, weight.dtype)
-            uniform = weigh(smoothing, terms.uniform)
-            cross_entropy = (1 - smoothing) * terms.label + uniform
+            parts = (1 - smoothing, terms.label), (smoothing, terms.uniform)
+            cross_entropy = sum(weigh(*part) for part in parts)
         is_labelled = prepared.operands.labels != IGNORED_LABEL
         of_labels = zero_unless(is_labelled, weight)
         cross_entropy = total(weigh(of_labels, cross_entropy))

@@ -54,6 +54,7 @@ class RowSums(NamedTuple):
     # and Σ e^z z
     below: Any = None
     shifted: Any = None
+    present: Any = None  # the number of columns that are not -inf
     reverse: ReverseSums | None = None
     # Σ e^z over the columns of a teacher's list, and over the others
     listed: Any = None
@@ -152,6 +153,7 @@ def moved(
         listed=times(sums.listed, z),
         unlisted=times(sums.unlisted, z),
         unlisted_at_1=times(sums.unlisted_at_1, z_at_1),
+        present=sums.present,
         entries=sums.entries,
     )
     if sums.of_list is not None:

@@ -9,16 +9,14 @@ The softmax forms start from logits. They are `jaxkl.distillation_loss` with any
 axis, class masks and a differentiable teacher.
 """
 
-import dataclasses
 import math
-from collections.abc import Hashable
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from ._distillation import distillation_loss
-from ._divergences import Divergence, ForwardKL, is_ours
+from ._divergences import Divergence, ForwardKL
 from ._elementwise import (
     Axis,
     broadcast,
@@ -344,7 +342,6 @@ def softmax_divergence(
         student = jnp.where(where, student, -jnp.inf)
         teacher = jnp.where(where, teacher, -jnp.inf)
         where = jnp.any(where, axis=-1)
-        divergence = _of_possible_classes(divergence)
     return distillation_loss(
         student,
         teacher,
@@ -355,30 +352,3 @@ def softmax_divergence(
         differentiate_teacher=True,
         reduction="none",
     )
-
-
-def _of_possible_classes(divergence: Divergence) -> Divergence:
-    """The divergence without the classes that are removed from both models.
-
-    Divergences of the catalogue are 0 there already.
-    """
-    if is_ours(divergence):
-        return divergence.map_members(_of_possible_classes)  # pyright: ignore[reportFunctionMemberAccess]
-    if not callable(divergence) or isinstance(divergence, type):
-        return divergence  # `distillation_loss` says what is wrong with it
-    hashable = isinstance(divergence, Hashable)
-    return _OfPossibleClasses(divergence) if hashable else divergence
-
-
-@dataclasses.dataclass(frozen=True)
-class _OfPossibleClasses:
-    divergence: Divergence
-
-    def __call__(self, log_p, log_q):
-        removed = (log_p == -jnp.inf) & (log_q == -jnp.inf)
-        # No sensible function has a pole at probabilities of 1/2 and 1/4.
-        log_p = jnp.where(removed, -math.log(2), log_p)
-        log_q = jnp.where(removed, -math.log(4), log_q)
-        terms = self.divergence(log_p, log_q)
-        # `jnp.where` would broadcast a wrong shape, which `distillation_loss` reports.
-        return jnp.where(removed, 0, terms) if terms.shape == log_p.shape else terms

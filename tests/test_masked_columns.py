@@ -1,17 +1,27 @@
 """Columns at -inf or at the lowest number, and temperatures that are extreme."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxkl
+import jaxkl.reference
 from jaxkl._checks import TEMPERATURES
 
 from . import oracle
-from .cases import assert_matches, over, rarely
+from .cases import assert_matches, evaluate, FORWARD, over, rarely
 from .helpers import assert_close
-from .sources import rounded
+from .sources import make_head, rounded
+from .test_sharding import sharded
+
+
+LOSSES = {
+    "engine": jaxkl.distillation_loss,
+    "reference": jaxkl.reference.distillation_loss,
+}
 
 
 @pytest.mark.parametrize("dtype", ["float32", *rarely("bfloat16", "float64")])
@@ -71,3 +81,97 @@ def test_a_float16_temperature_may_be_at_the_ends(rng):
     T = jnp.asarray([TEMPERATURES[0], 6e4, 4e-7, jnp.inf], jnp.float16)
     f = lambda T: jaxkl.distillation_loss(s, s, temperature=T)
     np.testing.assert_array_equal(jax.jit(jax.vmap(f))(T), [0, 0, np.nan, np.nan])
+
+
+def own_kl(log_p, log_q):
+    """A user's own, which is NaN where neither model has the outcome."""
+    return jnp.exp(log_p) * (log_p - log_q)
+
+
+OWN = {
+    "own": own_kl,
+    "in a mixture": jaxkl.Mixture(((1.0, own_kl), (0.5, jaxkl.ReverseKL()))),
+    "weighted by an array": jaxkl.Mixture(
+        ((jnp.array([0.5, 0.0, 2.0]), own_kl), (1.0, jaxkl.ForwardKL()))
+    ),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    "name, dtype",
+    [
+        ("own", "float32"),
+        *rarely(
+            ("own", "bfloat16"),
+            ("in a mixture", "float32"),
+            ("weighted by an array", "float32"),
+        ),
+    ],
+)
+def test_a_users_divergence_does_not_see_what_neither_model_has(rng, name, dtype, loss):
+    s, t = rounded(rng, (3, 5), dtype), rounded(rng, (3, 5), dtype)
+    kept = np.array([0, 2, 4, 6, 7])
+    hide = lambda x: jnp.full((3, 8), -jnp.inf, dtype).at[:, kept].set(x)
+    options = dict(divergence=OWN[name], loss=LOSSES[loss], temperature=jnp.float32(2))
+    value, grads = evaluate(hide(s), hide(t), **options)
+    value_, grads_ = evaluate(s, t, **options)
+    assert_close(value, value_, 1e-6)
+    assert_close(grads["temperature"], grads_["temperature"], 2e-6)
+    for model in "student", "teacher":
+        assert_close(grads[model][:, kept], grads_[model], 1e-5)
+        assert not np.delete(grads[model], kept, axis=1).any()
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("dtype", ["float32", *rarely("bfloat16", "float64")])
+def test_labels_are_spread_over_the_columns_that_are_there(rng, dtype, loss, smoothing):
+    with jax.enable_x64(dtype == "float64"):
+        s, t = rounded(rng, (4, 7), dtype), rounded(rng, (4, 7), dtype)
+        hidden = np.array([[2, 3], [0, 2], [5, 6], [1, 4]])
+        s, t = (x.at[np.arange(4)[:, None], hidden].set(-jnp.inf) for x in (s, t))
+        labels = jnp.array([0, 5, 3, 0])
+        options = dict(alpha=0.3, label_smoothing=smoothing, vocab_size=6)
+        value, _ = assert_matches(
+            s, t, FORWARD, labels=labels, loss=LOSSES[loss], **options
+        )
+        assert np.isfinite(value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(plan="lean"), *rarely(dict(loss=sharded("2x4")), dict(tile=2))],
+    ids=["blocks", "mesh", "tiles"],
+)
+def test_labels_are_spread_by_heads_with_masked_columns(rng, options):
+    # Blocks and devices count the columns together, of padding none.
+    student, teacher = (make_head(rng, (5,), 3, 307, bias=True) for _ in "st")
+    mask = np.isin(np.arange(307), [0, 1, 2, 130, 131, 299, 300])
+    student, teacher = (
+        dataclasses.replace(x, bias=jnp.where(mask, -jnp.inf, x.bias))
+        for x in (student, teacher)
+    )
+    labels = jnp.array([5, 200, 304, -100, 17])
+    assert_matches(
+        student, teacher, FORWARD, labels=labels, alpha=0.3, label_smoothing=0.2,
+        vocab_size=305, **options,
+    )  # fmt: skip
+
+
+def test_a_label_at_minus_infinity(rng):
+    s, t = rounded(rng, (2, 5)).at[:, 2].set(-jnp.inf), rounded(rng, (2, 5))
+    f = jax.jit(
+        lambda s, t, smoothing: jaxkl.distillation_loss_with_metrics(
+            s, t, labels=jnp.array([2, 0]), alpha=0.0, label_smoothing=smoothing
+        )
+    )
+    # Half of a label makes the loss infinite. Nothing of it is nothing.
+    loss, metrics = f(s, t, 0.5)
+    assert loss == np.inf and metrics.cross_entropy == np.inf
+    loss, metrics = f(s, t, 1.0)
+    expected = oracle.distillation_loss(
+        s, t, labels=np.array([2, 0]), alpha=0.0, label_smoothing=1.0
+    )
+    assert_close(loss, expected.loss, 1e-6)
+    assert_close(metrics.cross_entropy, expected.loss, 1e-6)
