@@ -113,7 +113,11 @@ class FunctionSource(Source):
             return self
         arrays = self.leaves, self.hidden
         flags = asked.leaves, asked.hidden
-        f = lambda chosen: self._rows(*merge(chosen, arrays), self.present == 1)
+
+        def f(chosen):
+            leaves, hidden = merge(chosen, arrays)
+            return self._rows(leaves, hidden, self.present == 1)
+
         logits, pull = jax.vjp(f, keep(flags, arrays))
         if with_terms:
             # The gradient of a weight of 0 is what `apply` makes of the token.

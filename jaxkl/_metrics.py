@@ -208,8 +208,8 @@ def metrics_of(
         cross_entropy = terms.label
         if terms.uniform is not None:
             smoothing = jnp.asarray(prepared.label_smoothing, weight.dtype)
-            parts = (1 - smoothing, terms.label), (smoothing, terms.uniform)
-            cross_entropy = sum(weigh(*part) for part in parts)
+            cross_entropy = weigh(1 - smoothing, terms.label)
+            cross_entropy += weigh(smoothing, terms.uniform)
         is_labelled = prepared.operands.labels != IGNORED_LABEL
         of_labels = zero_unless(is_labelled, weight)
         cross_entropy = total(weigh(of_labels, cross_entropy))

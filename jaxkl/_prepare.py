@@ -140,7 +140,7 @@ def prepare(
         weight = zero_unless(labels != IGNORED_LABEL, weight)
     total = _total(weight, reduction, normalizer)
     factor = None
-    if weights is not None and reduction == "mean" and normalizer is None:
+    if total is not None and weights is not None and normalizer is None:
         factor = _one_over(jnp.where(total != 0, total, 1))
     term_weights = _term_weights(
         _normalized(weight, total),
