@@ -95,7 +95,11 @@ def _jensen_shannon_array_term_jvp(primals, tangents):
     phi_p, _ = _log_mean(log_ratio, beta, 1 - beta)
     phi_q, _ = _log_mean(-log_ratio, 1 - beta, beta)
     difference = scale * q_less_p(p, q, log_ratio)
-    f_p, f_q = weigh(difference, -phi_p), weigh(difference, phi_q)
+    # φ ends at a tiny number, where e^r overflows. The slope of an outcome that a model
+    # lacks must be 0, as that of the temperature is its product with a logit of -inf.
+    # It is not 0 at the end of the interval that is the KL from this model.
+    f_p = zero_unless((p.prob > 0) | (beta == 1), weigh(difference, -phi_p))
+    f_q = zero_unless((q.prob > 0) | (beta == 0), weigh(difference, phi_q))
     value = jensen_shannon_array_term(*primals)
     return value, f_p * tangents[0].log + f_q * tangents[1].log
 
@@ -124,6 +128,7 @@ def _skew_kl_array_term_jvp(primals, tangents):
     difference = (1 - alpha) * q_less_p(p, q, log_ratio)
     # These two are equal. The first has the digits where e is large, the second near 0.
     f_p = weigh(difference, jnp.where(g > 0.2, a - phi, g - b))
+    f_p = zero_unless(p.prob > 0, f_p)  # see `_jensen_shannon_array_term_jvp`
     value = skew_kl_array_term(*primals)
     return value, f_p * tangents[0].log + difference * b * tangents[1].log
 

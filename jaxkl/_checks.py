@@ -9,6 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 
+# In this range values, gradients and second derivatives are right in float32, where T³
+# underflows below 3e-13 and T² overflows above 2e19. Every dtype holds its ends, or has
+# no number beyond them. They are 9.5e-7 and 1.05e6.
+TEMPERATURES = 2.0**-20, 2.0**20
+
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -133,7 +138,7 @@ def scalar(
 def temperature(name: str, value: Any, shape: tuple[int, ...]) -> Any:
     """A Python number, an array that is a scalar or of `shape`, or None for exactly 1.
 
-    It is positive and finite, as `in_range` checks.
+    It is in `TEMPERATURES`, as `in_range` checks.
     """
     if isinstance(value, bool):
         raise TypeError(f"`{name}` must be a number, got {value}.")
@@ -141,7 +146,7 @@ def temperature(name: str, value: Any, shape: tuple[int, ...]) -> Any:
         value = float_array(name, value)
         if value.ndim:
             of_shape(name, value, shape, "no shape or the batch shape")
-    value = in_range(name, value, 0, positive=True)
+    value = in_range(name, value, *TEMPERATURES)
     return None if is_number(value) and value == 1 else value
 
 
@@ -157,7 +162,11 @@ def in_range(
 
     If it is not, that is an error; a traced value becomes NaN where it is not.
     """
-    x = np.asarray(value, np.float64) if is_known(value) else value
+    if is_known(value):
+        x = np.asarray(value, np.float64)
+    else:
+        # JAX would warn of a number that float16 cannot hold.
+        x, high = value, min(high, float(jnp.finfo(value.dtype).max))
     good = (abs(x) < math.inf) & ((x > 0) if positive else (x >= low)) & (x <= high)
     if not is_known(value):
         return jnp.where(good, value, jnp.nan)
@@ -165,6 +174,8 @@ def in_range(
         if positive:
             expected = "positive and finite"
         else:
-            expected = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
+            expected = f"in [{low:g}, {high:g}]"
+            if high == math.inf:
+                expected = f"at least {low:g}"
         raise ValueError(f"`{name}` must be {expected}, got {x[~good].flat[0]}.")
     return value

@@ -43,8 +43,9 @@ def cross_entropy(
               + z\,\mathrm{lse}(s)^2, $$
 
     and $\partial \ell / \partial s = q - \mathrm{onehot}(y)$ if $\epsilon$ and $z$ are
-    0. Where a label is nearly certain, $\log q_y$ and $1 - q_y$ are sums over the other
-    columns, and keep their digits.
+    0. Columns at `-inf` are as if absent: neither $V$ nor the sum has them. Where a
+    label is nearly certain, $\log q_y$ and $1 - q_y$ are sums over the other columns,
+    and keep their digits.
 
     It is the cross-entropy in `jaxkl.distillation_loss`, without a teacher, and has its
     precision, memory, second order and plain form, `jaxkl.reference.cross_entropy`. A

@@ -77,10 +77,10 @@ def distillation_loss(
         `(log_p, log_q) -> f`, of which $D$ is the sum over the vocabulary. Parameters
         of the catalogue's may be arrays, scalars or `[...]`: see `Mixture`. They are
         constants.
-      temperature: $T > 0$, a scalar or `[...]`. Differentiable. Here and below, a value
-        out of range is an error; if it is traced, the loss is NaN.
-      teacher_temperature: $T_t$, a scalar or `[...]`. Differentiable. None: the same as
-        `temperature`.
+      temperature: $T$ in $[2^{-20}, 2^{20}]$, about 1e-6 to 1e6: a scalar or `[...]`.
+        Differentiable. Here and below, a value out of range is an error; if it is
+        traced, the loss is NaN.
+      teacher_temperature: $T_t$, likewise. None: the same as `temperature`.
       t_squared: Whether to multiply $D$ by $T^2$, as Hinton et al. do, so that
         gradients keep their size when the temperature changes. TRL and Liger do not.
       labels: Integer classes, `[...]`. A label of -100 leaves out the CE of its token,
@@ -88,7 +88,7 @@ def distillation_loss(
       alpha: $\alpha$ in [0, 1]. It must be given with `labels`, and is 1 without them.
         A constant.
       label_smoothing: The share of each label, in [0, 1], that is spread evenly over
-        the vocabulary. A constant.
+        the columns that are not `-inf`. A constant.
       z_loss: $z \ge 0$. A constant.
       where: Tokens that count, bool `[...]`. The others have no influence, even if
         their logits are NaN.

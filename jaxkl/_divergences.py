@@ -8,7 +8,7 @@ divergence is: a user's own function of this form works wherever these do.
 import dataclasses
 import math
 from collections.abc import Callable, Hashable
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -63,11 +63,6 @@ class CataloguedDivergence(Parametrised):
     def members(self) -> tuple[Divergence, ...]:
         """The divergences of which it is made."""
         return ()
-
-    def map_members(self, f: Callable[[Divergence], Divergence]) -> Self:
-        """`f` of each of its members in their places."""
-        del f
-        return self
 
     def integrand(self, p: Outcomes, q: Outcomes, log_ratio: jax.Array) -> jax.Array:
         """The integrand `f`, from the two models and `log q - log p`."""
@@ -138,11 +133,19 @@ def evaluate(
     q: Outcomes,
     log_ratio: jax.Array | None = None,
 ) -> jax.Array:
-    """`divergence(log p, log q)`; ours use the probabilities and the log-ratio too."""
+    """`divergence(log p, log q)`; ours use the probabilities and the log-ratio too.
+
+    It is 0 where both models have no probability.
+    """
     if is_ours(divergence):
         log_ratio = log_ratio_of(p, q, log_ratio)
         return divergence.integrand(p, q, log_ratio)  # pyright: ignore[reportFunctionMemberAccess]
-    return divergence(p.log, q.log)
+    # Of an outcome that neither has, a user's function may be NaN, and so its slope. No
+    # sensible function has a pole at probabilities of 1/2 and 1/4.
+    absent = (p.log == -jnp.inf) & (q.log == -jnp.inf)
+    log_p = jnp.where(absent, math.log(1 / 2), p.log)
+    log_q = jnp.where(absent, math.log(1 / 4), q.log)
+    return zero_unless(~absent, divergence(log_p, log_q))
 
 
 def evaluate_weighted(

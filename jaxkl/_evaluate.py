@@ -14,6 +14,8 @@ from ._sharding import sharded_weighted_loss
 def evaluate(prepared: Prepared) -> tuple[jax.Array, LossTerms, Statistics | None]:
     """The loss, a scalar or `[...]`, and the engine's terms and statistics."""
     loss, terms, statistics = weighted_terms(prepared)
+    if prepared.factor is not None:
+        loss = loss * prepared.factor
     if not prepared.spec.reduce:
         loss = ft.reduce(jnp.add, jax.tree.leaves(loss)).reshape(prepared.batch_shape)
     return loss, terms, statistics

@@ -45,8 +45,9 @@ class FunctionHead(Given):
     own `shard_map`, with `axis_name`, `apply` makes the columns of its device from the
     parameters that it is given there.
 
-    Tokens that do not count may hold NaN. Columns beyond `vocab_size` have no part in
-    the loss, but the gradient of `apply` must be finite there.
+    Tokens that do not count may hold NaN, or zeros, where a norm may have no gradient.
+    Columns beyond `vocab_size` have no part in the loss, but the gradient of `apply`
+    must be finite there.
 
     Args:
       apply: `(params, hidden) -> logits`, for any number of tokens: from

@@ -37,9 +37,9 @@ class FunctionSource(Source):
 
     leaves: tuple[Any, ...]
     hidden: Any
-    # [B, 1]: 1, but 0 for tokens that the engine has masked or added as padding, all of
-    # whose rows are 0; and NaN for those without weight whose hidden states are not
-    # finite.
+    # [B, 1]: 1, but 0 for tokens that can have no weight, as those that the engine has
+    # masked or added as padding, all of whose rows are 0; and NaN for those of weight 0
+    # at which a function may have no gradient.
     present: Any
     made: Any = None  # the logits of `apply`, and what pulls their gradient back
     apply: OfLeaves = dataclasses.field(kw_only=True, metadata={"static": True})
@@ -98,25 +98,37 @@ class FunctionSource(Source):
     def splits_columns(self):
         return self.specs is not None
 
-    def spared(self, weightless):
-        finite = jnp.isfinite(self.hidden).all(axis=-1, keepdims=True)
-        is_junk = weightless[:, None] & ~finite
-        return dataclasses.replace(
-            self, present=jnp.where(is_junk, jnp.nan, self.present)
-        )
+    def spared(self, weightless, dropped):
+        # A weight of 0 may be differentiated, and with it, later, the gradients: they
+        # must be those at the token's own hidden states, unless it holds junk. A norm
+        # may be NaN at zeros, as padding holds them.
+        is_sound = jnp.isfinite(self.hidden).all(axis=-1) & self.hidden.any(axis=-1)
+        present = jnp.where((weightless & ~is_sound)[:, None], jnp.nan, self.present)
+        present = jnp.where(dropped[:, None], 0, present)
+        return dataclasses.replace(self, present=present)
 
-    def linearized(self, asked):
+    def linearized(self, asked, *, with_terms=False):
         """With its logits made, as `apply` is to run once for them and the gradient."""
         if not any(jax.tree.leaves(asked)):
             return self
         arrays = self.leaves, self.hidden
         flags = asked.leaves, asked.hidden
-        f = lambda chosen: self._rows(*merge(chosen, arrays))
-        return dataclasses.replace(self, made=jax.vjp(f, keep(flags, arrays)))
+
+        def f(chosen):
+            leaves, hidden = merge(chosen, arrays)
+            return self._rows(leaves, hidden, self.present == 1)
+
+        logits, pull = jax.vjp(f, keep(flags, arrays))
+        if with_terms:
+            # The gradient of a weight of 0 is what `apply` makes of the token.
+            logits = self._rows(*arrays, self.present != 0)
+        else:
+            logits = jnp.where(jnp.isnan(self.present), jnp.nan, logits)
+        return dataclasses.replace(self, made=(logits, pull))
 
     def logits(self, dtype, vocab):
         if self.made is None:
-            x = self._rows(self.leaves, self.hidden)
+            x = self._rows(self.leaves, self.hidden, self.present != 0)
         else:
             x, _ = self.made
         if vocab.axis_name is not None and x.shape[-1] != vocab.width:
@@ -124,19 +136,23 @@ class FunctionSource(Source):
                 f"`apply` must make {vocab.width} columns on each device of mesh axis "
                 f"{vocab.axis_name!r}, got {x.shape[-1]}."
             )
-        x = jnp.where(jnp.isnan(self.present), jnp.nan, x.astype(dtype))
-        return vocab.fit(x)
+        return vocab.fit(x.astype(dtype))
 
-    def _rows(self, leaves: tuple[Any, ...], hidden: jax.Array) -> jax.Array:
-        # 0 · NaN is NaN in the gradient of a shared array. A token that does not count
-        # has an ordinary vector, and not zeros: of these, a norm may be NaN.
+    def _rows(
+        self, leaves: tuple[Any, ...], hidden: jax.Array, is_own: jax.Array
+    ) -> jax.Array:
+        """The logits, of an ordinary vector for the tokens that are not `is_own`.
+
+        0 · NaN is NaN in the gradient of a shared array, and of zeros, too, a norm may
+        be NaN.
+        """
         ordinary = jnp.linspace(1, 2, hidden.shape[-1], dtype=hidden.dtype)
         ordinary = jnp.broadcast_to(ordinary, hidden.shape)
         f = self.apply
         for _ in hidden.shape[2:]:
             # To reshape would gather tokens that are spread over devices.
             f = jax.vmap(f, in_axes=(None, 0))
-        return f(leaves, jnp.where(self.present == 1, hidden, ordinary))
+        return f(leaves, jnp.where(is_own, hidden, ordinary))
 
     def output_dtype(self, dtype):
         """That of the logits that `apply` makes, whose gradient it takes. It is never

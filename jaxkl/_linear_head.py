@@ -127,9 +127,12 @@ class LinearHead(Source):
         return self.map_fields(lambda name, _: specs[name])
 
     def logits(self, dtype, vocab):
-        x = _dot(self.hidden, self.kernel, ((-1,), (0,)), dtype) * self.scale
+        # Padding columns may hold NaN, of which a later derivative of a product makes a
+        # sum over columns: they are cut off before it.
+        kernel = self.kernel[:, : vocab.width]
+        x = _dot(self.hidden, kernel, ((-1,), (0,)), dtype) * self.scale
         if self.bias is not None:
-            x += self.bias.astype(dtype)[None, :]
+            x += self.bias.astype(dtype)[None, : vocab.width]
         if self.softcap is not None:
             x = self.softcap * jnp.tanh(x / self.softcap)
         return vocab.fit(x)

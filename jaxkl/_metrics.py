@@ -212,8 +212,8 @@ def metrics_of(
         cross_entropy = terms.label
         if terms.uniform is not None:
             smoothing = jnp.asarray(prepared.label_smoothing, weight.dtype)
-            uniform = weigh(smoothing, terms.uniform)
-            cross_entropy = (1 - smoothing) * terms.label + uniform
+            cross_entropy = weigh(1 - smoothing, terms.label)
+            cross_entropy += weigh(smoothing, terms.uniform)
         is_labelled = prepared.operands.labels != IGNORED_LABEL
         of_labels = zero_unless(is_labelled, weight)
         cross_entropy = total(weigh(of_labels, cross_entropy))

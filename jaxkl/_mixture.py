@@ -83,10 +83,6 @@ class Mixture(CataloguedDivergence):
     def members(self):
         return tuple(divergence for _, divergence in self.terms)
 
-    def map_members(self, f):
-        terms = tuple((weight, f(divergence)) for weight, divergence in self.terms)
-        return self.replaced({"terms": terms})
-
     def map_parameters(self, f):
         of_weight = lambda weight: f("weight", REAL, weight)
         # A user's function has no parameters.

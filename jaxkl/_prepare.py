@@ -51,6 +51,7 @@ class Prepared(NamedTuple):
     weight: jax.Array  # [B], before the normaliser
     label_smoothing: Any
     batch_shape: tuple[int, ...]
+    factor: jax.Array | None = None  # of the loss, see `_one_over`; None: 1
 
 
 def prepare(
@@ -143,10 +144,15 @@ def prepare(
     weight = _weight(weights, mask, shape, dtype)
     if is_alone or labels is not None:
         labels = as_labels(labels, mask, shape, vocab.size)
+    given_weight = weight
     if is_alone:
         weight = zero_unless(labels != IGNORED_LABEL, weight)
+    total = _total(weight, reduction, normalizer)
+    factor = None
+    if total is not None and weights is not None and normalizer is None:
+        factor = _one_over(jnp.where(total != 0, total, 1))
     term_weights = _term_weights(
-        _normalized(weight, reduction, normalizer),
+        _normalized(weight, total),
         temperatures[0] if t_squared else None,
         labels,
         vocab_size=vocab.size,
@@ -160,7 +166,8 @@ def prepare(
     if mask is not None:
         term_weights = jax.tree.map(lambda w: zero_unless(mask, w), term_weights)
     weightless = ~term_weights.any_nonzero
-    student, teacher = student.spared(weightless), teacher.spared(weightless)
+    dropped = weightless & (given_weight != 0)  # as by a label of -100
+    student, teacher = (x.spared(weightless, dropped) for x in (student, teacher))
     operands = Operands(
         student,
         teacher,
@@ -187,7 +194,7 @@ def prepare(
     )
     if axis_name is not None:
         check_slices(axis_name, operands)
-    return Prepared(spec, operands, layout, weight, label_smoothing, shape)
+    return Prepared(spec, operands, layout, weight, label_smoothing, shape, factor)
 
 
 class CheckedModels(NamedTuple):
@@ -257,25 +264,49 @@ def _weight(
     return weight if mask is None else zero_unless(mask, weight)
 
 
-def _normalized(
+def _total(
     weight: jax.Array, reduction: Reduction, normalizer: ArrayLike | None
-) -> jax.Array:
+) -> jax.Array | None:
+    """What divides the sum over tokens, if anything does."""
     if reduction != "mean":
         if normalizer is not None:
             raise ValueError(
                 '`normalizer` must be None unless `reduction` is "mean", got '
                 f"{normalizer!r} with {reduction!r}."
             )
-        return weight
+        return None
     if normalizer is None:
-        total = jnp.sum(weight)
-    else:
-        if check.is_integer(normalizer):
-            normalizer = jnp.asarray(normalizer, weight.dtype)  # the sum of a mask
-        total = check.scalar("normalizer", normalizer, 0, positive=True)
-        total = jax.lax.stop_gradient(jnp.asarray(total, weight.dtype))
+        return jnp.sum(weight)
+    if check.is_integer(normalizer):
+        normalizer = jnp.asarray(normalizer, weight.dtype)  # the sum of a mask
+    total = check.scalar("normalizer", normalizer, 0, positive=True)
+    return jnp.asarray(total, weight.dtype)
+
+
+def _normalized(weight: jax.Array, total: jax.Array | None) -> jax.Array:
+    """`weight / total`, in which the total is a constant: see `_one_over`."""
+    if total is None:
+        return weight
+    total = jax.lax.stop_gradient(total)
     # If there is no weight at all, the loss is 0 and has no gradient.
     return zero_unless(total != 0, weight / jnp.where(total != 0, total, 1))
+
+
+@jax.custom_jvp
+def _one_over(total: jax.Array) -> jax.Array:
+    """1, which has the derivatives of a constant, the total's value, over the total.
+
+    The loss is multiplied by it, and so a mean has its gradient by the total. In the
+    quotients of weights that gradient would be a sum over tokens, where 0 · NaN is NaN
+    if the loss of a token without weight is.
+    """
+    return jnp.ones_like(total)
+
+
+@_one_over.defjvp
+def _one_over_jvp(primals, tangents):
+    one = _one_over(*primals)
+    return one, -one * tangents[0] / primals[0]
 
 
 def _alpha(

@@ -64,6 +64,7 @@ class RowSums(NamedTuple):
     # At the temperature of the student's own terms: Σ e^z below the top, and Σ e^z z
     below: Any = None
     shifted: Any = None
+    present: Any = None  # the number of columns that are not -inf
     reverse: ReverseSums | None = None
     # The student's logits of a teacher's list, `[B, k]`: each is in one set of columns,
     # and 0 in the others.
@@ -166,6 +167,7 @@ def rescaled(
         student=times(sums.student, z),
         student_at_1=times(sums.student_at_1, z_at_1),
         listed=sums.listed,
+        present=sums.present,
     )
     if sums.unlisted is not None:
         move = _over(student_temperature, _move(old.unlisted, new.unlisted))

@@ -108,12 +108,13 @@ class Source(Given):
         Here the tokens may be on several axes, in place of `B`.
         """
 
-    def linearized(self, asked: Self) -> Self:
+    def linearized(self, asked: Self, *, with_terms: bool = False) -> Self:
         """The source that is told of a `vjp` which follows.
 
         `asked` has a flag in the place of every array: whether its gradient is needed.
+        `with_terms` is whether the terms of tokens without weight are needed too.
         """
-        del asked
+        del asked, with_terms
         return self
 
     def pulls_back_at_once(self, asked: Self) -> bool:
@@ -133,12 +134,13 @@ class Source(Given):
         """Whether the devices of a mesh axis can each make a part of the columns."""
         return True
 
-    def spared(self, weightless: jax.Array) -> Self:
+    def spared(self, weightless: jax.Array, dropped: jax.Array) -> Self:
         """The source, told which tokens have no weight, bool `[B]`.
 
-        What they hold must not enter the gradients, even if it is NaN.
+        What they hold must not enter the gradients, even if it is NaN. Those of them
+        that are `dropped` have none whatever `weights` are.
         """
-        del weightless
+        del weightless, dropped
         return self
 
     @property

@@ -52,7 +52,7 @@ def top_k_teacher(
       logits_or_head: Logits $t$, `[..., vocab]`, or the head that makes them: a
         `LinearHead` or `FunctionHead`.
       k: Columns to keep, at most `vocab`.
-      temperature: $T > 0$, a scalar or `[...]`.
+      temperature: $T$ in $[2^{-20}, 2^{20}]$, a scalar or `[...]`.
       tail: See `SparseTeacher`.
       vocab_size: Number of columns that are vocabulary. The columns after them are
         padding, whatever they hold, and are never listed.
@@ -129,7 +129,7 @@ def sampled_teacher(
       logits_or_head: Logits $t$, `[..., vocab]`, or the head that makes them, a tile of
         tokens at a time: a `LinearHead` or `FunctionHead`.
       num_samples: Draws for each row.
-      temperature: $T > 0$, a scalar or `[...]`.
+      temperature: $T$ in $[2^{-20}, 2^{20}]$, a scalar or `[...]`.
       vocab_size: As in `top_k_teacher`, like the following.
       mesh: The mesh of global arrays.
       token_axes: Mesh axis, or several, that spread the first dimension of the tokens.

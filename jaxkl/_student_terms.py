@@ -36,10 +36,12 @@ def sums(weights: LossTerms, q: Model) -> dict[str, Any]:
     """The sums of `RowSums` that these terms need."""
     z = q.shifted()
     exp_z = jnp.exp(z)
-    below = jnp.sum(below_top(z) * exp_z, axis=-1)
-    if weights.entropy is None:
-        return dict(below=below)
-    return dict(below=below, shifted=jnp.sum(exp_z * z, axis=-1))
+    result = dict(below=jnp.sum(below_top(z) * exp_z, axis=-1))
+    if weights.uniform is not None:
+        result["present"] = jnp.sum(_is_present(q).astype(z.dtype), axis=-1)
+    if weights.entropy is not None:
+        result["shifted"] = jnp.sum(exp_z * z, axis=-1)
+    return result
 
 
 def label_and_uniform(
@@ -47,11 +49,12 @@ def label_and_uniform(
 ) -> tuple[jax.Array | None, jax.Array | None]:
     """Sums over the columns at hand: `-z` of each label, and `-Σ z`, `[B]`.
 
-    The first has the shape of the labels. The second is made if it has a weight.
+    The first has the shape of the labels. The second is made if it has a weight, and is
+    over the columns that are not -inf: no label's share is spread over the others.
     """
     z, uniform = q.softmax().shifted, None
     if x.weights.uniform is not None:
-        uniform = -jnp.sum(vocab.mask(z), axis=-1)
+        uniform = -jnp.sum(zero_unless(_is_present(q), z), axis=-1)
     if x.labels is None:
         return None, uniform
     if x.labels.ndim == 1:
@@ -82,7 +85,7 @@ def terms(
         result = result._replace(label=of_row(log_sum) + (label - rounding))
     if weights.uniform is not None:
         assert uniform is not None
-        result = result._replace(uniform=log_sum + uniform / spec.vocab.size)
+        result = result._replace(uniform=log_sum + uniform * _share(sums))
     if weights.lse_squared is not None:
         lse = SoftmaxStats(largest, temperature(spec, x), sums.alone).lse
         result = result._replace(lse_squared=lse * lse)
@@ -101,7 +104,7 @@ def d_shifted(
         others = sums.below / sums.alone
         parts.append(of_labels(weights.label, x.labels, model, q, others, vocab))
     if weights.uniform is not None:
-        d_uniform = vocab.mask(q.prob - 1 / vocab.size)
+        d_uniform = q.prob - jnp.where(_is_present(model), _share(sums)[:, None], 0)
         parts.append(weigh(weights.uniform[:, None], d_uniform))
     if weights.lse_squared is not None:
         d_lse = weigh(2 * weights.lse_squared, q.lse)
@@ -137,6 +140,16 @@ def _has_certain(total: jax.Array) -> jax.Array:
 def _mean_below(sums: RowSums) -> jax.Array:
     """`M`: by how much a logit of the row is below the largest, on average, `[B]`."""
     return -sums.shifted / sums.alone
+
+
+def _is_present(model: Model) -> jax.Array:
+    """Whether a column is neither masked nor padding, `[B, V]`."""
+    return model.logits != -jnp.inf
+
+
+def _share(sums: RowSums) -> jax.Array:
+    """What each column that is present gets of a label that is spread, `[B]`."""
+    return 1 / jnp.maximum(sums.present, 1)
 
 
 def _is_label(labels: jax.Array, like: jax.Array, vocab: Vocabulary) -> jax.Array:

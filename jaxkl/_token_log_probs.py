@@ -94,7 +94,7 @@ def token_log_probs(
         or `FunctionHead`.
       tokens: Columns, integers `[...]`, or several in each place, `[..., k]`, which may
         repeat. -1 is an empty slot: its log-probability is 0.
-      temperature: $T > 0$, a scalar or `[...]`. Differentiable.
+      temperature: $T$ in $[2^{-20}, 2^{20}]$, a scalar or `[...]`. Differentiable.
       with_entropy: Whether to return the entropy too.
       where: Places that count, bool `[...]`. The others are 0, and have no influence
         even if their logits are NaN.
@@ -176,7 +176,8 @@ def prepare_tokens(
         entropy = zero_unless(mask, entropy)
         weight = zero_unless(jnp.expand_dims(mask, range(1, weight.ndim)), weight)
     weights = LossTerms(None, weight, entropy=entropy if with_entropy else None)
-    student = student.spared(~weights.any_nonzero)
+    is_dropped = ~weights.any_nonzero
+    student = student.spared(is_dropped, is_dropped)
     operands = Operands(student, NoTeacher(), weights, T, None, columns, mask)
     spec = Spec(
         None,

@@ -78,7 +78,13 @@ def _sources_with_sums(perturbed: Operands, is_shared: Operands) -> list[str]:
 def _linearized(perturbed: Operands, names: Sequence[str], x: Operands) -> Operands:
     """The operands, of which these sources are about to be pulled back."""
     x = masked(x)._replace(mask=None)
-    ready = {n: getattr(x, n).linearized(getattr(perturbed, n)) for n in names}
+    with_terms = any(jax.tree.leaves(perturbed.weights))  # they are its gradients
+    ready = {
+        name: getattr(x, name).linearized(
+            getattr(perturbed, name), with_terms=with_terms
+        )
+        for name in names
+    }
     return x._replace(**ready)
 
 

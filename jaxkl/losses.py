@@ -9,16 +9,14 @@ The softmax forms start from logits. They are `jaxkl.distillation_loss` with any
 axis, class masks and a differentiable teacher.
 """
 
-import dataclasses
 import math
-from collections.abc import Hashable
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from ._distillation import distillation_loss
-from ._divergences import Divergence, ForwardKL, is_ours
+from ._divergences import Divergence, ForwardKL
 from ._elementwise import (
     Axis,
     broadcast,
@@ -222,7 +220,8 @@ def softmax_kl_divergence(
         broadcasts with it.
       axis: Axis or axes of the classes. All of them if None.
       where: Classes to include: bool, broadcast to the shape of the logits.
-      temperature: $T > 0$, a scalar or of the loss's shape. Differentiable.
+      temperature: $T$ in $[2^{-20}, 2^{20}]$, a scalar or of the loss's shape.
+        Differentiable.
 
     Returns:
       The loss, `[...]`: float64 if an input is float64, else float32. Gradients have
@@ -231,7 +230,7 @@ def softmax_kl_divergence(
     Raises:
       TypeError: If an input is not floating point, `where` not bool, `axis` not int.
       ValueError: If shapes do not fit, `axis` is out of bounds or repeated, or
-        `temperature` is not positive.
+        `temperature` is out of range.
 
     Example:
       >>> import jax.numpy as jnp
@@ -290,7 +289,8 @@ def softmax_divergence(
         that `where` removes.
       axis: Axis or axes of the classes. All of them if None.
       where: Classes to include: bool, broadcast to the shape of the logits.
-      temperature: $T > 0$, a scalar or of the loss's shape. Differentiable.
+      temperature: $T$ in $[2^{-20}, 2^{20}]$, a scalar or of the loss's shape.
+        Differentiable.
 
     Returns:
       The loss, `[...]`: float64 if an input is float64, else float32. Gradients have
@@ -300,7 +300,7 @@ def softmax_divergence(
       TypeError: If an input is not floating point, `where` not bool, `axis` not int, or
         `divergence` not callable or hashable.
       ValueError: If shapes do not fit, `axis` is out of bounds or repeated,
-        `temperature` is not positive, or `divergence` is not elementwise.
+        `temperature` is out of range, or `divergence` is not elementwise.
 
     Example:
       >>> import jax.numpy as jnp
@@ -342,7 +342,6 @@ def softmax_divergence(
         student = jnp.where(where, student, -jnp.inf)
         teacher = jnp.where(where, teacher, -jnp.inf)
         where = jnp.any(where, axis=-1)
-        divergence = _of_possible_classes(divergence)
     return distillation_loss(
         student,
         teacher,
@@ -353,30 +352,3 @@ def softmax_divergence(
         differentiate_teacher=True,
         reduction="none",
     )
-
-
-def _of_possible_classes(divergence: Divergence) -> Divergence:
-    """The divergence without the classes that are removed from both models.
-
-    Divergences of the catalogue are 0 there already.
-    """
-    if is_ours(divergence):
-        return divergence.map_members(_of_possible_classes)  # pyright: ignore[reportFunctionMemberAccess]
-    if not callable(divergence) or isinstance(divergence, type):
-        return divergence  # `distillation_loss` says what is wrong with it
-    hashable = isinstance(divergence, Hashable)
-    return _OfPossibleClasses(divergence) if hashable else divergence
-
-
-@dataclasses.dataclass(frozen=True)
-class _OfPossibleClasses:
-    divergence: Divergence
-
-    def __call__(self, log_p, log_q):
-        removed = (log_p == -jnp.inf) & (log_q == -jnp.inf)
-        # No sensible function has a pole at probabilities of 1/2 and 1/4.
-        log_p = jnp.where(removed, -math.log(2), log_p)
-        log_q = jnp.where(removed, -math.log(4), log_q)
-        terms = self.divergence(log_p, log_q)
-        # `jnp.where` would broadcast a wrong shape, which `distillation_loss` reports.
-        return jnp.where(removed, 0, terms) if terms.shape == log_p.shape else terms

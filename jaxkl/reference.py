@@ -262,7 +262,9 @@ def token_log_probs(
 
 def _loss(prepared: Prepared) -> Array:
     loss = ft.reduce(jnp.add, jax.tree.leaves(_weighted_terms(prepared)))
-    return jnp.sum(loss) if prepared.spec.reduce else loss.reshape(prepared.batch_shape)
+    if not prepared.spec.reduce:
+        return loss.reshape(prepared.batch_shape)
+    return jnp.sum(loss) if prepared.factor is None else jnp.sum(loss) * prepared.factor
 
 
 def _weighted_terms(prepared: Prepared) -> LossTerms:
@@ -292,10 +294,12 @@ def _weighted_terms(prepared: Prepared) -> LossTerms:
             divergence = _divergence(whole, log_p, log_q)
     logits = _over(s, temperature)
     log_q = jax.nn.log_softmax(logits, axis=-1)
+    present = logits != -jnp.inf
     terms = LossTerms(
         divergence,
         _label_term(log_q, x.labels),
-        -jnp.mean(log_q, axis=-1),
+        -jnp.sum(zero_unless(present, log_q), axis=-1)
+        / jnp.maximum(jnp.sum(present, axis=-1, dtype=log_q.dtype), 1),
         jax.nn.logsumexp(logits, axis=-1) ** 2,
         entropy(Outcomes.of_log(log_q)),
     )
@@ -333,7 +337,8 @@ def _label_term(log_q, labels):
     if labels is None:
         return None
     if labels.ndim == 1:
-        is_label = jnp.arange(log_q.shape[-1])[None, :] == labels[:, None]
+        columns = jnp.arange(log_q.shape[-1], dtype=labels.dtype)
+        is_label = columns[None, :] == labels[:, None]
         return -jnp.sum(zero_unless(is_label, log_q), axis=-1)
     listed = jnp.take_along_axis(log_q, jnp.maximum(labels, 0), axis=-1)
     return -zero_unless(labels >= 0, listed)

@@ -472,13 +472,16 @@ def _to_logits(log_probs, slopes):
 def _cross_entropy(logits, labels, label_smoothing):
     """The loss and its gradient, both 0 where the label is -100."""
     log_probs, labelled = log_softmax(logits), (labels != -100)[:, None]
-    vocab, epsilon = logits.shape[-1], np.longdouble(label_smoothing)
-    is_label = np.arange(vocab) == labels[:, None]
-    target = (1 - epsilon) * is_label + epsilon / vocab
+    epsilon = np.longdouble(label_smoothing)
+    is_label = np.arange(logits.shape[-1]) == labels[:, None]
+    # Columns at -inf are as if absent.
+    present = logits != -np.inf
+    spread = epsilon * present / np.sum(present, -1, keepdims=True)
+    target = (1 - epsilon) * is_label + spread
     ce = -np.sum(_times(target, log_probs), -1, keepdims=True)
     # The label's slope is `probs - 1`, and its probability may be nearly 1.
     d_ce = np.where(is_label, np.expm1(log_probs) + epsilon, np.exp(log_probs))
-    d_ce = d_ce - epsilon / vocab
+    d_ce = d_ce - spread
     return np.where(labelled, ce, 0)[:, 0], np.where(labelled, d_ce, 0)
 
 

@@ -45,6 +45,11 @@ VALUE_ERRORS = {
     "negative temperature": ("temperature", dict(temperature=-1)),
     "temperature of nan": ("temperature", dict(temperature=float("nan"))),
     "temperature of inf": ("temperature", dict(temperature=float("inf"))),
+    "temperature too high": ("temperature", dict(temperature=2e6)),
+    "one temperature too low": (
+        "temperature",
+        dict(temperature=np.float32([1, 1e-7, 1])),
+    ),
     "one temperature of 0": ("temperature", dict(temperature=np.float32([1, 0, 1]))),
     "temperature shape": ("temperature", dict(temperature=np.ones(4, np.float32))),
     "temperature per column": (
@@ -53,6 +58,10 @@ VALUE_ERRORS = {
     ),
     "temperature of one": ("temperature", dict(temperature=np.ones(1, np.float32))),
     "teacher_temperature of 0": ("teacher_temperature", dict(teacher_temperature=0.0)),
+    "teacher_temperature too low": (
+        "teacher_temperature",
+        dict(teacher_temperature=1e-14),
+    ),
     "teacher_temperature shape": (
         "teacher_temperature",
         dict(teacher_temperature=np.ones((3, 5), np.float32)),
@@ -349,7 +358,7 @@ def test_an_argument_that_there_is_not(loss, name, meant):
 
 def test_messages_say_what_came():
     for arguments, came in [
-        (dict(temperature=-2.5), r"-2\.5"),
+        (dict(temperature=-2.5), r"\[9.53674e-07, 1.04858e\+06\], got -2\.5"),
         (dict(reduction="average"), "average"),
         (dict(teacher=np.zeros((4, 5), np.float32)), r"\(4, 5\)|\(4,\)"),
         (dict(student=INT_LOGITS), "int"),

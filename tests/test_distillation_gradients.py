@@ -317,3 +317,18 @@ def test_descending_the_gradient_reaches_the_teacher(divergence, reference):
     s, losses = train(s)
     assert losses[-1] < 1e-3 * losses[0]
     np.testing.assert_allclose(jax.nn.softmax(s), jax.nn.softmax(t), atol=2e-2)
+
+
+@pytest.mark.parametrize("junk", [np.nan, -np.inf], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", *rarely("bfloat16", "float64")])
+def test_d_weights_beside_an_infinite_loss_without_weight(rng, dtype, junk):
+    with jax.enable_x64(dtype == "float64"):
+        s, t = rounded(rng, (4, 5), dtype), rounded(rng, (4, 5), dtype)
+        weights = jnp.array([1.0, 0.0, 0.0, 3.0], jnp.float32)
+        _, expected = evaluate(s, t, weights=weights)
+        spoilt = s.at[1, 2].set(junk)
+        value, grads = evaluate(spoilt, t, weights=weights)
+        assert np.isfinite(value)
+        got, want = (np.delete(x["weights"], 1) for x in (grads, expected))
+        assert_close(got, want, 1e-5 if dtype == "float32" else 1e-6)
+        assert not np.isfinite(grads["weights"][1])  # it is the loss of the token

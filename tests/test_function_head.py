@@ -151,6 +151,67 @@ def test_a_dropped_row_may_hold_nan(rng, by, reduction, tile, apply):
     assert_dropped_rows_may_hold_nan(*models, by=by, reduction=reduction, tile=tile)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("by", ["labels", "weights"])
+def test_a_token_without_weight_may_be_where_a_norm_has_no_gradient(rng, by, reduction):
+    student, _ = heads(rng, (5,))
+    padded = replace(student, hidden=student.hidden.at[np.array([1, 4])].set(0))
+    kept = np.array([0, 2, 3])
+    labels = jnp.array([1, 0, 10, 4, 2])
+    weights = jnp.array([1.0, 0, 2, 1, 0])
+    if by == "labels":
+        options = dict(labels=jnp.where(weights == 0, -100, labels))
+        options["weights"] = jnp.array([1.0, 3, 2, 1, 3])
+    else:
+        options = dict(labels=labels, weights=weights)
+
+    @partial(jax.jit, static_argnums=0)
+    def run(loss, head, options):
+        value, vjp = jax.vjp(
+            lambda head: loss(head, **options, reduction=reduction, tile=2), head
+        )
+        return value, *vjp(jnp.ones_like(value))
+
+    value, grad = run(jaxkl.cross_entropy, padded, options)
+    sliced = replace(student, hidden=student.hidden[kept])
+    of_kept = dict(labels=labels[kept], weights=weights[kept])
+    want, want_grad = run(jaxkl.cross_entropy, sliced, of_kept)
+    assert not grad.hidden[np.array([1, 4])].any()
+    grad = replace(grad, hidden=grad.hidden[kept])
+    assert_same(grad, want_grad, 1e-5)
+    if reduction == "none":
+        assert not value[np.array([1, 4])].any()
+        value = value[kept]
+    assert_close(value, want, 1e-6)
+    if by == "labels":
+        _, plain = run(jaxkl.reference.cross_entropy, padded, options)
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(plain))
+
+
+@pytest.mark.parametrize("tile", [2, 5])
+def test_a_weight_of_zero_has_the_gradients_of_its_token(rng, tile):
+    """As where weights are learned, from 0 on, by what they make of the gradients."""
+
+    def apply(params, x):
+        return normed(params, jnp.where(x == 0, 0.1, x))  # sound at 0 too
+
+    student = replace(heads(rng, (5,))[0], apply=apply)
+    student = replace(student, hidden=student.hidden.at[1].set(0))
+    teacher, weights = rounded(rng, (5, 11)), jnp.array([1.0, 0, 0, 2, 1])
+
+    @partial(jax.jit, static_argnums=0)
+    def both(loss, head, weights):
+        f = lambda head, w: loss(head, teacher, weights=w, reduction="sum", tile=tile)
+        of_params = lambda w: jax.grad(f)(head, w).params["kernel"]
+        return jax.grad(f, (0, 1))(head, weights)[1], jax.jacrev(of_params)(weights)
+
+    first, mixed = both(distillation_loss, student, weights)
+    want, want_mixed = both(jaxkl.reference.distillation_loss, student, weights)
+    assert_close(first, want, 1e-5)
+    # The second token holds zeros, where a gradient may not exist.
+    assert_close(np.delete(mixed, 1, -1), np.delete(want_mixed, 1, -1), 1e-5)
+
+
 def test_a_row_with_weight_may_be_infinite(rng):
     """It is up to the function what it makes of it."""
     clip = lambda kernel, x: jnp.clip(x, -1, 1) @ kernel

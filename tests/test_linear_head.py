@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import jaxkl
+import jaxkl.reference
 from jaxkl import distillation_loss, LinearHead
 
 from . import oracle
@@ -67,6 +68,42 @@ def test_a_masked_vocabulary(rng, divergence, reference):
         assert not grad.kernel[:, 3:6].any() and not grad.bias[3:6].any()
     if divergence != jaxkl.ReverseKL():
         assert_matches(student, mask(teacher), (divergence, reference), **arguments)
+
+
+@pytest.mark.parametrize("plan", [dict(tile=2), *rarely(dict(plan="lean"))], ids=str)
+def test_padding_columns_may_hold_nan(rng, plan):
+    # In first and second derivatives, and those of plain autodiff.
+    head = make_head(rng, (3,), 2, 5, bias=True)
+    more = lambda x: [(0, 0)] * (x.ndim - 1) + [(0, 2)]
+    pad = lambda x: jnp.pad(x, more(x), constant_values=jnp.nan)
+    wide = dataclasses.replace(head, kernel=pad(head.kernel), bias=pad(head.bias))
+    teacher = rounded(rng, (3, 5))
+
+    @partial(jax.jit, static_argnums=(0, 1))
+    def run(loss, options, head, teacher):
+        f = lambda hidden, kernel, bias: loss(
+            dataclasses.replace(head, hidden=hidden, kernel=kernel, bias=bias),
+            teacher, vocab_size=5, **dict(options),
+        )  # fmt: skip
+        arrays = head.hidden, head.kernel, head.bias
+        return jax.grad(f, (0, 1, 2))(*arrays), jax.jacrev(jax.grad(f))(*arrays)
+
+    options = tuple(plan.items())
+    for loss in distillation_loss, jaxkl.reference.distillation_loss:
+        (d_hidden, *d_shared), second = run(loss, options, wide, pad(teacher))
+        want, want_second = run(loss, options, head, teacher)
+        assert_close(second, want_second, 1e-5)
+        assert_close(d_hidden, want[0], 1e-5)
+        for got, of_kept in zip(d_shared, want[1:], strict=True):
+            assert_close(got, np.pad(of_kept, more(of_kept)), 1e-5)
+
+
+def test_a_kernel_without_padding_is_not_cut(rng):
+    head = make_head(rng, (4,), 3, 5)
+    f = lambda head, t: distillation_loss(head, t, tile=2)
+    program = jax.jit(jax.grad(f)).lower(head, rounded(rng, (4, 5))).as_text()
+    assert "tensor<3x5xf32>" in program
+    assert not re.search(r"stablehlo.slice.*\(tensor<3x5xf32>", program)
 
 
 @pytest.mark.parametrize("reduction, tile", [("none", 2), ("mean", None)])

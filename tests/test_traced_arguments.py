@@ -13,7 +13,7 @@ from .cases import ALL, over, rarely, rounded
 
 LABELS = jnp.array([0, 4, -100])
 WHERE = jnp.array([True, False, True])
-BAD = (0.0, -1.0, float("nan"), float("inf"))
+BAD = (0.0, -1.0, float("nan"), float("inf"), 1e-7, 1e7)  # temperatures
 FUNCTIONS = {
     "plain": jaxkl.distillation_loss,
     "metrics": lambda *a, **kw: jaxkl.distillation_loss_with_metrics(*a, **kw)[0],
