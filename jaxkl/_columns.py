@@ -408,6 +408,7 @@ def _d_logits_of_list(c: Columns, rows: RowStats, listed: ListComparison) -> _DL
     d_logits = jnp.zeros_like(c.student)
     if listed.d_rest is not None:
         # Each column outside the list has its share of the rest.
+        assert rows.sums.unlisted is not None
         total = rows.sums.unlisted.sum_exp
         share = weigh(weight, listed.d_rest) / jnp.where(total > 0, total, 1)
         z = SoftmaxStats(rows.maxima.unlisted, T).shifted(c.unlisted)

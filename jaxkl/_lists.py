@@ -1,4 +1,4 @@
-"""Lists of a few columns in each row: their entries, and the mass that they leave.
+r"""Lists of a few columns in each row: their entries, and the mass that they leave.
 
 A TPU takes some 40 ns for each entry of a scatter, one after the other, and copies the
 array before and after. There we spread the entries over their columns by a product of

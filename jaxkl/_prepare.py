@@ -116,7 +116,7 @@ def prepare(
         if not check.boolean("differentiate_teacher", differentiate_teacher):
             teacher = as_constant(student, teacher)
     if isinstance(teacher, ListSource):
-        assert isinstance(given_teacher, SparseTeacher)
+        assert isinstance(given_teacher, SparseTeacher) and static is not None
         teacher = as_teacher(
             given_teacher,
             teacher,

@@ -8,7 +8,16 @@ import pytest
 
 from jaxkl import _student_terms as student_terms
 from jaxkl._operands import LossTerms
-from jaxkl._row_sums import Maxima, moved, pair_sums, RowSums, sum_exp
+from jaxkl._row_sums import (
+    CERTAIN,
+    Maxima,
+    merged,
+    pair_sums,
+    RowStats,
+    RowSums,
+    sum_exp,
+    Unlisted,
+)
 from jaxkl._softmax import Model, SoftmaxStats
 
 from .helpers import assert_close
@@ -32,21 +41,20 @@ def row_sums(teacher, student, maxima, temperatures):
         teacher=sum_exp(u),
         student_at_1=at_1,
         teacher_at_1=sum_exp(Model(teacher, SoftmaxStats(maxima.teacher))),
-        listed=sum_exp(z) / 3,
-        unlisted=2 * sum_exp(z) / 3,
-        unlisted_at_1=at_1 / 5,
+        unlisted=Unlisted(sum_exp(z), jnp.sum(jnp.exp(z.shifted()) * z.shifted(), -1)),
         **of_pair,
         **student_terms.sums(LossTerms(None, entropy=at_1), alone),
     )
 
 
 def maxima_of(teacher, student):
-    return Maxima(jnp.max(student, axis=-1), jnp.max(teacher, axis=-1))
+    of_student, of_teacher = (jnp.max(x, axis=-1) for x in (student, teacher))
+    return Maxima(of_student, of_teacher, unlisted=of_student)
 
 
 @pytest.mark.parametrize("scale", [1.0, 20.0])
 @pytest.mark.parametrize("noise", [1e-3, 3.0])
-def test_moved(rng, scale, noise):
+def test_merged(rng, scale, noise):
     """Of rows whose largest column is in the first block, the second, or both."""
     student = scale * rng.normal(size=(30, 11))
     teacher = student + noise * rng.normal(size=student.shape)
@@ -58,15 +66,26 @@ def test_moved(rng, scale, noise):
     temperatures = jnp.full(30, 1.5), jnp.full(30, 0.8)
     maxima = maxima_of(teacher, student)
     whole = row_sums(teacher, student, maxima, temperatures)
-    total = None
+    stats = []
     for start, stop in itertools.pairwise((0, 4, 11)):
         block = teacher[:, start:stop], student[:, start:stop]
         own = maxima_of(*block)
-        sums = row_sums(*block, own, temperatures)
-        sums = moved(sums, own, maxima, temperatures[1], temperatures[0])
-        total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-    assert total is not None
-    leaves = jax.tree.leaves(total), jax.tree.leaves(whole)
+        stats.append(RowStats(own, row_sums(*block, own, temperatures)))
+    together, total = merged(*stats, temperatures[1], temperatures[0])
+    assert all(jnp.array_equal(x, y) for x, y in zip(together, maxima, strict=True))
+    # What is below the top matters where one column is certain.
+    certain_at_1, certain = (
+        x * CERTAIN < 1 for x in (whole.student_at_1, whole.student)
+    )
+    assert certain_at_1.any() and certain.any() or scale == 1.0
+    kept = lambda sums: sums._replace(
+        below=jnp.where(certain_at_1, sums.below, 0),
+        reverse=sums.reverse._replace(
+            prob_below=jnp.where(certain, sums.reverse.prob_below, 0),
+            log_ratio_below=jnp.where(certain, sums.reverse.log_ratio_below, 0),
+        ),
+    )
+    leaves = jax.tree.leaves(kept(total)), jax.tree.leaves(kept(whole))
     for part, expected in zip(*leaves, strict=True):
         assert jnp.isfinite(expected).all()
         error = jnp.abs(part - expected) / (jnp.abs(expected) + 1)

@@ -142,7 +142,8 @@ def test_samples_at_a_bad_temperature(rng):
     @jax.jit
     def f(s, t, temperature):
         teacher = jaxkl.sampled_teacher(key, t, 4, temperature=temperature)
-        return jaxkl.distillation_loss(s, teacher, reduction="none")
+        own = dict(teacher_temperature=temperature, reduction="none")
+        return jaxkl.distillation_loss(s, teacher, **own)
 
     for bad in BAD:
         got = f(s, t, jnp.array([bad, 2.0]))
