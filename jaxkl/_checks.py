@@ -174,7 +174,7 @@ def in_range(
         if positive:
             expected = "positive and finite"
         else:
-            expected = f"in [{low:g}, {high:g}]"
+            expected = f"{'positive and ' * (low > 0)}in [{low:g}, {high:g}]"
             if high == math.inf:
                 expected = f"at least {low:g}"
         raise ValueError(f"`{name}` must be {expected}, got {x[~good].flat[0]}.")

@@ -130,12 +130,13 @@ def row_stats(c: Columns) -> RowStats:
 
 
 def row_maxima(c: Columns) -> Maxima:
+    """The maxima of the columns at hand: constants, on which no result depends."""
     maxima = Maxima(c.x.student.max(c.student))
     if c.teacher is not None:
         maxima = maxima._replace(teacher=c.x.teacher.max(c.teacher))
     if c.unlisted is not None:
         maxima = maxima._replace(unlisted=jnp.max(c.unlisted, axis=-1))
-    return maxima
+    return jax.lax.stop_gradient(maxima)
 
 
 def row_sums(c: Columns, maxima: Maxima) -> RowSums:
