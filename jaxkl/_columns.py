@@ -117,7 +117,7 @@ class Models(NamedTuple):
 def _at_two_temperatures(
     logits: jax.Array, stats: SoftmaxStats, sum_exp_at_1: jax.Array | None
 ) -> tuple[Model, Model]:
-    if stats.temperature is None:
+    if stats.temperature is None and sum_exp_at_1 is None:
         sum_exp_at_1 = stats.sum_exp
     at_1 = SoftmaxStats(stats.max, None, sum_exp_at_1)
     return Model(logits, stats), Model(logits, at_1)

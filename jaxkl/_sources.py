@@ -250,7 +250,9 @@ class Logits(Source):
         if vocab.valid is not None or self.values.shape[-1] != vocab.width:
             return self  # the columns without padding would be a copy
         values = jax.lax.stop_gradient(self.values)
-        maxima = jnp.max(_widened(values, jnp.dtype(jnp.float32)), axis=-1)
+        if values.dtype == jnp.bfloat16:
+            values = _widened(values, jnp.dtype(jnp.float32))
+        maxima = jnp.max(values, axis=-1)
         return Logits(self.values, maxima)
 
     def max(self, logits):
@@ -260,13 +262,13 @@ class Logits(Source):
 
 
 def _widened(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """`x` in at least `dtype`, with the values that a bfloat16 array has.
+    """`x` in `dtype`, with the values that a bfloat16 array has.
 
     XLA leaves out a rounding to bfloat16 where it likes, in one fusion and not in
     another. On a CPU, where it has no barriers, we round again.
     """
     if x.dtype != jnp.bfloat16:
-        return x.astype(jnp.promote_types(x.dtype, dtype))
+        return x.astype(dtype)
     finfo = jnp.finfo(x.dtype)
     rounded = lambda x: jax.lax.reduce_precision(
         x.astype(dtype), finfo.nexp, finfo.nmant

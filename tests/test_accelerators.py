@@ -81,7 +81,7 @@ def test_slopes_are_computed_twice(rng, taken, divergence, tile):
 @pytest.mark.parametrize("tail", ["bucket", *rarely("uniform")])
 def test_a_list_beside_logits(rng, taken, dtype, tail):
     s, t = rounded(rng, (TOKENS, VOCAB), dtype), rounded(rng, (TOKENS, VOCAB))
-    teacher = jaxkl.top_k_teacher(t, 5, tail=tail)
+    teacher = jaxkl.top_k_teacher(t, 5, tail=tail, temperature=1.7)
 
     def run(loss):
         f = lambda s, teacher: loss(s, teacher, temperature=1.7, tile=64)

@@ -84,7 +84,7 @@ def test_beside_another_source(rng, other, tile):
         assert_matches(student, make_head(rng, (13,), 4, 11), FORWARD, tile=tile)
         assert_matches(make_head(rng, (13,), 4, 11), teacher, FORWARD, tile=tile)
     else:
-        teacher = jaxkl.top_k_teacher(dense, 3, tail=other)
+        teacher = jaxkl.top_k_teacher(dense, 3, tail=other, temperature=2.0)
         loss = lambda f, s: f(s, teacher, temperature=2.0, tile=tile)
         grad = jax.value_and_grad(partial(loss, distillation_loss))(student)
         plain = partial(loss, jaxkl.reference.distillation_loss)

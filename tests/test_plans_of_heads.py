@@ -150,7 +150,7 @@ def test_a_head_beside_another_source(rng, take, name, other):
     student, _ = heads(rng)
     teacher = rounded(rng, (TOKENS, VOCAB))
     if other != "logits":
-        teacher = jaxkl.top_k_teacher(teacher, 4, tail=other)
+        teacher = jaxkl.top_k_teacher(teacher, 4, tail=other, temperature=1.5)
     loss = ft.partial(jaxkl.distillation_loss_with_metrics, temperature=1.5)
     grad = jax.value_and_grad(loss, has_aux=True)
     run = lambda: jax.jit(lambda *models: grad(*models))(student, teacher)
