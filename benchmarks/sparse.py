@@ -13,7 +13,7 @@ from .torch_peers import torch_peers
 
 def with_jaxkl():
     def loss(student, indices, log_probs):
-        teacher = jaxkl.SparseTeacher(indices, log_probs)
+        teacher = jaxkl.SparseTeacher(indices, log_probs, tail="renormalize")
         return jaxkl.distillation_loss(student, teacher, temperature=T)
 
     return loss

@@ -80,7 +80,8 @@ def distillation_loss(
       temperature: $T$ in $[2^{-20}, 2^{20}]$, about 1e-6 to 1e6: a scalar or `[...]`.
         Differentiable. Here and below, a value out of range is an error; if it is
         traced, the loss is NaN.
-      teacher_temperature: $T_t$, likewise. None: the same as `temperature`.
+      teacher_temperature: $T_t$, likewise. None: the same as `temperature`. Beside a
+        `SparseTeacher` that knows its temperature, it must be that one.
       t_squared: Whether to multiply $D$ by $T^2$, as Hinton et al. do, so that
         gradients keep their size when the temperature changes. TRL and Liger do not.
       labels: Integer classes, `[...]`. A label of -100 leaves out the CE of its token,
@@ -222,7 +223,8 @@ def distillation_loss_with_metrics(
     device's tokens, like the loss, and the same on all devices of that axis: sum them
     over the axes that spread the tokens alone, as `jax.lax.psum(metrics, "data")`.
 
-    With a `SparseTeacher` of `k` slots, `top_k_overlap` costs a pass over a tile's
+    Beside a `SparseTeacher`, the metrics are of the outcomes that the loss compares, at
+    its temperatures. With `k` slots, `top_k_overlap` costs a pass over a tile's
     logits for each bit of `k`, and with the lean plan one for each slot.
 
     Args:

@@ -69,7 +69,9 @@ class DistillationMetrics:
 
     @property
     def kl(self) -> jax.Array:
-        r"""Mean $\mathrm{KL}(p \,\|\, q)$ of the student at temperature 1, in nats."""
+        r"""Mean $\mathrm{KL}(p \,\|\, q)$ at temperature 1, in nats. Beside a
+        `SparseTeacher`, it and both entropies are of the outcomes that the loss
+        compares, at its temperatures."""
         return _mean(self.sums.kl, self.weight)
 
     @property
@@ -82,13 +84,12 @@ class DistillationMetrics:
 
     @property
     def student_entropy(self) -> jax.Array:
-        """Mean entropy of the student at temperature 1, in nats."""
+        """Mean entropy of the student at temperature 1, in nats; see `kl`."""
         return _mean(self.sums.student_entropy, self.weight)
 
     @property
     def teacher_entropy(self) -> jax.Array:
-        """Mean entropy of the teacher at temperature 1, in nats. That of a
-        `SparseTeacher` is at the temperature of its list."""
+        """Mean entropy of the teacher at temperature 1, in nats; see `kl`."""
         return _mean(self.sums.teacher_entropy, self.weight)
 
     @property
@@ -105,8 +106,8 @@ class DistillationMetrics:
 
     @property
     def student_listed_mass(self) -> jax.Array | None:
-        r"""Mean of $\sum_L q$, what the student at temperature 1 gives the columns of
-        the list."""
+        r"""Mean of $\sum_L q$, what the student gives the columns of the list at the
+        temperature of the loss."""
         return self._mean_of_list(self.sums.student_listed_mass)
 
     @property

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ._compat import zeros
+from ._lists import without_listed
 from ._rows import RowFunction
 from ._softmax import finite_max
 from ._vocabulary import Vocabulary
@@ -40,7 +41,7 @@ class TopK(RowFunction):
         largest = values[:, :1]
         z = over(values - largest)
         # Of the other columns a log-sum-exp of their own: in `1 - Σp` it would be lost.
-        others = _without(logits, columns, vocab)
+        others = without_listed(logits, columns, vocab)
         (of_others,) = vocab.pmax(jnp.max(others, axis=-1))
         shifted = over(others - finite_max(of_others)[:, None])
         (total,) = vocab.psum(jnp.sum(jnp.exp(shifted), axis=-1))
@@ -76,15 +77,6 @@ def of_all_shards(x: jax.Array, vocab: Vocabulary) -> jax.Array:
     parts = zeros(jax.typeof(x), (x.shape[0], vocab.shards, *x.shape[1:]))
     parts = parts.at[:, jax.lax.axis_index(vocab.axis_name)].set(x)
     return jax.lax.psum(parts, vocab.axis_name)
-
-
-def _without(logits: jax.Array, columns: jax.Array, vocab: Vocabulary) -> jax.Array:
-    """The logits with `-inf` at the columns, `[B, k]`, that are at hand."""
-    at = columns - vocab.start
-    # A negative index would count from the end.
-    at = jnp.where(at < 0, logits.shape[-1], at)
-    rows = jnp.arange(at.shape[0])[:, None]
-    return logits.at[rows, at].set(-jnp.inf, mode="drop")
 
 
 def _over_temperature(x: jax.Array, temperature: jax.Array | None) -> jax.Array:

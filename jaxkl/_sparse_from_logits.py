@@ -77,8 +77,8 @@ def top_k_teacher(
     Example:
       >>> import jax.numpy as jnp
       >>> teacher = jaxkl.top_k_teacher(jnp.log(jnp.array([0.2, 0.5, 0.3])), 2)
-      >>> print(teacher.indices, jnp.exp(teacher.log_probs), jnp.exp(teacher.log_rest))
-      [1 2] [0.5 0.3] 0.2
+      >>> print(teacher.indices, jnp.exp(teacher.log_probs))
+      [1 2] [0.5 0.3]
     """
     k = check.positive_int("k", k)
     prepared = _prepare(
@@ -232,16 +232,10 @@ def _prepare(
 
 
 def _as_source(given: Any) -> Source:
-    is_list = isinstance(given, SparseTeacher)
-    arrays = "dtype", "__array__", "__jax_array__", "sort"  # the last of nested lists
-    if is_list or not (
-        isinstance(given, Given) or any(hasattr(given, name) for name in arrays)
-    ):
-        why = "a list already" if is_list else "neither"
+    if isinstance(given, SparseTeacher):
         raise TypeError(
-            f"`{_NAME}` must be logits [..., vocab] or a head, "
-            "jaxkl.LinearHead(hidden, kernel) or jaxkl.FunctionHead(apply, params, "
-            f"hidden), got {type(given).__name__}, which is {why}."
+            f"`{_NAME}` must be logits [..., vocab] or the head that makes them, got "
+            "SparseTeacher, which is a list already."
         )
     return as_source(_NAME, given)
 

@@ -278,9 +278,9 @@ def test_an_apply_that_fails_is_named():
 @pytest.mark.parametrize(
     "logits, says",
     [
-        (Module(), "`logits` .*got Module, which can be called"),
-        (jaxkl.SparseTeacher(LABELS, S[:, 0]), "`logits` .*got SparseTeacher"),
-        ((HIDDEN, KERNEL), "`logits` .*got a tuple of 2"),
+        (Module(), "`logits_or_head` .*got Module, which can be called"),
+        (jaxkl.SparseTeacher(LABELS, S[:, 0]), "`logits_or_head` .*got SparseTeacher"),
+        ((HIDDEN, KERNEL), "`logits_or_head` .*got a tuple of 2"),
     ],
 )
 def test_lists_are_made_of_logits(logits, says):

@@ -63,7 +63,7 @@ def recorded(frozen, batch, x):
 def labels_alone(frozen, batch, x):
     """Makes a teacher that is certain of the label: the loss is the cross-entropy."""
     labels = batch["labels"][..., None]
-    return jaxkl.SparseTeacher(labels, jnp.zeros(labels.shape))
+    return jaxkl.SparseTeacher(labels, jnp.zeros(labels.shape), tail="renormalize")
 
 
 def models(task, student, frozen, batch):
