@@ -103,13 +103,14 @@ def _product(values: jax.Array, columns: jax.Array, like: jax.Array) -> jax.Arra
     A value that is not finite, or whose column does not exist, is left out.
     """
     width = like.shape[-1]
-    high, low = columns // _LANES, columns % _LANES
+    at_high, at_low = columns // _LANES, columns % _LANES
     values = zero_unless(jnp.isfinite(values), values)
-    of_high = jax.nn.one_hot(high, -(-width // _LANES), dtype=values.dtype)
-    of_low = jax.nn.one_hot(low, _LANES, dtype=values.dtype) * values[..., None]
+    of_high = jax.nn.one_hot(at_high, -(-width // _LANES), dtype=values.dtype)
+    of_low = jax.nn.one_hot(at_low, _LANES, dtype=values.dtype) * values[..., None]
     precision = jax.lax.Precision.HIGHEST if values.dtype != jnp.bfloat16 else None
     x = jnp.einsum("bkh,bkl->bhl", of_high, of_low, precision=precision)
-    return x.reshape(x.shape[0], -1)[:, :width]
+    rows, high, low = x.shape
+    return x.reshape(rows, high * low)[:, :width]
 
 
 def unlisted_mass(log_probs: jax.Array) -> jax.Array:

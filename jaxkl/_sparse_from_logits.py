@@ -20,7 +20,7 @@ from ._no_teacher import NoTeacher
 from ._numerics import loss_dtype
 from ._row_lists import Samples, TopK
 from ._rows import map_rows, RowFunction, Rows
-from ._sources import as_source, flattened, Given, Source
+from ._sources import as_source, flattened, Source
 from ._sparse import SparseTeacher, Tail
 from ._vocabulary import Vocabulary
 

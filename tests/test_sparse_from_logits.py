@@ -290,8 +290,8 @@ HIDDEN = np.zeros((2, 3), np.float32)
         (LOGITS, dict(axis_name="model"), ValueError, "`axis_name`"),
         (LOGITS.astype(int), {}, TypeError, "`logits_or_head` must be floating-point"),
         (jaxkl.SparseTeacher([[1]], [[0.0]]), {}, TypeError, "SparseTeacher.*already"),
-        ((HIDDEN, HIDDEN), {}, TypeError, r"`logits_or_head`.*LinearHead.*got tuple"),
-        (len, {}, TypeError, "FunctionHead.*got builtin_function"),
+        ((HIDDEN, HIDDEN), {}, TypeError, r"`logits_or_head`.*got a tuple.*LinearHead"),
+        (len, {}, TypeError, "got builtin_function.*FunctionHead"),
         (jaxkl.LinearHead(HIDDEN, HIDDEN), {}, ValueError, "`logits_or_head.hidden`"),
     ],
 )  # fmt: skip
