@@ -114,7 +114,9 @@ def _compare_rows(divergence: Divergence, log_p: jax.Array, z: jax.Array):
     pair, columns = Pair(p, q, sums, True), Vocabulary.whole(z.shape[-1])
     slopes = sums_of_slopes(divergence, pair, columns)
     compared = compare_columns(divergence, pair, columns, slopes, recompute=False)
-    of_kl = compare_columns(ForwardKL(), pair, columns, slopes, recompute=False)
+    of_kl = compared
+    if type(divergence) is not ForwardKL:
+        of_kl = compare_columns(ForwardKL(), pair, columns, slopes, recompute=False)
     value, kl = compared.divergence, of_kl.divergence
     return value, kl, *pair.softmaxes(), compared.d_student
 

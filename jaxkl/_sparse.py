@@ -207,7 +207,7 @@ def _has_other_temperature(
                 f"the two; got {of_loss!r}."
             )
         return False
-    shape = given.indices.shape[:-1]
+    shape = np.shape(given.log_probs)[:-1]
     if not check.is_number(of_list):
         of_list = check.temperature("teacher.temperature", of_list, shape)
     both = of_list, of_loss
