@@ -48,8 +48,8 @@ VOCAB = 128256
             Plan(512, "blocks", True, 8192, True),
         ),
         ("cpu", dict(student="head", many_devices=True), Plan(64, "strided", False)),
-        # A list beside logits.
-        ("accelerator", LISTED, Plan(512, "blocks", True)),
+        # A list beside logits: 32 MiB, which a TPU has in its vector memory.
+        ("accelerator", LISTED, Plan(64, "blocks", True)),
         ("cpu", LISTED, Plan(4, "blocks", False)),
         ("cpu", dict(LISTED, half_logits=True), Plan(None, "blocks", False)),
         # A few tokens are one tile.
