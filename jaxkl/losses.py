@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ._distillation import distillation_loss
-from ._divergences import Divergence, ForwardKL
-from ._elementwise import (
+from ._api.distillation import distillation_loss
+from ._divergence.catalogue import Divergence, ForwardKL
+from ._math.elementwise import (
     Axis,
     broadcast,
     elementwise,
@@ -25,7 +25,7 @@ from ._elementwise import (
     KL,
     KL_LOG_TARGETS,
 )
-from ._numerics import loss_dtype
+from ._math.numerics import loss_dtype
 
 
 def kl_divergence(

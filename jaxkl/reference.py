@@ -14,19 +14,20 @@ from jax.scipy.special import xlogy
 from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
-from ._cross_entropy import prepare_labels
-from ._divergences import Divergence, evaluate, ForwardKL
-from ._function_head import FunctionHead
-from ._keywords import suggest_keywords
-from ._linear_head import LinearHead
-from ._lists import positions
-from ._numerics import zero_unless
-from ._operands import LossTerms, PlanName
-from ._prepare import prepare, Prepared, Reduction
-from ._softmax import entropy, Outcomes
-from ._sparse import SparseTeacher
-from ._token_log_probs import log_probs_of, prepare_tokens
-from ._torch import (
+from ._api.cross_entropy import prepare_labels
+from ._api.hints import suggest_keywords
+from ._api.prepare import prepare, Prepared, Reduction
+from ._api.token_log_probs import log_probs_of, prepare_tokens
+from ._divergence.catalogue import Divergence, evaluate, ForwardKL
+from ._engine.operands import LossTerms, PlanName
+from ._math.numerics import zero_unless
+from ._math.softmax import entropy, Outcomes
+from ._math.vocabulary import Vocabulary
+from ._source.function_head import FunctionHead
+from ._source.linear_head import LinearHead
+from ._source.lists import positions
+from ._source.sparse_teacher import SparseTeacher
+from ._torch.conventions import (
     check_arrays,
     check_reduction,
     legacy_reduction,
@@ -34,7 +35,6 @@ from ._torch import (
     reduce_loss,
     result_dtype,
 )
-from ._vocabulary import Vocabulary
 
 
 def kl_div(

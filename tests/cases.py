@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 import jaxkl
-from jaxkl import _engine, _sharding, SparseTeacher
+from jaxkl import SparseTeacher
+from jaxkl._engine import rule
+from jaxkl._engine.evaluate import sharded_weighted_loss
 
 from . import oracle
 from .helpers import assert_close, TOLERANCE
@@ -117,7 +119,7 @@ def taking(monkeypatch):
         asked.append(plan)
         forget_programs()
         monkeypatch.setattr(
-            _engine, "plan", lambda platform, work: traced.append(plan) or plan
+            rule, "plan", lambda platform, work: traced.append(plan) or plan
         )
 
     yield take
@@ -128,9 +130,9 @@ def taking(monkeypatch):
 def forget_programs():
     """Makes the engine trace again. `jax.clear_caches` also forgets all operations of
     JAX, each of which takes a compilation."""
-    for run in _engine._value, _engine._forward, _engine._backward:
+    for run in rule._value, rule._forward, rule._backward:
         run.clear_cache()
-    _sharding.sharded_weighted_loss.clear_cache()
+    sharded_weighted_loss.clear_cache()
     compiled.cache_clear()
 
 

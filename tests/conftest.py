@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxkl import _engine
+from jaxkl._engine import rule
 
 from .cases import forget_programs
 
@@ -24,15 +24,15 @@ def platforms():
     """Those of users. The tests have one, since tracing the plan of accelerators, which
     CPUs do not run, would take a fifth of their time; others ask for `all_platforms`.
     """
-    platforms, _engine.PLATFORMS = _engine.PLATFORMS, ("cpu",)
+    platforms, rule.PLATFORMS = rule.PLATFORMS, ("cpu",)
     yield platforms
-    _engine.PLATFORMS = platforms
+    rule.PLATFORMS = platforms
 
 
 @pytest.fixture
 def all_platforms(platforms, monkeypatch):
     """Programs are traced for all platforms, as users' are, until the end."""
-    monkeypatch.setattr(_engine, "PLATFORMS", platforms)
+    monkeypatch.setattr(rule, "PLATFORMS", platforms)
     forget_programs()
     yield
     forget_programs()

@@ -19,7 +19,7 @@ import pytest
 
 import jaxkl
 from jaxkl import FunctionHead, LinearHead
-from jaxkl._plan import Plan
+from jaxkl._engine.plan import Plan
 
 from . import oracle
 from .cases import CATALOGUE, rarely, taking

@@ -210,7 +210,7 @@ def test_lists_over_blocks_and_devices(rng, monkeypatch, way, divergence, refere
     options = dict(labels=jnp.arange(13), alpha=0.7, where=jnp.arange(13) != 4)
     want = run(student, teacher, divergence, **options)
     if way == "lean":
-        monkeypatch.setattr(jaxkl._plan, "_columns", lambda *_: 128)
+        monkeypatch.setattr("jaxkl._engine.plan._columns", lambda *_: 128)
         options |= dict(plan="lean")
     else:
         shape = tuple(map(int, way.split("x")))

@@ -17,7 +17,9 @@ def test_a_single_doctest_is_quiet(monkeypatch):
     # libtpu would also be quiet if another process held it.
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     monkeypatch.chdir(ROOT)
-    shown = run_python("-m", "pytest", "-n0", "-q", "-s", "jaxkl/_linear_head.py")
+    shown = run_python(
+        "-m", "pytest", "-n0", "-q", "-s", "jaxkl/_source/linear_head.py"
+    )
     assert shown.returncode == 0, shown.stdout
     assert "1 passed" in shown.stdout
     assert shown.stderr == ""

@@ -11,8 +11,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import jaxkl
-from jaxkl import _engine, distillation_loss, FunctionHead, LinearHead
-from jaxkl._plan import Plan, plan, Workload
+from jaxkl import distillation_loss, FunctionHead, LinearHead
+from jaxkl._engine import rule
+from jaxkl._engine.plan import Plan, plan, Workload
 
 from .cases import (
     assert_dropped_rows_may_hold_nan,
@@ -503,13 +504,13 @@ def test_second_order(rng, take, name):
 @pytest.fixture
 def works(monkeypatch):
     """What the engine plans for."""
-    works, planned = [], _engine.plan
+    works, planned = [], rule.plan
 
     def record(platform, work):
         works.append(work)
         return planned(platform, work)
 
-    monkeypatch.setattr(_engine, "plan", record)
+    monkeypatch.setattr(rule, "plan", record)
     forget_programs()
     yield works
     forget_programs()

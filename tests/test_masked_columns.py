@@ -9,7 +9,7 @@ import pytest
 
 import jaxkl
 import jaxkl.reference
-from jaxkl._checks import TEMPERATURES
+from jaxkl._util.checks import TEMPERATURES
 
 from . import oracle
 from .cases import assert_matches, evaluate, FORWARD, over, rarely

@@ -377,7 +377,7 @@ def test_per_token_metrics_is_a_bool(rng):
 @pytest.mark.parametrize("tail", ["renormalize", *rarely("bucket", "conditional")])
 @pytest.mark.parametrize("plan", ["lean", *rarely("fast")])
 def test_lists_over_tiles_and_blocks(rng, monkeypatch, plan, tail):
-    monkeypatch.setattr(jaxkl._plan, "_columns", lambda *_: 128)
+    monkeypatch.setattr("jaxkl._engine.plan._columns", lambda *_: 128)
     student = make_head(rng, (13,), 5, 300, bias=True, softcap=3.0)
     teacher = make_list(rng, (13,), 300, 60, tail)
     counted = per_token(rng, (13,), "temperature", "weights", "where")

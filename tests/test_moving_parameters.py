@@ -292,14 +292,14 @@ def test_a_schedule_compiles_once(rng, name):
 
 
 def test_the_engine_compiles_once_without_jit(rng):
-    from jaxkl import _engine
+    from jaxkl._engine import rule
 
     s, t = rounded(rng, (4, 7)), rounded(rng, (4, 7))
     f = lambda x: distillation_loss(s, t, divergence=SymmetricKL(jnp.float32(x)))
     f(0.1)
-    before = _engine._value._cache_size()
+    before = rule._value._cache_size()
     assert f(0.2) != f(0.7)
-    assert _engine._value._cache_size() == before
+    assert rule._value._cache_size() == before
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from jaxkl._plan import Plan, plan, tile_size, Workload
+from jaxkl._engine.plan import Plan, plan, tile_size, Workload
 
 
 HIDDEN = 4096

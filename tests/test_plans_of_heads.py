@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import jaxkl
 from jaxkl import LinearHead
-from jaxkl._plan import Plan
+from jaxkl._engine.plan import Plan
 
 from .cases import assert_matches, FORWARD, over, rarely, taking
 from .helpers import assert_close

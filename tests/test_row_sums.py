@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxkl import _student_terms as student_terms
-from jaxkl._operands import LossTerms
-from jaxkl._row_sums import (
+from jaxkl._engine import student_terms
+from jaxkl._engine.operands import LossTerms
+from jaxkl._engine.row_sums import (
     CERTAIN,
     Maxima,
     merged,
@@ -18,7 +18,7 @@ from jaxkl._row_sums import (
     sum_exp,
     Unlisted,
 )
-from jaxkl._softmax import Model, SoftmaxStats
+from jaxkl._math.softmax import Model, SoftmaxStats
 
 from .helpers import assert_close
 

@@ -11,7 +11,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import jaxkl
-from jaxkl import _row_lists, sampled_teacher, top_k_teacher
+from jaxkl import sampled_teacher, top_k_teacher
+from jaxkl._engine import row_lists
 
 from .cases import rarely
 from .helpers import assert_close
@@ -59,7 +60,7 @@ def assert_same(actual, expected, tol=1e-6):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Of three tokens."""
-    monkeypatch.setattr(_row_lists, "_MAX_TILE", 3)
+    monkeypatch.setattr(row_lists, "_MAX_TILE", 3)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ def test_tiles_and_meshes_change_nothing(rng, monkeypatch, kind, layout, dtype):
         source = make(rng, kind, dtype=dtype)
         result = jax.jit(partial(both, temperature=1.5, mesh=mesh, **axes))(source)
         assert result[0].temperature == 1.5  # and no array
-        monkeypatch.setattr(_row_lists, "_MAX_TILE", 1000)
+        monkeypatch.setattr(row_lists, "_MAX_TILE", 1000)
         assert_same(result, jax.jit(partial(both, temperature=1.5))(source))
     assert all(x.indices.dtype == jnp.int32 for x in result)
     columns, log_probs, _ = exact(exact_logits(source)[0], K, 1.5)
@@ -262,7 +263,7 @@ def test_a_key_of_another_kind(rng, monkeypatch):
     whole = sampled_teacher(key, t, 9).indices
     old = sampled_teacher(jax.random.PRNGKey(0), t, 9).indices
     np.testing.assert_array_equal(old, sampled_teacher(jax.random.key(0), t, 9).indices)
-    monkeypatch.setattr(_row_lists, "_MAX_TILE", 2)
+    monkeypatch.setattr(row_lists, "_MAX_TILE", 2)
     np.testing.assert_array_equal(sampled_teacher(key, t, 9).indices, whole)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import xlogy
 
-from .. import _check_distributions as distributions
+from .._torch import check_distributions as distributions
 from ._files import Arrays
 
 

@@ -1,0 +1,201 @@
+"""Log-probabilities of chosen tokens, of logits that need not be in memory."""
+
+from collections.abc import Sequence
+from typing import Literal, overload
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+from jax.typing import ArrayLike
+
+from .._engine.evaluate import Prepared, weighted_terms
+from .._engine.operands import LossTerms, Operands, PlanName, Spec
+from .._math.numerics import loss_dtype, zero_unless
+from .._source.base import Given, NoTeacher
+from .._source.function_head import FunctionHead
+from .._source.linear_head import LinearHead
+from .._util import checks as check
+from .arguments import as_tokens, check_slices, per_token
+from .hints import suggest_keywords
+from .prepare import checked_models
+
+
+LogProbs = jax.Array | tuple[jax.Array, jax.Array]
+
+
+@overload
+def token_log_probs(
+    student: ArrayLike | LinearHead | FunctionHead,
+    tokens: ArrayLike,
+    *,
+    temperature: ArrayLike = ...,
+    with_entropy: Literal[False] = ...,
+    where: ArrayLike | None = ...,
+    vocab_size: int | None = ...,
+    axis_name: str | None = ...,
+    mesh: Mesh | AbstractMesh | None = ...,
+    token_axes: str | Sequence[str] | None = ...,
+    vocab_axis: str | None = ...,
+    tile: int | None = ...,
+    plan: PlanName | None = ...,
+) -> jax.Array: ...
+@overload
+def token_log_probs(
+    student: ArrayLike | LinearHead | FunctionHead,
+    tokens: ArrayLike,
+    *,
+    temperature: ArrayLike = ...,
+    with_entropy: Literal[True],
+    where: ArrayLike | None = ...,
+    vocab_size: int | None = ...,
+    axis_name: str | None = ...,
+    mesh: Mesh | AbstractMesh | None = ...,
+    token_axes: str | Sequence[str] | None = ...,
+    vocab_axis: str | None = ...,
+    tile: int | None = ...,
+    plan: PlanName | None = ...,
+) -> tuple[jax.Array, jax.Array]: ...
+@suggest_keywords
+def token_log_probs(
+    student: ArrayLike | LinearHead | FunctionHead,
+    tokens: ArrayLike,
+    *,
+    temperature: ArrayLike = 1.0,
+    with_entropy: bool = False,
+    where: ArrayLike | None = None,
+    vocab_size: int | None = None,
+    axis_name: str | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
+    token_axes: str | Sequence[str] | None = None,
+    vocab_axis: str | None = None,
+    tile: int | None = None,
+    plan: PlanName | None = None,
+) -> LogProbs:
+    r"""Log-probabilities of a student at the given tokens, and its entropy.
+
+    With $q = \mathrm{softmax}(s / T)$, token $y$ has $\log q_y$, and the entropy is
+    $H = -\sum_v q_v \log q_v$. Their gradients by the logits are
+
+    $$ \frac{\mathrm{onehot}(y) - q}{T}, \qquad
+       -\frac{q\,(\log q + H)}{T}. $$
+
+    Both are in nats, and keep their digits where one column is nearly certain. They
+    take any cotangents: an importance ratio, an estimate of a KL or a policy gradient
+    is a line of JAX around them.
+
+    No `[tokens, vocab]` array is held, in either pass, beside the arguments and their
+    gradients. The backward pass makes the logits of a head again. Second order
+    (`jax.hessian`, reverse over reverse) works. For forward mode there is
+    `jaxkl.reference.token_log_probs`.
+
+    Args:
+      student: Logits $s$, `[..., vocab]`, or the head that makes them: a `LinearHead`
+        or `FunctionHead`.
+      tokens: Columns, integers `[...]`, or several in each place, `[..., k]`, which may
+        repeat. -1 is an empty slot: its log-probability is 0.
+      temperature: $T$ in $[2^{-20}, 2^{20}]$, a scalar or `[...]`. Differentiable.
+      with_entropy: Whether to return the entropy too.
+      where: Places that count, bool `[...]`. The others are 0, and have no influence
+        even if their logits are NaN.
+      vocab_size: Number of columns that are vocabulary. The columns after them are
+        padding, and their gradient is 0.
+      axis_name: As in `jaxkl.distillation_loss`, like the following.
+      mesh: The mesh of global arrays.
+      token_axes: Mesh axis, or several, that spread the first dimension of `tokens`.
+      vocab_axis: Mesh axis that spreads the vocabulary.
+      tile: Number of places to take at a time.
+      plan: `"fast"`, `"lean"` or None.
+
+    Returns:
+      The log-probabilities, of the shape of `tokens`; with `with_entropy` a pair of
+      these and of the entropies, `[...]`. float64 if an argument is, else float32.
+
+    Raises:
+      TypeError: For an argument of a wrong type or dtype.
+      ValueError: For shapes that do not fit, axes that are not in the mesh and, where
+        they are known, values out of range. A traced token that is out of range makes
+        its log-probability NaN.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> logits = jnp.log(jnp.array([[0.25, 0.75], [0.5, 0.5]]))
+      >>> print(jaxkl.token_log_probs(logits, jnp.array([1, -1])).round(4))
+      [-0.2877  0.    ]
+      >>> tokens = jnp.array([[0, 1], [1, -1]])
+      >>> log_probs, entropy = jaxkl.token_log_probs(logits, tokens, with_entropy=True)
+      >>> print(log_probs.round(4))
+      [[-1.3863 -0.2877]
+       [-0.6931  0.    ]]
+      >>> print(f"{entropy[1]:.4f}")
+      0.6931
+    """
+    prepared, shape = prepare_tokens(
+        student,
+        tokens,
+        temperature=temperature,
+        with_entropy=with_entropy,
+        where=where,
+        vocab_size=vocab_size,
+        axis_name=axis_name,
+        mesh=mesh,
+        token_axes=token_axes,
+        vocab_axis=vocab_axis,
+        tile=tile,
+        plan=plan,
+    )
+    weighted, _, _ = weighted_terms(prepared)
+    return log_probs_of(prepared, shape, weighted)
+
+
+def prepare_tokens(
+    student: ArrayLike | Given,
+    tokens: ArrayLike,
+    *,
+    temperature: ArrayLike,
+    with_entropy: bool,
+    **arguments,
+) -> tuple[Prepared, tuple[int, ...]]:
+    """A loss whose terms are `token_log_probs`, but for the sign; the tokens' shape."""
+    with_entropy = check.boolean("with_entropy", with_entropy)
+    models = checked_models(student, NoTeacher(), **arguments)
+    student, _, vocab, mask, layout, shape = models
+    checked = check.temperature("temperature", temperature, shape)
+    arrays = [*jax.tree.leaves((checked, student)), student.vocab_array]
+    dtype = loss_dtype(*(x for x in arrays if not check.is_number(x)))
+    T = per_token(checked, shape, dtype)
+    if mask is not None and T is not None:
+        # The temperature of a token that does not count may be NaN.
+        T = jnp.where(mask, T, 1)
+    columns, tokens_shape = as_tokens(tokens, mask, shape, vocab.size)
+    # Under `jit` a token that is out of range cannot raise: it becomes NaN.
+    weight = jnp.where((columns >= -1) & (columns < vocab.size), 1, jnp.nan)
+    weight = zero_unless(columns != -1, weight.astype(dtype))
+    entropy = jnp.ones(weight.shape[:1], dtype)
+    if mask is not None:
+        entropy = zero_unless(mask, entropy)
+        weight = zero_unless(jnp.expand_dims(mask, range(1, weight.ndim)), weight)
+    weights = LossTerms(None, weight, entropy=entropy if with_entropy else None)
+    is_dropped = ~weights.any_nonzero
+    student = student.spared(is_dropped, is_dropped)
+    operands = Operands(student, NoTeacher(), weights, T, None, columns, mask)
+    spec = Spec(
+        None,
+        vocab,
+        dtype,
+        reduce=False,
+        tile=arguments["tile"],
+        plan=arguments["plan"],
+    )
+    if arguments["axis_name"] is not None:
+        check_slices(arguments["axis_name"], operands, labels="tokens")
+    return Prepared(spec, operands, layout, entropy, 0.0, shape), tokens_shape
+
+
+def log_probs_of(
+    prepared: Prepared, shape: tuple[int, ...], weighted: LossTerms
+) -> LogProbs:
+    """What the user gets, of the terms `-log q` and the entropy."""
+    log_probs = (0 - weighted.label).reshape(shape)
+    if weighted.entropy is None:
+        return log_probs
+    return log_probs, weighted.entropy.reshape(prepared.batch_shape)

@@ -1,0 +1,180 @@
+"""The walk over tokens, a tile at a time."""
+
+import functools as ft
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._util.compat import abstract_eval, zeros
+from .._util.trees import cast, keep, merge, split
+from .operands import Operands, Result, Spec
+from .orders import ORDERS, Tiles
+from .plan import Plan
+from .tile import masked, pull_back, run_tile
+
+
+_SOURCES = ("student", "teacher")
+
+
+def walk(spec: Spec, perturbed: Operands, plan: Plan, operands: Operands) -> Result:
+    """What the tiles make of all tokens.
+
+    `perturbed` has the dtype of each gradient that is asked for, and False for the
+    others, which are None in the result.
+    """
+    is_shared = operands.shared_flags()  # before `with_max` adds an array
+    waiting = _sources_with_sums(perturbed, is_shared)
+    leaves, structure = jax.tree.flatten(perturbed)
+    flags = structure, tuple(leaves)
+    write_again = all(source.pulls_back_uncounted for source in operands[:2])
+    order = ft.partial(ORDERS[plan.order], write_again=write_again)
+
+    def finished(result, gradients):
+        """The rows of a result, and its part of the gradients of shared arrays."""
+        rows, totals = split(is_shared, keep(perturbed, gradients))
+        return result._replace(gradients=cast(perturbed, rows)), totals
+
+    def of_tile(x, counted):
+        x = _linearized(perturbed, _SOURCES, x)
+        result = run_tile(spec, flags, plan, x, counted)
+        if plan.columns is not None:
+            return finished(result, result.gradients)
+        return finished(result, pull_back(x, result, _SOURCES))
+
+    def of_part(x, counted):
+        assert plan.tile is not None
+        tiles = order(counted.shape[0], plan.tile)
+        return finished(
+            *_run_part(spec, perturbed, flags, plan, waiting, tiles, x, counted)
+        )
+
+    everything = jnp.full_like(operands.weights.per_token, True, bool)
+    if plan.tile is None:
+        whole = operands.map_sources(lambda source: source.materialized())
+        result, totals = of_tile(whole, everything)
+    else:
+        f, size = of_tile, plan.tile
+        if plan.part is not None and waiting:
+            f, size = of_part, plan.part
+        tiles = order(operands.tokens, size)
+        operands = operands.map_sources(lambda source: source.with_max(spec.vocab))
+        if tiles.count == 1:
+            result, totals = f(operands, everything)
+        else:
+            without_outputs = lambda *x: (*f(*x), ())
+            result, totals, _ = _scan(tiles, operands, without_outputs)
+    gradients = merge(result.gradients, cast(perturbed, totals))
+    return result._replace(gradients=gradients)
+
+
+def _sources_with_sums(perturbed: Operands, is_shared: Operands) -> list[str]:
+    """The sources of which a gradient that is asked for is a sum over tokens."""
+    sums = keep(is_shared, perturbed)
+    return [name for name in _SOURCES if any(jax.tree.leaves(getattr(sums, name)))]
+
+
+def _linearized(perturbed: Operands, names: Sequence[str], x: Operands) -> Operands:
+    """The operands, of which these sources are about to be pulled back."""
+    x = masked(x)._replace(mask=None)
+    with_terms = any(jax.tree.leaves(perturbed.weights))  # they are its gradients
+    ready = {
+        name: getattr(x, name).linearized(
+            getattr(perturbed, name), with_terms=with_terms
+        )
+        for name in names
+    }
+    return x._replace(**ready)
+
+
+def _run_part(
+    spec: Spec,
+    perturbed: Operands,
+    flags: Any,
+    plan: Plan,
+    waiting: list[str],
+    tiles: Tiles,
+    x: Operands,
+    counted: jax.Array,
+) -> tuple[Result, Operands]:
+    """The result of a part of the tokens, and its gradients.
+
+    The sources in `waiting` are not pulled back in each tile. The tiles write the
+    `d_outputs` of these sources to one array, of which a single `vjp` makes the
+    gradients of the part: one matrix product over many tokens, and not a sum of many
+    products, which each tile would read and write.
+    """
+    others = [name for name in _SOURCES if name not in waiting]
+    asked_later = {
+        name: jax.tree.map(lambda _: False, getattr(x, name)) for name in waiting
+    }
+
+    def of_tile(x, counted):
+        x = _linearized(perturbed, others, x)
+        # A tile that takes a token again writes its row again: that is harmless here.
+        counted = jnp.full_like(counted, True)
+        result = run_tile(spec, flags, plan, x, counted)
+        gradients = pull_back(x, result, others)
+        outputs = {
+            name: getattr(gradients, name).astype(
+                getattr(x, name).output_dtype(spec.dtype)
+            )
+            for name in waiting
+        }
+        if plan.one_pass:
+            # Otherwise XLA fuses `outputs` with the update of the array, and not with
+            # the sum of the terms, which reads all logits again.
+            outputs = jax.lax.optimization_barrier(outputs)
+        gradients = gradients._replace(**{name: getattr(x, name) for name in waiting})
+        gradients = cast(perturbed._replace(**asked_later), gradients)
+        return result._replace(gradients=gradients), (), outputs
+
+    result, _, outputs = _scan(tiles, x, of_tile)
+    # The products take the tokens in the order of the tiles.
+    unfinished = x._replace(**outputs)
+    counted = tiles.stacked(result.counted & counted)
+    stacked = Result(None, None, unfinished, counted)
+    x = _linearized(perturbed, waiting, x.map_tokens(tiles.stacked))
+    pulled = pull_back(x, stacked, waiting)
+    restored = {
+        name: getattr(pulled, name).map_tokens(tiles.unstacked) for name in waiting
+    }
+    return result, result.gradients._replace(**restored)
+
+
+def _scan(
+    tiles: Tiles,
+    x: Operands,
+    f: Callable[[Operands, jax.Array], tuple[Any, Any, Any]],
+) -> tuple[Any, Any, Any]:
+    """The rows, totals and outputs of all tiles.
+
+    `f` makes them from a tile's operands and from which of its tokens are counted. Rows
+    are in the order of the tokens, totals are summed, and outputs are `stacked`.
+    """
+    # A row whose sums are 0 would have a second derivative of NaN.
+    rows = jax.tree.map(ft.partial(tiles.arrange, padding=1), x.rows)
+    x = x._replace(rows=None).map_tokens(tiles.arrange)._replace(rows=rows)
+
+    def run(i):
+        return f(x.map_tokens(ft.partial(tiles.read, i)), tiles.counted(i))
+
+    def step(carry, i):
+        rows, totals, outputs = carry
+        new_rows, added, new_outputs = run(i)
+        rows = jax.tree.map(ft.partial(tiles.write, i), rows, new_rows)
+        totals = jax.tree.map(jnp.add, totals, added)
+        outputs = jax.tree.map(ft.partial(tiles.stack, i), outputs, new_outputs)
+        return (rows, totals, outputs), None
+
+    def start(x, shape):
+        return zeros(x, shape + x.shape[1:])
+
+    rows, totals, outputs = abstract_eval(run, 0)
+    rows = jax.tree.map(lambda x: start(x, tiles.shape), rows)
+    totals = jax.tree.map(lambda x: zeros(x, x.shape), totals)
+    outputs = jax.tree.map(lambda x: start(x, tiles.stacked_shape), outputs)
+    carry = rows, totals, outputs
+    (rows, totals, outputs), _ = jax.lax.scan(step, carry, jnp.arange(tiles.count))
+    return jax.tree.map(tiles.restore, rows), totals, outputs
