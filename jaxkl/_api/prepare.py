@@ -5,6 +5,7 @@ does the rest: the gradients of weights, T² and the normaliser are those of the
 lines in `_term_weights`.
 """
 
+import functools as ft
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
 from .._divergence.catalogue import Divergence
-from .._divergence.parameters import split
+from .._divergence.parameters import as_operand, Interval, split
 from .._engine.evaluate import Prepared
 from .._engine.layout import as_layout, Layout
 from .._engine.operands import LossTerms, Operands, PlanName, Spec
@@ -76,6 +77,9 @@ def prepare(
     """
     check.one_of("reduction", reduction, REDUCTIONS)
     t_squared = check.boolean("t_squared", t_squared)
+    differentiate_teacher = check.boolean(
+        "differentiate_teacher", differentiate_teacher
+    )
     models = checked_models(
         student,
         teacher,
@@ -88,101 +92,103 @@ def prepare(
         tile=tile,
         plan=plan,
     )
-    given_teacher = teacher
-    student, teacher, vocab, mask, layout, shape = models
-    is_alone = isinstance(teacher, NoTeacher)
-    temperature = check.temperature("temperature", temperature, shape)
-    is_given = teacher_temperature is not None
-    if is_given:
+    of_student, of_teacher, vocab, mask, layout, shape = models
+    is_alone = isinstance(of_teacher, NoTeacher)
+    T = check.temperature("temperature", temperature, shape)
+    T_teacher = ABSENT
+    if teacher_temperature is not None:
         name = "teacher_temperature"
-        teacher_temperature = check.temperature(name, teacher_temperature, shape)
+        T_teacher = check.temperature(name, teacher_temperature, shape)
     static, parameters = None, []
     if not is_alone:
         is_spread = not (axis_name is None and vocab_axis is None)
-        check_divergence(divergence, vocab, teacher, is_spread)
+        check_divergence(divergence, vocab, of_teacher, is_spread)
         static, parameters = split(divergence)
-        if not check.boolean("differentiate_teacher", differentiate_teacher):
-            teacher = jax.lax.stop_gradient(teacher)
-    if isinstance(teacher, ListSource):
-        assert isinstance(given_teacher, SparseTeacher) and static is not None
-        teacher = as_teacher(
-            given_teacher,
+        if not differentiate_teacher:
+            of_teacher = jax.lax.stop_gradient(of_teacher)
+    if isinstance(of_teacher, ListSource):
+        assert isinstance(teacher, SparseTeacher) and static is not None
+        of_teacher = as_teacher(
             teacher,
+            of_teacher,
             static,
             vocab.size,
             mask,
-            temperature=temperature,
-            teacher_temperature=teacher_temperature if is_given else ABSENT,
+            temperature=T,
+            teacher_temperature=T_teacher,
             differentiate=differentiate_teacher,
         )
-    same_temperature = not (is_given or teacher.is_normalized)
-    if teacher.is_normalized:
-        teacher_temperature = None
-    temperatures = [temperature, teacher_temperature]
-    weights = None if weights is None else check.float_array("weights", weights)
-    parameter_arrays = [check.float_array(x.name, x.value) for x in parameters]
-    arrays = jax.tree.leaves((temperatures, weights, student, teacher))
-    arrays += [*parameter_arrays, student.vocab_array, teacher.vocab_array]
-    dtype = loss_dtype(*(x for x in arrays if not check.is_number(x)))
-    temperatures = [per_token(x, shape, dtype) for x in temperatures]
-    if mask is not None:
-        # The temperature of a token that does not count may be NaN.
-        temperatures = jax.tree.map(lambda x: jnp.where(mask, x, 1), temperatures)
-
-    weight = _weight(weights, mask, shape, dtype)
+    same_temperature = T_teacher is ABSENT and not of_teacher.is_normalized
+    if T_teacher is ABSENT or of_teacher.is_normalized:
+        T_teacher = None
+    if weights is not None:
+        weights = check.float_array("weights", weights)
+        check.of_shape("weights", weights, shape, "the batch shape")
+    columns = None
     if is_alone or labels is not None:
-        labels = as_labels(labels, mask, shape, vocab.size)
-    given_weight = weight
-    if is_alone:
-        weight = zero_unless(labels != IGNORED_LABEL, weight)
-    total = _total(weight, reduction, normalizer)
-    factor = None
-    if total is not None and weights is not None and normalizer is None:
-        factor = _one_over(jnp.where(total != 0, total, 1))
-    term_weights = _term_weights(
-        _normalized(weight, total),
-        temperatures[0] if t_squared else None,
-        labels,
-        vocab_size=vocab.size,
-        alpha=_alpha(alpha, labels, statistics),
-        label_smoothing=check.scalar("label_smoothing", label_smoothing, 0, 1),
-        z_loss=check.scalar("z_loss", z_loss, 0),
-        statistics=statistics,
-    )
-    if is_alone:
-        term_weights = term_weights._replace(divergence=None)
-    if mask is not None:
-        term_weights = jax.tree.map(lambda w: zero_unless(mask, w), term_weights)
-    weightless = ~term_weights.any_nonzero
-    dropped = weightless & (given_weight != 0)  # as by a label of -100
-    student, teacher = (x.spared(weightless, dropped) for x in (student, teacher))
-    operands = Operands(
-        student,
-        teacher,
-        term_weights,
-        temperatures[0],
-        temperatures[1],
-        labels,
+        columns = as_labels(labels, mask, shape, vocab.size)
+    parameter_arrays = tuple(x.checked(shape) for x in parameters)
+    arrays = jax.tree.leaves((T, T_teacher, weights, of_student, of_teacher))
+    arrays += [*parameter_arrays, of_student.vocab_array, of_teacher.vocab_array]
+    dtype = loss_dtype(*(x for x in arrays if not check.is_number(x)))
+    given = _Given(
+        weights,
         mask,
-        tuple(x.as_operand(shape, dtype, mask) for x in parameters),
+        columns,
+        T,
+        T_teacher,
+        _checked_normalizer(normalizer, reduction),
+        _alpha(alpha, columns, statistics),
+        check.scalar("label_smoothing", label_smoothing, 0, 1),
+        check.scalar("z_loss", z_loss, 0),
+        parameter_arrays,
     )
-    reduce = reduction != "none"
-    passes_float16 = student.passes_float16
-    passes_float16 |= bool(differentiate_teacher) and teacher.passes_float16
+    mixing = given.alpha, given.label_smoothing, given.z_loss
+    folding = _Folding(
+        shape,
+        dtype,
+        vocab.size,
+        mean=reduction == "mean",
+        t_squared=t_squared,
+        has_divergence=not is_alone,
+        has_label=columns is not None and (statistics or _may_differ(mixing[0], 1)),
+        has_uniform=_may_differ(given.label_smoothing, 0),
+        has_lse=_may_differ(given.z_loss, 0),
+        are_known=all(map(check.is_known, mixing)),
+        intervals=tuple(x.interval for x in parameters),
+    )
+    folded = _fold(folding, given)
+    sources = (
+        source.spared(folded.weightless, folded.dropped)
+        for source in (of_student, of_teacher)
+    )
+    operands = Operands(
+        *sources,
+        weights=folded.term_weights,
+        student_temperature=folded.temperature,
+        teacher_temperature=folded.teacher_temperature,
+        labels=columns,
+        mask=mask,
+        parameters=folded.parameters,
+    )
+    passes_float16 = of_student.passes_float16
+    passes_float16 |= differentiate_teacher and of_teacher.passes_float16
     spec = Spec(
         static,
         vocab,
         dtype,
-        reduce,
-        statistics,
-        same_temperature,
-        tile,
-        plan,
-        passes_float16,
+        reduce=reduction != "none",
+        statistics=statistics,
+        same_temperature=same_temperature,
+        tile=tile,
+        plan=plan,
+        passes_float16=passes_float16,
     )
     if axis_name is not None:
         check_slices(axis_name, operands)
-    return Prepared(spec, operands, layout, weight, label_smoothing, shape, factor)
+    return Prepared(
+        spec, operands, layout, folded.weight, label_smoothing, shape, folded.factor
+    )
 
 
 class CheckedModels(NamedTuple):
@@ -239,36 +245,106 @@ def checked_models(
     return CheckedModels(student, teacher, vocab, mask, layout, shape)
 
 
-def _weight(
-    weights: jax.Array | None,
-    mask: jax.Array | None,
-    shape: tuple[int, ...],
-    dtype: jnp.dtype,
-) -> jax.Array:
-    if weights is None:
-        weights = jnp.ones(shape, dtype)
-    check.of_shape("weights", weights, shape, "the batch shape")
-    weight = weights.astype(dtype).reshape(-1)
-    return weight if mask is None else zero_unless(mask, weight)
+class _Given(NamedTuple):
+    """What the weights of a loss are made of: checked, but not yet arrays of tokens."""
+
+    weights: jax.Array | None  # [...]
+    mask: jax.Array | None  # [B], like the labels
+    labels: jax.Array | None
+    temperature: Any  # a number, an array that is a scalar or [...], or None for 1
+    teacher_temperature: Any
+    normalizer: Any
+    alpha: Any
+    label_smoothing: Any
+    z_loss: Any
+    parameters: tuple[jax.Array, ...]  # of the divergence
 
 
-def _total(
-    weight: jax.Array, reduction: Reduction, normalizer: ArrayLike | None
-) -> jax.Array | None:
-    """What divides the sum over tokens, if anything does."""
-    if reduction != "mean":
-        if normalizer is not None:
-            raise ValueError(
-                '`normalizer` must be None unless `reduction` is "mean", got '
-                f"{normalizer!r} with {reduction!r}."
-            )
-        return None
+class _Folding(NamedTuple):
+    """How they are made of it."""
+
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    vocab_size: int
+    mean: bool  # whether a sum over tokens is divided by a total
+    t_squared: bool
+    has_divergence: bool
+    has_label: bool
+    has_uniform: bool
+    has_lse: bool
+    are_known: bool  # whether all that mixes terms is in range
+    intervals: tuple[Interval, ...]  # of the parameters
+
+
+class _Folded(NamedTuple):
+    """Of each token, `[B]`, but for the factor."""
+
+    weight: jax.Array
+    term_weights: LossTerms
+    temperature: jax.Array | None
+    teacher_temperature: jax.Array | None
+    parameters: tuple[jax.Array, ...]
+    factor: jax.Array | None  # of the loss, see `_one_over`; None: 1
+    weightless: jax.Array  # whether no term has a weight
+    dropped: jax.Array  # and none whatever `weights` are, as by a label of -100
+
+
+@ft.partial(jax.jit, static_argnums=0, inline=True)
+def _fold(how: _Folding, x: _Given) -> _Folded:
+    """All that comes before the engine, in one program."""
+    mask, labels = x.mask, x.labels
+    of_token = lambda value: per_token(value, how.shape, how.dtype)
+    weight = of_token(1.0 if x.weights is None else x.weights)
+    assert weight is not None
+    temperatures = of_token(x.temperature), of_token(x.teacher_temperature)
+    if mask is not None:
+        weight = zero_unless(mask, weight)
+        # The temperature of a token that does not count may be NaN.
+        temperatures = jax.tree.map(lambda T: jnp.where(mask, T, 1), temperatures)
+    counted = weight
+    if not how.has_divergence:
+        assert labels is not None
+        counted = zero_unless(labels != IGNORED_LABEL, weight)
+    total = factor = None
+    if how.mean:
+        total = jnp.sum(counted)
+        if x.normalizer is not None:
+            total = jnp.asarray(x.normalizer, how.dtype)
+        elif x.weights is not None:
+            factor = _one_over(jnp.where(total != 0, total, 1))
+    T = temperatures[0] if how.t_squared else None
+    term_weights = _term_weights(how, x, _normalized(counted, total), T)
+    if mask is not None:
+        term_weights = jax.tree.map(lambda w: zero_unless(mask, w), term_weights)
+    weightless = ~term_weights.any_nonzero
+    parameters = zip(x.parameters, how.intervals, strict=True)
+    return _Folded(
+        weight=counted,
+        term_weights=term_weights,
+        temperature=temperatures[0],
+        teacher_temperature=temperatures[1],
+        parameters=tuple(
+            as_operand(value, interval, how.shape, how.dtype, mask)
+            for value, interval in parameters
+        ),
+        factor=factor,
+        weightless=weightless,
+        dropped=weightless & (weight != 0),
+    )
+
+
+def _checked_normalizer(normalizer: ArrayLike | None, reduction: Reduction) -> Any:
+    """What divides the sum over tokens, if it is given."""
     if normalizer is None:
-        return jnp.sum(weight)
-    if check.is_integer(normalizer):
-        normalizer = jnp.asarray(normalizer, weight.dtype)  # the sum of a mask
-    total = check.scalar("normalizer", normalizer, 0, positive=True)
-    return jnp.asarray(total, weight.dtype)
+        return None
+    if reduction != "mean":
+        raise ValueError(
+            '`normalizer` must be None unless `reduction` is "mean", got '
+            f"{normalizer!r} with {reduction!r}."
+        )
+    if check.is_integer(normalizer):  # the sum of a mask
+        normalizer = jnp.asarray(normalizer, jnp.result_type(float))
+    return check.scalar("normalizer", normalizer, 0, positive=True)
 
 
 def _normalized(weight: jax.Array, total: jax.Array | None) -> jax.Array:
@@ -320,47 +396,40 @@ def _alpha(
 
 
 def _term_weights(
-    weight: jax.Array,
-    temperature: jax.Array | None,
-    labels: jax.Array | None,
-    *,
-    vocab_size: int,
-    alpha: ArrayLike,
-    label_smoothing: ArrayLike,
-    z_loss: ArrayLike,
-    statistics: bool,
+    how: _Folding, x: _Given, weight: jax.Array, temperature: jax.Array | None
 ) -> LossTerms:
     """`weight · (α T² D + (1-α) CE + z_loss lse²)`, as a weight for each term.
 
     `temperature` is None if there is no factor T².
     """
-    has_cross_entropy = statistics or _may_differ(alpha, 1)
-    has_uniform, has_lse = _may_differ(label_smoothing, 0), _may_differ(z_loss, 0)
-    are_known = all(map(check.is_known, (alpha, label_smoothing, z_loss)))
     alpha, smoothing, z_weight = (
-        jax.lax.stop_gradient(jnp.asarray(x, weight.dtype))
-        for x in (alpha, label_smoothing, z_loss)
+        jax.lax.stop_gradient(jnp.asarray(value, weight.dtype))
+        for value in (x.alpha, x.label_smoothing, x.z_loss)
     )
-    if not are_known:
+    if not how.are_known:
         # A number that is out of range is NaN. It makes the loss NaN, also where its
         # own term has no part in it.
         weight = jnp.where(jnp.isnan(alpha + smoothing + z_weight), jnp.nan, weight)
-    divergence = _times(weight, alpha)
-    if temperature is not None:
-        # A token without weight may hold NaN, and its divergence must not enter the
-        # gradient of its temperature.
-        squared = temperature * temperature
-        constant = jax.lax.stop_gradient(zero_unless(jnp.isfinite(squared), squared))
-        divergence *= jnp.where(weight != 0, squared, constant)
-    label = uniform = lse_squared = None
-    if labels is not None and has_cross_entropy:
-        valid = (labels >= 0) & (labels < vocab_size)
-        label = zero_unless(labels != IGNORED_LABEL, _times(weight, 1 - alpha))
+    divergence = label = uniform = lse_squared = None
+    if how.has_divergence:
+        divergence = _times(weight, alpha)
+        if temperature is not None:
+            # A token without weight may hold NaN, and its divergence must not enter
+            # the gradient of its temperature.
+            squared = temperature * temperature
+            finite = zero_unless(jnp.isfinite(squared), squared)
+            constant = jax.lax.stop_gradient(finite)
+            divergence *= jnp.where(weight != 0, squared, constant)
+    if how.has_label:
+        assert x.labels is not None
+        is_ignored = x.labels == IGNORED_LABEL
+        valid = (x.labels >= 0) & (x.labels < how.vocab_size)
+        label = zero_unless(~is_ignored, _times(weight, 1 - alpha))
         # Under `jit` a label that is out of range cannot raise: it makes the loss NaN.
-        label = jnp.where(valid | (labels == IGNORED_LABEL), label, jnp.nan)
-        if has_uniform:
+        label = jnp.where(valid | is_ignored, label, jnp.nan)
+        if how.has_uniform:
             label, uniform = _times(label, 1 - smoothing), _times(label, smoothing)
-    if has_lse:
+    if how.has_lse:
         lse_squared = _times(weight, z_weight)
     return LossTerms(divergence, label, uniform, lse_squared)
 

@@ -1,7 +1,8 @@
 """Log-probabilities of chosen tokens, of logits that need not be in memory."""
 
+import functools as ft
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -158,26 +159,24 @@ def prepare_tokens(
     """A loss whose terms are `token_log_probs`, but for the sign; the tokens' shape."""
     with_entropy = check.boolean("with_entropy", with_entropy)
     models = checked_models(student, NoTeacher(), **arguments)
-    student, _, vocab, mask, layout, shape = models
+    source, _, vocab, mask, layout, shape = models
     checked = check.temperature("temperature", temperature, shape)
-    arrays = [*jax.tree.leaves((checked, student)), student.vocab_array]
+    arrays = [*jax.tree.leaves((checked, source)), source.vocab_array]
     dtype = loss_dtype(*(x for x in arrays if not check.is_number(x)))
-    T = per_token(checked, shape, dtype)
-    if mask is not None and T is not None:
-        # The temperature of a token that does not count may be NaN.
-        T = jnp.where(mask, T, 1)
     columns, tokens_shape = as_tokens(tokens, mask, shape, vocab.size)
-    # Under `jit` a token that is out of range cannot raise: it becomes NaN.
-    weight = jnp.where((columns >= -1) & (columns < vocab.size), 1, jnp.nan)
-    weight = zero_unless(columns != -1, weight.astype(dtype))
-    entropy = jnp.ones(weight.shape[:1], dtype)
-    if mask is not None:
-        entropy = zero_unless(mask, entropy)
-        weight = zero_unless(jnp.expand_dims(mask, range(1, weight.ndim)), weight)
-    weights = LossTerms(None, weight, entropy=entropy if with_entropy else None)
+    T, weights, counted = _fold(shape, dtype, vocab.size, checked, columns, mask)
+    if not with_entropy:
+        weights = weights._replace(entropy=None)
     is_dropped = ~weights.any_nonzero
-    student = student.spared(is_dropped, is_dropped)
-    operands = Operands(student, NoTeacher(), weights, T, None, columns, mask)
+    source = source.spared(is_dropped, is_dropped)
+    operands = Operands(
+        source,
+        NoTeacher(),
+        weights,
+        student_temperature=T,
+        labels=columns,
+        mask=mask,
+    )
     spec = Spec(
         None,
         vocab,
@@ -188,7 +187,30 @@ def prepare_tokens(
     )
     if arguments["axis_name"] is not None:
         check_slices(arguments["axis_name"], operands, labels="tokens")
-    return Prepared(spec, operands, layout, entropy, 0.0, shape), tokens_shape
+    return Prepared(spec, operands, layout, counted, 0.0, shape), tokens_shape
+
+
+@ft.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+def _fold(
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+    vocab_size: int,
+    temperature: Any,
+    columns: jax.Array,
+    mask: jax.Array | None,
+) -> tuple[jax.Array | None, LossTerms, jax.Array]:
+    """The temperature, the weights and which places count, `[B]`."""
+    T = per_token(temperature, shape, dtype)
+    # Under `jit` a token that is out of range cannot raise: it becomes NaN.
+    weight = jnp.where((columns >= -1) & (columns < vocab_size), 1, jnp.nan)
+    weight = zero_unless(columns != -1, weight.astype(dtype))
+    entropy = jnp.ones(weight.shape[:1], dtype)
+    if mask is not None:
+        # The temperature of a token that does not count may be NaN.
+        T = None if T is None else jnp.where(mask, T, 1)
+        entropy = zero_unless(mask, entropy)
+        weight = zero_unless(jnp.expand_dims(mask, range(1, weight.ndim)), weight)
+    return T, LossTerms(None, weight, entropy=entropy), entropy
 
 
 def log_probs_of(

@@ -91,19 +91,28 @@ class Parameter(NamedTuple):
     interval: Interval
     value: Any
 
-    def as_operand(
-        self, shape: tuple[int, ...], dtype: jnp.dtype, mask: jax.Array | None
-    ) -> jax.Array:
-        """The parameter of each token, `[B]`: a constant to differentiation.
-
-        It is NaN where it is out of range, but for tokens outside `mask`.
-        """
+    def checked(self, shape: tuple[int, ...]) -> jax.Array:
+        """The array, a scalar or of `shape`."""
         x = check.float_array(self.name, self.value)
         if x.ndim:
             check.of_shape(self.name, x, shape, "no shape or the batch shape")
-        x = jnp.broadcast_to(jax.lax.stop_gradient(x).astype(dtype), shape).reshape(-1)
-        x = jnp.where(self.interval.has(x), x, jnp.nan)
-        return x if mask is None else jnp.where(mask, x, self.interval.inside)
+        return x
+
+
+def as_operand(
+    x: jax.Array,
+    interval: Interval,
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+    mask: jax.Array | None,
+) -> jax.Array:
+    """A parameter of each token, `[B]`: a constant to differentiation.
+
+    It is NaN where it is out of range, but for tokens outside `mask`.
+    """
+    x = jnp.broadcast_to(jax.lax.stop_gradient(x).astype(dtype), shape).reshape(-1)
+    x = jnp.where(interval.has(x), x, jnp.nan)
+    return x if mask is None else jnp.where(mask, x, interval.inside)
 
 
 def split(x: Any) -> tuple[Any, list[Parameter]]:

@@ -2,10 +2,11 @@
 
 import dataclasses
 import functools as ft
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from .._math.numerics import loss_dtype, safe_log, zero_unless
@@ -82,38 +83,22 @@ class ListSource(Source):
         Where they are traced and are not, where nothing is listed though the listed
         mass is to be 1, and where the traced `is_bad`, `[B]`, holds, the row is NaN.
         """
-        columns = self.columns
-        counted = jnp.ones(columns.shape[:1], bool) if mask is None else mask
-        bad = ((columns < -1) | (columns >= vocab_size)) & counted[:, None]
-        if check.is_known(bad) and bad.any():
+        values = _checked(self, vocab_size, mask, is_bad)
+        if check.is_known(values.no_column) and (bad := values.no_column).any():
             raise ValueError(
                 f"`teacher.indices` must be in [0, {vocab_size}), or -1 for an empty "
-                f"slot, got {columns[bad][0]}."
+                f"slot, got {np.asarray(self.columns)[np.asarray(bad)][0]}."
             )
-        is_nan = bad.any(axis=-1) | is_bad
-        if self.tail in ("renormalize", "conditional"):
-            is_nan |= (columns == -1).all(axis=-1)
-        else:
-            listed = jnp.where(columns == -1, -jnp.inf, self.log_probs)
-            mass = jnp.sum(jnp.exp(listed.astype(loss_dtype(listed))), axis=-1)
-            if self.log_rest is not None and self.tail in _WITH_REST:
-                mass += jnp.exp(self.log_rest[:, 0].astype(mass.dtype))
-            heavy = (mass > _MOST_MASS) & counted
-            if check.is_known(heavy) and heavy.any():
-                raise ValueError(
-                    f'`teacher.log_probs` must have a mass of at most 1 with tail="'
-                    f'{self.tail}", got {mass[heavy][0]:.4g}: they are the log-'
-                    "probabilities of the whole vocabulary, as `jax.nn.log_softmax("
-                    'logits / T)` has them. The tails "renormalize" and "conditional" '
-                    "take any logits."
-                )
-            is_nan |= heavy
-        is_nan = is_nan[:, None]
-        # The NaN is put at a column that exists, so that no tail leaves it out.
+        if check.is_known(values.too_much) and (heavy := values.too_much).any():
+            mass = np.asarray(values.mass)[np.asarray(heavy)][0]
+            raise ValueError(
+                f'`teacher.log_probs` must have a mass of at most 1 with tail="'
+                f'{self.tail}", got {mass:.4g}: they are the log-probabilities of the '
+                "whole vocabulary, as `jax.nn.log_softmax(logits / T)` has them. The "
+                'tails "renormalize" and "conditional" take any logits.'
+            )
         return dataclasses.replace(
-            self,
-            columns=jnp.where(is_nan, 0, columns),
-            log_probs=jnp.where(is_nan, jnp.nan, self.log_probs),
+            self, columns=values.columns, log_probs=values.log_probs
         )
 
     def ready(self, dtype, vocab):
@@ -139,6 +124,41 @@ class ListSource(Source):
             dense = jnp.where(vocab.valid, dense, -jnp.inf)
         at = positions(self.columns, vocab)
         return dense.at[at].set(self.log_probs.astype(dtype), mode="drop")
+
+
+class _Values(NamedTuple):
+    """Of a list, what is wrong with it: bool `[B, k]` and `[B]`, and its arrays with
+    NaN in rows where anything is."""
+
+    no_column: jax.Array
+    too_much: jax.Array
+    mass: jax.Array
+    columns: jax.Array
+    log_probs: jax.Array
+
+
+@ft.partial(jax.jit, static_argnums=1, inline=True)
+def _checked(
+    x: ListSource, vocab_size: int, mask: jax.Array | None, is_bad: Any
+) -> _Values:
+    columns = x.columns
+    counted = jnp.ones(columns.shape[:1], bool) if mask is None else mask
+    no_column = ((columns < -1) | (columns >= vocab_size)) & counted[:, None]
+    is_nan = no_column.any(axis=-1) | is_bad
+    listed = jnp.where(columns == -1, -jnp.inf, x.log_probs)
+    mass = jnp.sum(jnp.exp(listed.astype(loss_dtype(listed))), axis=-1)
+    if x.log_rest is not None and x.tail in _WITH_REST:
+        mass += jnp.exp(x.log_rest[:, 0].astype(mass.dtype))
+    if x.tail in ("renormalize", "conditional"):
+        too_much = jnp.zeros_like(counted)
+        is_nan |= (columns == -1).all(axis=-1)
+    else:
+        too_much = (mass > _MOST_MASS) & counted
+    is_nan = (is_nan | too_much)[:, None]
+    # The NaN is put at a column that exists, so that no tail leaves it out.
+    columns = jnp.where(is_nan, 0, columns)
+    log_probs = jnp.where(is_nan, jnp.nan, x.log_probs)
+    return _Values(no_column, too_much, mass, columns, log_probs)
 
 
 @ft.partial(jax.jit, static_argnums=(1, 2))
