@@ -92,7 +92,9 @@ def test_a_tile_of_the_user_changes_the_size_and_nothing_else(platform):
         for tile in (1, 7, automatic.tile, 4096, 8191):
             chosen = plan(platform, dataclasses.replace(work, tile=tile))
             assert (chosen.part is None) == (automatic.part is None)
-            depend = dict(tile=tile, part=chosen.part, one_pass=chosen.one_pass)
+            depend = dict(
+                tile=tile, part=chosen.part, barrier_outputs=chosen.barrier_outputs
+            )
             same = dataclasses.replace(automatic, **depend)
             assert chosen == same
             assert tile != automatic.tile or chosen == automatic

@@ -159,7 +159,7 @@ def prepare(
     )
     folded = _fold(folding, given)
     sources = (
-        source.spared(folded.weightless, folded.dropped)
+        source.with_weightless(folded.weightless, folded.dropped)
         for source in (of_student, of_teacher)
     )
     operands = Operands(

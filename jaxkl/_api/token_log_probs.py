@@ -168,7 +168,7 @@ def prepare_tokens(
     if not with_entropy:
         weights = weights._replace(entropy=None)
     is_dropped = ~weights.any_nonzero
-    source = source.spared(is_dropped, is_dropped)
+    source = source.with_weightless(is_dropped, is_dropped)
     operands = Operands(
         source,
         NoTeacher(),

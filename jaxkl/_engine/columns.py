@@ -35,8 +35,8 @@ from . import student_terms
 from .comparison import (
     compare_columns,
     Comparison,
-    OfEach,
     Pair,
+    PerModel,
     sum_terms,
     sums_of_slopes,
 )
@@ -66,7 +66,7 @@ class Columns(NamedTuple):
             unlisted = without_listed(student, x.teacher.columns, vocab)
         return cls(spec, x, vocab, teacher, student, unlisted)
 
-    def made_first(self) -> "Columns":
+    def materialized(self) -> "Columns":
         """The columns, with logits that are complete before anything is made of them.
 
         XLA would fuse the gradient with a product of a head. On a TPU, this fusion
@@ -87,12 +87,12 @@ class Models(NamedTuple):
     teacher: Model | None  # at their temperatures
     student: Model | None
     teacher_at_1: Model | None  # of the metrics, where these are at temperature 1
-    alone: Model | None  # the student at `student_terms.temperature`
+    student_only: Model | None  # the student at `student_terms.temperature`
 
     @classmethod
     def of(cls, c: Columns, maxima: Maxima, sums: RowSums) -> "Models":
         spec, x = c.spec, c.x
-        q, alone = _at_two_temperatures(
+        q, student_only = _at_two_temperatures(
             c.student,
             SoftmaxStats(maxima.student, x.student_temperature, sums.student),
             sums.student_at_1,
@@ -106,12 +106,12 @@ class Models(NamedTuple):
             )
         is_list = x.teacher.kind == "list"
         if spec.divergence is None:
-            alone = q
+            student_only = q
         if not (spec.statistics and not is_list or x.weights.has_own_terms):
-            alone = None
+            student_only = None
         if not spec.statistics or is_list:
             p_at_1 = None
-        return cls(p, None if has_outcomes(spec, x) else q, p_at_1, alone)
+        return cls(p, None if has_outcomes(spec, x) else q, p_at_1, student_only)
 
 
 def _at_two_temperatures(
@@ -142,7 +142,7 @@ def row_maxima(c: Columns) -> Maxima:
 def row_sums(c: Columns, maxima: Maxima) -> RowSums:
     """The sums, relative to any `maxima`, such as those of all columns."""
     spec, x = c.spec, c.x
-    p, q, p_at_1, alone = Models.of(c, maxima, RowSums())
+    p, q, p_at_1, student_only = Models.of(c, maxima, RowSums())
     sums = RowSums()
     if q is not None:
         sums = sums._replace(student=sum_exp(q))
@@ -160,11 +160,11 @@ def row_sums(c: Columns, maxima: Maxima) -> RowSums:
         exp_z = jnp.exp(z)
         of_rest = (jnp.sum(y, axis=-1) for y in (exp_z, exp_z * z))
         sums = sums._replace(unlisted=Unlisted(*of_rest))
-    if alone is None:
+    if student_only is None:
         return sums
-    if q is None or alone.stats.temperature is not q.stats.temperature:
-        sums = sums._replace(student_at_1=sum_exp(alone))
-    return sums._replace(**student_terms.sums(x.weights, alone))
+    if q is None or student_only.stats.temperature is not q.stats.temperature:
+        sums = sums._replace(student_at_1=sum_exp(student_only))
+    return sums._replace(**student_terms.sums(x.weights, student_only))
 
 
 def _pair_sums(c: Columns, p: Model, q: Model) -> dict[str, Any]:
@@ -188,9 +188,9 @@ def _list_comparison(
     return compare_list(divergence, x.teacher, T, rows, vocab.size)
 
 
-def slope_sums(c: Columns, rows: RowStats) -> OfEach:
+def slope_sums(c: Columns, rows: RowStats) -> PerModel:
     if c.teacher is None:
-        return OfEach(None, None)
+        return PerModel(None, None)
     pair = _pair(c, Models.of(c, *rows), rows.sums)
     return sums_of_slopes(c.spec.whole_divergence(c.x), pair, c.vocab)
 
@@ -227,7 +227,7 @@ class Top(NamedTuple):
 
 class Finished(NamedTuple):
     sums: TermSums
-    tops: OfEach | None  # Top
+    tops: PerModel | None  # Top
     # Of student, teacher and temperatures; see `Result`.
     gradients: Operands
     counted: jax.Array  # see `Result`
@@ -236,7 +236,7 @@ class Finished(NamedTuple):
 def finish(
     c: Columns,
     rows: RowStats,
-    of_slopes: OfEach,
+    of_slopes: PerModel,
     listed: ListComparison | None,
     counted: jax.Array,
     *,
@@ -266,10 +266,14 @@ def finish(
         terms = terms._replace(divergence=compared.divergence)
         p, q = pair.softmaxes()
         d_logits, lse = _d_logits_of_pair(c, pair, compared), p.lse + q.lse
-    if models.alone is not None:
-        of_label, uniform = student_terms.label_and_uniform(x, models.alone, vocab)
+    if models.student_only is not None:
+        of_label, uniform = student_terms.label_and_uniform(
+            x, models.student_only, vocab
+        )
         terms = terms._replace(label=of_label, uniform=uniform)
-        d_logits = d_logits.plus(*_d_logits_alone(x, models.alone, rows.sums, vocab))
+        d_logits = d_logits.plus(
+            *_d_logits_student_only(x, models.student_only, rows.sums, vocab)
+        )
     tops = None
     if spec.statistics:
         if listed is None and x.teacher.kind == "list" and x.teacher.has_lumped_rest:
@@ -283,7 +287,7 @@ def finish(
             statistics = _statistics(pair, models, vocab)
             of_teacher = Top.of(c.teacher, vocab)
         terms = terms._replace(**statistics)
-        tops = OfEach(of_teacher, Top.of(c.student, vocab))
+        tops = PerModel(of_teacher, Top.of(c.student, vocab))
     # 0 · NaN is NaN in the product for `d kernel`: a token without weight does not
     # count if its hidden states may not be finite.
     counted &= x.weights.any_nonzero | jnp.isfinite(lse)
@@ -301,7 +305,7 @@ def complete(
     x: Operands,
     rows: RowStats,
     terms: TermSums,
-    tops: OfEach | None,
+    tops: PerModel | None,
     number_among_top: jax.Array | None,
 ) -> tuple[LossTerms, Statistics | None]:
     """The terms that have a weight, and the statistics, from sums over all columns.
@@ -311,10 +315,10 @@ def complete(
     maxima, sums = rows
     of_loss = LossTerms(terms.divergence)
     if sums.below is not None:
-        alone = student_terms.terms(
+        student_only = student_terms.terms(
             spec, x, maxima.student, sums, terms.label, terms.uniform
         )
-        of_loss = alone._replace(divergence=terms.divergence)
+        of_loss = student_only._replace(divergence=terms.divergence)
     if tops is None:
         return of_loss, None
     agree = (tops.student.column == tops.teacher.column).astype(spec.dtype)
@@ -368,15 +372,17 @@ def _d_logits_of_pair(c: Columns, pair: Pair, compared: Comparison) -> _DLogits:
     return _DLogits(d_t, d_s, d_teacher_temperature, d_student_temperature)
 
 
-def _d_logits_alone(
-    x: Operands, alone: Model, sums: RowSums, vocab: Vocabulary
+def _d_logits_student_only(
+    x: Operands, student_only: Model, sums: RowSums, vocab: Vocabulary
 ) -> tuple[Any, jax.Array | None]:
     """Of the terms of the student alone: the gradients to logits and temperature."""
-    d_z: Any = student_terms.d_shifted(x, alone, sums, vocab)
-    if alone.stats.temperature is None:
+    d_z: Any = student_terms.d_shifted(x, student_only, sums, vocab)
+    if student_only.stats.temperature is None:
         return d_z, None
     is_weighted = x.weights.any_nonzero.astype(d_z.dtype)
-    return _d_logits(is_weighted, d_z, alone.softmax(), alone.stats.temperature)
+    return _d_logits(
+        is_weighted, d_z, student_only.softmax(), student_only.stats.temperature
+    )
 
 
 def _d_logits(
@@ -426,8 +432,8 @@ def _statistics(pair: Pair, models: Models, vocab: Vocabulary) -> dict[str, jax.
     """Of the models at temperature 1; beside a list, as they are compared."""
     p, q = pair.softmaxes()
     if models.teacher_at_1 is not None:
-        assert models.alone is not None
-        p, q = models.teacher_at_1.softmax(), models.alone.softmax()
+        assert models.student_only is not None
+        p, q = models.teacher_at_1.softmax(), models.student_only.softmax()
     return dict(
         kl=sum_terms(ForwardKL(), p.outcomes, q.outcomes, vocab),
         student_entropy=entropy(q.outcomes),

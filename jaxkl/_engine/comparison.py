@@ -72,7 +72,7 @@ class Comparison(NamedTuple):
     d_student: jax.Array  # [B, V]
 
 
-class OfEach(NamedTuple):
+class PerModel(NamedTuple):
     """The same of both models."""
 
     teacher: Any
@@ -92,10 +92,10 @@ def sum_terms(
     return jnp.sum(vocab.mask(evaluate(divergence, p, q, log_ratio)), axis=-1)
 
 
-def sums_of_slopes(divergence: Divergence, pair: Pair, vocab: Vocabulary) -> OfEach:
+def sums_of_slopes(divergence: Divergence, pair: Pair, vocab: Vocabulary) -> PerModel:
     """`SlopeSums` over the columns at hand; None where the gradient needs none."""
     _, slopes = _slopes(divergence, pair, vocab)
-    sums = OfEach(*(_sum_slopes(*of_model) for of_model in slopes))
+    sums = PerModel(*(_sum_slopes(*of_model) for of_model in slopes))
     return sums if kl_weights(divergence) is None else sums._replace(student=None)
 
 
@@ -103,7 +103,7 @@ def compare_columns(
     divergence: Divergence,
     pair: Pair,
     vocab: Vocabulary,
-    sums: OfEach,
+    sums: PerModel,
     *,
     recompute: bool,
 ) -> Comparison:
@@ -130,7 +130,7 @@ def compare_columns(
 
 def _slopes(
     divergence: Divergence, pair: Pair, vocab: Vocabulary
-) -> tuple[jax.Array, OfEach]:
+) -> tuple[jax.Array, PerModel]:
     """The divergence, and of each model its slopes and probabilities."""
     p, q = pair.softmaxes()
     ratio = pair.log_ratio()
@@ -141,7 +141,7 @@ def _slopes(
 
     value, vjp = jax.vjp(summed, p.log, q.log)
     f_p, f_q = vjp(jnp.ones_like(value))
-    return value, OfEach((f_p, p.prob), (f_q, q.prob))
+    return value, PerModel((f_p, p.prob), (f_q, q.prob))
 
 
 class SlopeSums(NamedTuple):

@@ -21,10 +21,11 @@ class Tiles(abc.ABC):
     shape: tuple[int, ...]
     stacked_shape: tuple[int, ...]
 
-    def __init__(self, tokens: int, tile: int, *, write_again: bool = True):
-        """`write_again` is whether a tile may write the row of a token that it does not
-        count: the same as is there, which saves a read."""
-        self.tokens, self.tile, self.write_again = tokens, tile, write_again
+    def __init__(self, tokens: int, tile: int, *, overwrites_overlap: bool = True):
+        """`overwrites_overlap` is whether a tile may write the row of a token that it
+        does not count. It writes what is there already, which saves a read."""
+        self.tokens, self.tile = tokens, tile
+        self.overwrites_overlap = overwrites_overlap
         self.count = -(-tokens // tile)
 
     @abc.abstractmethod
@@ -78,7 +79,7 @@ class Blocks(Tiles):
         return self._start(i) + jnp.arange(self.tile) >= i * self.tile
 
     def write(self, i, x, rows):
-        if self.tokens % self.tile and not self.write_again:
+        if self.tokens % self.tile and not self.overwrites_overlap:
             rest = tuple(range(1, rows.ndim))
             is_new = jnp.expand_dims(self.counted(i), rest)
             rows = jnp.where(is_new, rows, self.read(i, x))

@@ -33,9 +33,10 @@ class Plan:
     # Tokens of a part, whose tiles leave what the gradient of a head needs, for one
     # product over the part; None: each tile makes its own product. See `walk`.
     part: int | None = None
-    # Whether a tile of a part makes terms and outputs in one pass over its logits, and
-    # holds the outputs for a moment before they are where the part has them.
-    one_pass: bool = False
+    # Whether a barrier keeps XLA from fusing the `d_outputs` of a tile with their write
+    # to a part: then they are one pass over the logits with the terms, and are held for
+    # a moment before they are where the part has them.
+    barrier_outputs: bool = False
     # Columns at a time, of all tokens, in place of tiles of tokens. See `tile`.
     columns: int | None = None
 
@@ -76,7 +77,7 @@ class Workload:
         return 1 if self.teacher == "none" else 2
 
 
-def workload(spec: Spec, operands: Operands, perturbed: Operands) -> Workload:
+def workload(spec: Spec, operands: Operands, gradient_dtypes: Operands) -> Workload:
     sources = operands.student, operands.teacher
     student, teacher = (x.kind for x in sources)
     logits = [x.vocab_array for x in sources if x.kind == "logits"]
@@ -92,8 +93,8 @@ def workload(spec: Spec, operands: Operands, perturbed: Operands) -> Workload:
         teacher,
         itemsize=spec.dtype.itemsize,
         half_logits=any(x.dtype.itemsize == 2 for x in logits),
-        tokens_per_sum=_tokens_per_sum(spec, operands, perturbed),
-        sum_bytes=_sum_bytes(spec, operands, perturbed),
+        tokens_per_sum=_tokens_per_sum(spec, operands, gradient_dtypes),
+        sum_bytes=_sum_bytes(spec, operands, gradient_dtypes),
         makes_blocks=all(x.makes_blocks for x in sources),
         many_devices=many_devices(),
         sharding=sharding,
@@ -102,9 +103,9 @@ def workload(spec: Spec, operands: Operands, perturbed: Operands) -> Workload:
     )
 
 
-def _tokens_per_sum(spec: Spec, operands: Operands, perturbed: Operands) -> int:
+def _tokens_per_sum(spec: Spec, operands: Operands, gradient_dtypes: Operands) -> int:
     """It is 0 where no sum is asked for, or tiles are better pulled back one by one."""
-    for source, asked in zip(operands[:2], perturbed[:2], strict=True):
+    for source, asked in zip(operands[:2], gradient_dtypes[:2], strict=True):
         sum_bytes = _sum_bytes(spec, source, asked)
         if sum_bytes:
             row_bytes = spec.vocab.width * source.output_dtype(spec.dtype).itemsize
@@ -144,13 +145,13 @@ def _fast_plan(platform: Platform, work: Workload) -> Plan:
     # logits-sized array. A tile that stays in a CPU's cache may keep its slopes.
     recompute = platform == "accelerator" or (work.is_dense and tile is None)
     recompute &= work.teacher != "none"  # the student alone has no slopes
-    part, one_pass = None, False
+    part, barrier_outputs = None, False
     if tile is not None and platform == "accelerator":
         part = _part(tile, work)
         # The student alone has its terms from the sums, and needs no barrier.
-        one_pass = part is not None and work.teacher != "none"
-        one_pass &= _tile_bytes(tile, work) <= _ONE_PASS_BYTES
-    return Plan(tile, _order(work), recompute, part, one_pass)
+        barrier_outputs = part is not None and work.teacher != "none"
+        barrier_outputs &= _tile_bytes(tile, work) <= _ONE_PASS_BYTES
+    return Plan(tile, _order(work), recompute, part, barrier_outputs)
 
 
 def _fits(tile: int, part: int | None, work: Workload) -> bool:

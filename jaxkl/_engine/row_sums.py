@@ -72,7 +72,7 @@ class RowSums(NamedTuple):
     unlisted: Unlisted | None = None
 
     @property
-    def alone(self) -> Any:
+    def student_only(self) -> Any:
         """`Σ e^z` at the temperature of the student's own terms."""
         return self.student if self.student_at_1 is None else self.student_at_1
 
@@ -175,12 +175,12 @@ def rescaled(
         moved = Unlisted(times(total, move), times(shifted + move * total, move))
         result = result._replace(unlisted=moved)
     if sums.below is not None:
-        alone = z if sums.student_at_1 is None else z_at_1
-        below = sum_without_top(sums.alone, sums.below, alone)
-        result = result._replace(below=times(below, alone))
+        student_only = z if sums.student_at_1 is None else z_at_1
+        below = sum_without_top(sums.student_only, sums.below, student_only)
+        result = result._replace(below=times(below, student_only))
         if sums.shifted is not None:
-            shifted = sums.shifted + alone * sums.alone
-            result = result._replace(shifted=times(shifted, alone))
+            shifted = sums.shifted + student_only * sums.student_only
+            result = result._replace(shifted=times(shifted, student_only))
     if sums.teacher is None:
         return result
     u_at_1 = _move(old.teacher, new.teacher)

@@ -89,18 +89,18 @@ def _weighted_loss(spec, dtypes, operands):
 @ft.partial(jax.jit, static_argnums=(0, 1))
 def _value(spec, dtypes, operands):
     operands = _with_dtypes(dtypes, operands)
-    return _outputs(spec, operands, _run(spec, operands, _nothing(operands)))
+    return _outputs(spec, operands, _run(spec, operands, _no_gradients(operands)))
 
 
 class _Residuals(NamedTuple):
     """Flags, and either the operands or their gradients.
 
     JAX keeps one residual structure for a rule, though it may trace the rule again for
-    other perturbed arguments, and silently mixes up the leaves if the structures
+    other gradient_dtypes arguments, and silently mixes up the leaves if the structures
     differ. So an absent array is an empty one, and the structure is always the same.
     """
 
-    flags: Operands  # whether each array is perturbed, see `_flag`
+    flags: Operands  # whether each array is differentiated, see `_flag`
     operands: Operands  # if the backward rule runs the tiles again
     rows: Any  # likewise, RowStats if there is a cotangent for each part
     gradients: Operands  # if the forward rule has made them
@@ -116,15 +116,15 @@ def _weighted_loss_fwd(spec, dtypes, primals):
 @ft.partial(jax.jit, static_argnums=(0, 1))
 def _forward(spec, dtypes, flags, operands):
     operands = _with_dtypes(dtypes, operands)
-    perturbed = jax.tree.map(_flagged_dtype, flags)
+    gradient_dtypes = jax.tree.map(_flagged_dtype, flags)
     absent = jax.tree.map(lambda _: _absent(), operands)
-    if _awaits_cotangent(spec, perturbed):
-        result = _run(spec, operands, _nothing(operands))
+    if _awaits_cotangent(spec, gradient_dtypes):
+        result = _run(spec, operands, _no_gradients(operands))
         res = _Residuals(flags, operands, result.rows, absent)
     else:
-        result = _run(spec, operands, perturbed)
+        result = _run(spec, operands, gradient_dtypes)
         known = lambda dtype, d: d if dtype else _absent()
-        gradients = jax.tree.map(known, perturbed, result.gradients)
+        gradients = jax.tree.map(known, gradient_dtypes, result.gradients)
         res = _Residuals(flags, absent, None, gradients)
     return _outputs(spec, operands, result), res
 
@@ -139,18 +139,24 @@ def _weighted_loss_bwd(spec, dtypes, res, cotangents):
 
 @ft.partial(jax.jit, static_argnums=0)
 def _backward(spec, res, g):
-    perturbed = jax.tree.map(_flagged_dtype, res.flags)
-    if not _awaits_cotangent(spec, perturbed):
+    gradient_dtypes = jax.tree.map(_flagged_dtype, res.flags)
+    if not _awaits_cotangent(spec, gradient_dtypes):
         times_g = lambda dtype, d: (d.astype(g.dtype) * g).astype(dtype)
         scaled = lambda dtype, d: times_g(dtype, d) if dtype else None
-        return jax.tree.map(scaled, perturbed, res.gradients)
-    of_terms = jax.tree.map(lambda _: g, perturbed.weights) if spec.reduce else g
-    is_asked = jax.tree.map(lambda _, g: g is not None, perturbed.weights, of_terms)
-    asked, weights = (keep(is_asked, x.weights) for x in (perturbed, res.operands))
+        return jax.tree.map(scaled, gradient_dtypes, res.gradients)
+    of_terms = jax.tree.map(lambda _: g, gradient_dtypes.weights) if spec.reduce else g
+    is_asked = jax.tree.map(
+        lambda _, g: g is not None, gradient_dtypes.weights, of_terms
+    )
+    asked, weights = (
+        keep(is_asked, x.weights) for x in (gradient_dtypes, res.operands)
+    )
     weights = jax.tree.map(jnp.multiply, of_terms, weights)
     operands = res.operands._replace(weights=weights, rows=res.rows)
-    perturbed = perturbed._replace(weights=asked, rows=_nothing(res.rows))
-    gradients = _run(spec, operands, perturbed).gradients._replace(rows=None)
+    gradient_dtypes = gradient_dtypes._replace(
+        weights=asked, rows=_no_gradients(res.rows)
+    )
+    gradients = _run(spec, operands, gradient_dtypes).gradients._replace(rows=None)
     # The gradient of a weight is its term, which has not seen the cotangent.
     times = lambda x, g: None if x is None else x * g
     weights = jax.tree.map(
@@ -168,7 +174,8 @@ def _absent() -> jax.Array:
 
 
 def _flag(value: bool, dtype: jnp.dtype) -> jax.Array:
-    """A flag as an empty array: of a residual, only shape and dtype are static."""
+    """Residuals must be arrays. So whether an array is differentiated, and its dtype,
+    are the shape and the dtype of an empty one."""
     return jnp.zeros((int(value), 0), dtype)
 
 
@@ -177,18 +184,18 @@ def _flagged_dtype(flag: jax.Array) -> str | bool:
     return flag.shape[0] == 1 and flag.dtype.name
 
 
-def _nothing(operands: Any) -> Any:
+def _no_gradients(operands: Any) -> Any:
     """Flags that ask for no gradient: see `walk`."""
     return jax.tree.map(lambda _: False, operands)
 
 
-def _awaits_cotangent(spec: Spec, perturbed: Operands) -> bool:
+def _awaits_cotangent(spec: Spec, gradient_dtypes: Operands) -> bool:
     """Whether gradients wait for the cotangent.
 
     They do if there is one for each part, and in float16, where the gradient of a mean
     may underflow without its loss scale.
     """
-    is_half = spec.passes_float16 or "float16" in jax.tree.leaves(perturbed)
+    is_half = spec.passes_float16 or "float16" in jax.tree.leaves(gradient_dtypes)
     return is_half or not spec.reduce
 
 
@@ -223,12 +230,12 @@ def _outputs(spec: Spec, operands: Operands, result: Result) -> Any:
     return loss, result.terms, result.statistics
 
 
-def _run(spec: Spec, operands: Operands, perturbed: Operands) -> Result:
+def _run(spec: Spec, operands: Operands, gradient_dtypes: Operands) -> Result:
     """Walks over all tokens as planned for the platform; see `walk`."""
-    work = workload(spec, operands, perturbed)
+    work = workload(spec, operands, gradient_dtypes)
     if work.sharding == "explicit":
         _check_explicit(operands, work.is_dense, spec.divergence is None)
-    walk_by = lambda plan: ft.partial(walk, spec, perturbed, plan)
+    walk_by = lambda plan: ft.partial(walk, spec, gradient_dtypes, plan)
     first, *others = [plan(platform, work) for platform in PLATFORMS]
     if all(other == first for other in others):
         return walk_by(first)(operands)

@@ -74,12 +74,12 @@ def terms(
     uniform: jax.Array | None,
 ) -> LossTerms:
     """The terms that have a weight, from sums over all columns."""
-    log_sum = log_of_sum(sums.alone, sums.below)
+    log_sum = log_of_sum(sums.student_only, sums.below)
     result, weights = LossTerms(None), x.weights
     if weights.label is not None:
         assert label is not None
         of_row = lambda x: jnp.expand_dims(x, range(1, label.ndim))
-        is_certain = of_row(_has_certain(sums.alone)) & (label < TOP)
+        is_certain = of_row(_has_certain(sums.student_only)) & (label < TOP)
         # Of a certain column, z is 0 but for rounding. Its derivative is kept.
         rounding = jax.lax.stop_gradient(zero_unless(is_certain, label))
         result = result._replace(label=of_row(log_sum) + (label - rounding))
@@ -87,7 +87,7 @@ def terms(
         assert uniform is not None
         result = result._replace(uniform=log_sum + uniform * _share(sums))
     if weights.lse_squared is not None:
-        lse = SoftmaxStats(largest, temperature(spec, x), sums.alone).lse
+        lse = SoftmaxStats(largest, temperature(spec, x), sums.student_only).lse
         result = result._replace(lse_squared=lse * lse)
     if weights.entropy is not None:
         result = result._replace(entropy=log_sum + _mean_below(sums))
@@ -101,7 +101,7 @@ def d_shifted(
     weights, q, parts = x.weights, model.softmax(), []
     if weights.label is not None:
         of_labels = _d_label if x.labels.ndim == 1 else _d_labels
-        others = sums.below / sums.alone
+        others = sums.below / sums.student_only
         parts.append(of_labels(weights.label, x.labels, model, q, others, vocab))
     if weights.uniform is not None:
         d_uniform = q.prob - jnp.where(_is_present(model), _share(sums)[:, None], 0)
@@ -139,7 +139,7 @@ def _has_certain(total: jax.Array) -> jax.Array:
 
 def _mean_below(sums: RowSums) -> jax.Array:
     """`M`: by how much a logit of the row is below the largest, on average, `[B]`."""
-    return -sums.shifted / sums.alone
+    return -sums.shifted / sums.student_only
 
 
 def _is_present(model: Model) -> jax.Array:

@@ -27,7 +27,7 @@ from .columns import (
     TermSums,
     Top,
 )
-from .comparison import OfEach
+from .comparison import PerModel
 from .list_comparison import ListComparison
 from .list_statistics import count_larger, find_number_among_top, number_among_top
 from .operands import LossTerms, Operands, Result, Spec, Statistics
@@ -42,8 +42,9 @@ def run_tile(
     """All there is to know of a tile: XLA drops what the caller does not use.
 
     `counted`, `[B]`, are the tokens that count in the gradients of shared arrays, and
-    `asked` is the `perturbed` of `walk`, as its structure and leaves. The sources are
-    pulled back here if the columns are in blocks, and else by the caller: see `Result`.
+    `asked` is the `gradient_dtypes` of `walk`, as its structure and leaves. The sources
+    are pulled back here if the columns are in blocks, and else by the caller: see
+    `Result`.
     """
     x = masked(x)
     blocks = _Blocks.of(spec, x, plan.columns)
@@ -58,8 +59,10 @@ def run_tile(
     listed = listed_of(spec, x, rows)
     number = None
     if blocks.whole is None:
-        perturbed = asked[0].unflatten(asked[1])
-        done, gradients = _finished(blocks, perturbed, rows, slopes, listed, counted)
+        gradient_dtypes = asked[0].unflatten(asked[1])
+        done, gradients = _finished(
+            blocks, gradient_dtypes, rows, slopes, listed, counted
+        )
         gradients = x._replace(**gradients)
         if done.larger is not None:
             (larger,) = spec.vocab.psum(done.larger)
@@ -80,7 +83,7 @@ class _Done(NamedTuple):
     """What the last pass adds up: sums of terms, and what is merged otherwise."""
 
     sums: TermSums
-    tops: OfEach | None
+    tops: PerModel | None
     larger: jax.Array | None  # see `count_larger`
     gradients: Any  # those that are sums over columns
 
@@ -107,7 +110,7 @@ class _Blocks(NamedTuple):
             return cls(spec, x, min(width, spec.vocab.width), None)
         c = Columns.of(spec, x, spec.vocab)
         if x.rows is not None and x.weights.entropy is not None:
-            c = c.made_first()  # the gradient of an entropy is long
+            c = c.materialized()  # the gradient of an entropy is long
         return cls(spec, x, spec.vocab.width, c)
 
     def at(self, start: jax.Array | int, width: int) -> Columns:
@@ -146,20 +149,20 @@ class _Blocks(NamedTuple):
 
 def _finished(
     blocks: _Blocks,
-    perturbed: Operands,
+    gradient_dtypes: Operands,
     rows: RowStats,
-    slopes: OfEach,
+    slopes: PerModel,
     listed: ListComparison | None,
     counted: jax.Array,
 ) -> tuple[_Done, dict[str, Any]]:
     """The last pass, and its gradients of what columns contribute to."""
     spec, x = blocks.spec, blocks.x
-    asked = _with_gradients(perturbed)
+    asked = _with_gradients(gradient_dtypes)
     by_column = _with_gradients(x.by_column_flags())
 
     def finished(start, width):
         """What is added up, and the gradients of the block's own columns."""
-        c = blocks.at(start, width).made_first()
+        c = blocks.at(start, width).materialized()
         done = finish(c, rows, slopes, listed, counted, recompute=False)
         result = Result(None, None, done.gradients, done.counted)
         pulled = pull_back(c.x, result, ("student", "teacher"))
@@ -180,7 +183,7 @@ def _finished(
     total = _zeros(types)
     if total.tops is not None:
         nothing = lambda x: Top(x.logit - jnp.inf, x.column + spec.vocab.size)
-        total = total._replace(tops=OfEach(*map(nothing, total.tops)))
+        total = total._replace(tops=PerModel(*map(nothing, total.tops)))
     _, whole = split(by_column, keep(asked, _with_gradients(x)))
     arrays = jax.tree.map(lambda x, full: zeros(x, full.shape), arrays, whole)
     done, arrays = blocks.scan(step, (total, arrays))
@@ -212,9 +215,9 @@ def _over_devices(spec: Spec, x: Operands, here: RowStats) -> RowStats:
     return RowStats(maxima, _exchanged(spec.vocab.psum, sums))
 
 
-def _slopes_over_devices(vocab: Vocabulary, sums: OfEach) -> OfEach:
+def _slopes_over_devices(vocab: Vocabulary, sums: PerModel) -> PerModel:
     # Each model has an exchange of its own: most often only one is needed.
-    return OfEach(*(_exchanged(vocab.psum, of_model) for of_model in sums))
+    return PerModel(*(_exchanged(vocab.psum, of_model) for of_model in sums))
 
 
 def _exchanged(reduce: Any, tree: Any) -> Any:
@@ -228,7 +231,7 @@ def _completed(
     x: Operands,
     rows: RowStats,
     terms: TermSums,
-    tops: OfEach | None,
+    tops: PerModel | None,
     number: jax.Array | None,
 ) -> tuple[LossTerms, Statistics | None]:
     """The terms and statistics, from the last pass over the columns of this device."""
@@ -239,7 +242,7 @@ def _completed(
         first = lambda top, largest: Top(
             largest, vocab.pmin(jnp.where(top.logit == largest, top.column, vocab.size))
         )
-        tops = OfEach(*map(first, tops, logits))
+        tops = PerModel(*map(first, tops, logits))
     return complete(spec, x, rows, terms, tops, number)
 
 

@@ -18,26 +18,28 @@ from .tile import masked, pull_back, run_tile
 _SOURCES = ("student", "teacher")
 
 
-def walk(spec: Spec, perturbed: Operands, plan: Plan, operands: Operands) -> Result:
+def walk(
+    spec: Spec, gradient_dtypes: Operands, plan: Plan, operands: Operands
+) -> Result:
     """What the tiles make of all tokens.
 
-    `perturbed` has the dtype of each gradient that is asked for, and False for the
-    others, which are None in the result.
+    `gradient_dtypes` has the dtype of each gradient that is asked for, and False in the
+    place of the others, which are None in the result.
     """
     is_shared = operands.shared_flags()  # before `with_max` adds an array
-    waiting = _sources_with_sums(perturbed, is_shared)
-    leaves, structure = jax.tree.flatten(perturbed)
+    waiting = _sources_with_sums(gradient_dtypes, is_shared)
+    leaves, structure = jax.tree.flatten(gradient_dtypes)
     flags = structure, tuple(leaves)
-    write_again = all(source.pulls_back_uncounted for source in operands[:2])
-    order = ft.partial(ORDERS[plan.order], write_again=write_again)
+    overwrites_overlap = all(source.pulls_back_uncounted for source in operands[:2])
+    order = ft.partial(ORDERS[plan.order], overwrites_overlap=overwrites_overlap)
 
     def finished(result, gradients):
         """The rows of a result, and its part of the gradients of shared arrays."""
-        rows, totals = split(is_shared, keep(perturbed, gradients))
-        return result._replace(gradients=cast(perturbed, rows)), totals
+        rows, totals = split(is_shared, keep(gradient_dtypes, gradients))
+        return result._replace(gradients=cast(gradient_dtypes, rows)), totals
 
     def of_tile(x, counted):
-        x = _linearized(perturbed, _SOURCES, x)
+        x = _linearized(gradient_dtypes, _SOURCES, x)
         result = run_tile(spec, flags, plan, x, counted)
         if plan.columns is not None:
             return finished(result, result.gradients)
@@ -47,13 +49,13 @@ def walk(spec: Spec, perturbed: Operands, plan: Plan, operands: Operands) -> Res
         assert plan.tile is not None
         tiles = order(counted.shape[0], plan.tile)
         return finished(
-            *_run_part(spec, perturbed, flags, plan, waiting, tiles, x, counted)
+            *_run_part(spec, gradient_dtypes, flags, plan, waiting, tiles, x, counted)
         )
 
-    everything = jnp.full_like(operands.weights.per_token, True, bool)
+    all_counted = jnp.full_like(operands.weights.per_token, True, bool)
     if plan.tile is None:
         whole = operands.map_sources(lambda source: source.materialized())
-        result, totals = of_tile(whole, everything)
+        result, totals = of_tile(whole, all_counted)
     else:
         f, size = of_tile, plan.tile
         if plan.part is not None and waiting:
@@ -61,27 +63,29 @@ def walk(spec: Spec, perturbed: Operands, plan: Plan, operands: Operands) -> Res
         tiles = order(operands.tokens, size)
         operands = operands.map_sources(lambda source: source.with_max(spec.vocab))
         if tiles.count == 1:
-            result, totals = f(operands, everything)
+            result, totals = f(operands, all_counted)
         else:
             without_outputs = lambda *x: (*f(*x), ())
             result, totals, _ = _scan(tiles, operands, without_outputs)
-    gradients = merge(result.gradients, cast(perturbed, totals))
+    gradients = merge(result.gradients, cast(gradient_dtypes, totals))
     return result._replace(gradients=gradients)
 
 
-def _sources_with_sums(perturbed: Operands, is_shared: Operands) -> list[str]:
+def _sources_with_sums(gradient_dtypes: Operands, is_shared: Operands) -> list[str]:
     """The sources of which a gradient that is asked for is a sum over tokens."""
-    sums = keep(is_shared, perturbed)
+    sums = keep(is_shared, gradient_dtypes)
     return [name for name in _SOURCES if any(jax.tree.leaves(getattr(sums, name)))]
 
 
-def _linearized(perturbed: Operands, names: Sequence[str], x: Operands) -> Operands:
+def _linearized(
+    gradient_dtypes: Operands, names: Sequence[str], x: Operands
+) -> Operands:
     """The operands, of which these sources are about to be pulled back."""
     x = masked(x)._replace(mask=None)
-    with_terms = any(jax.tree.leaves(perturbed.weights))  # they are its gradients
+    with_terms = any(jax.tree.leaves(gradient_dtypes.weights))  # they are its gradients
     ready = {
         name: getattr(x, name).linearized(
-            getattr(perturbed, name), with_terms=with_terms
+            getattr(gradient_dtypes, name), with_terms=with_terms
         )
         for name in names
     }
@@ -90,7 +94,7 @@ def _linearized(perturbed: Operands, names: Sequence[str], x: Operands) -> Opera
 
 def _run_part(
     spec: Spec,
-    perturbed: Operands,
+    gradient_dtypes: Operands,
     flags: Any,
     plan: Plan,
     waiting: list[str],
@@ -111,7 +115,7 @@ def _run_part(
     }
 
     def of_tile(x, counted):
-        x = _linearized(perturbed, others, x)
+        x = _linearized(gradient_dtypes, others, x)
         # A tile that takes a token again writes its row again: that is harmless here.
         counted = jnp.full_like(counted, True)
         result = run_tile(spec, flags, plan, x, counted)
@@ -122,12 +126,12 @@ def _run_part(
             )
             for name in waiting
         }
-        if plan.one_pass:
+        if plan.barrier_outputs:
             # Otherwise XLA fuses `outputs` with the update of the array, and not with
             # the sum of the terms, which reads all logits again.
             outputs = jax.lax.optimization_barrier(outputs)
         gradients = gradients._replace(**{name: getattr(x, name) for name in waiting})
-        gradients = cast(perturbed._replace(**asked_later), gradients)
+        gradients = cast(gradient_dtypes._replace(**asked_later), gradients)
         return result._replace(gradients=gradients), (), outputs
 
     result, _, outputs = _scan(tiles, x, of_tile)
@@ -135,7 +139,7 @@ def _run_part(
     unfinished = x._replace(**outputs)
     counted = tiles.stacked(result.counted & counted)
     stacked = Result(None, None, unfinished, counted)
-    x = _linearized(perturbed, waiting, x.map_tokens(tiles.stacked))
+    x = _linearized(gradient_dtypes, waiting, x.map_tokens(tiles.stacked))
     pulled = pull_back(x, stacked, waiting)
     restored = {
         name: getattr(pulled, name).map_tokens(tiles.unstacked) for name in waiting

@@ -109,7 +109,7 @@ class Source(Given):
         """
 
     def linearized(self, asked: Self, *, with_terms: bool = False) -> Self:
-        """The source that is told of a `vjp` which follows.
+        """The source, evaluated once if that keeps what a following `vjp` needs.
 
         `asked` has a flag in the place of every array: whether its gradient is needed.
         `with_terms` is whether the terms of tokens without weight are needed too.
@@ -134,11 +134,11 @@ class Source(Given):
         """Whether the devices of a mesh axis can each make a part of the columns."""
         return True
 
-    def spared(self, weightless: jax.Array, dropped: jax.Array) -> Self:
+    def with_weightless(self, weightless: jax.Array, dropped: jax.Array) -> Self:
         """The source, told which tokens have no weight, bool `[B]`.
 
-        What they hold must not enter the gradients, even if it is NaN. Those of them
-        that are `dropped` have none whatever `weights` are.
+        What they hold must not enter the gradients, even if it is NaN. Of them, those
+        that are `dropped` have no weight whatever `weights` are.
         """
         del weightless, dropped
         return self

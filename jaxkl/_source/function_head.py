@@ -121,10 +121,16 @@ class FunctionHead(Given):
         if self.param_specs is not None:
             specs = self.param_specs.of_leaves(f"{name}.param_specs", self.params)
         f = OfLeaves(self.apply, structure)
-        present = jnp.ones_like(hidden[..., :1])
+        is_present = jnp.ones_like(hidden[..., :1], bool)
         made_type = _logits_type(name, f, leaves, hidden)
         return FunctionSource(
-            leaves, hidden, present, apply=f, specs=specs, made_type=made_type
+            leaves,
+            hidden,
+            is_present,
+            ~is_present,
+            apply=f,
+            specs=specs,
+            made_type=made_type,
         )
 
 

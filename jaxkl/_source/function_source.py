@@ -37,10 +37,11 @@ class FunctionSource(Source):
 
     leaves: tuple[Any, ...]
     hidden: Any
-    # [B, 1]: 1, but 0 for tokens that can have no weight, as those that the engine has
-    # masked or added as padding, all of whose rows are 0; and NaN for those of weight 0
-    # at which a function may have no gradient.
-    present: Any
+    # bool [B, 1]. A token that is absent can have no weight: the engine has masked it,
+    # or added it as padding, and all its rows are 0. An unsound one has weight 0, and
+    # the function may have no gradient there.
+    is_present: Any
+    is_unsound: Any
     made: Any = None  # the logits of `apply`, and what pulls their gradient back
     apply: OfLeaves = dataclasses.field(kw_only=True, metadata={"static": True})
     specs: tuple[Any, ...] | None = dataclasses.field(
@@ -88,7 +89,9 @@ class FunctionSource(Source):
                         f"alone, got {spec}."
                     )
         rows = P(token_axes or None, None)
-        return dataclasses.replace(self, leaves=specs, hidden=rows, present=rows)
+        return dataclasses.replace(
+            self, leaves=specs, hidden=rows, is_present=rows, is_unsound=rows
+        )
 
     @property
     def passes_float16(self):
@@ -98,14 +101,16 @@ class FunctionSource(Source):
     def splits_columns(self):
         return self.specs is not None
 
-    def spared(self, weightless, dropped):
+    def with_weightless(self, weightless, dropped):
         # A weight of 0 may be differentiated, and with it, later, the gradients: they
         # must be those at the token's own hidden states, unless it holds junk. A norm
         # may be NaN at zeros, as padding holds them.
         is_sound = jnp.isfinite(self.hidden).all(axis=-1) & self.hidden.any(axis=-1)
-        present = jnp.where((weightless & ~is_sound)[:, None], jnp.nan, self.present)
-        present = jnp.where(dropped[:, None], 0, present)
-        return dataclasses.replace(self, present=present)
+        return dataclasses.replace(
+            self,
+            is_present=self.is_present & ~dropped[:, None],
+            is_unsound=self.is_unsound | (weightless & ~is_sound)[:, None],
+        )
 
     def linearized(self, asked, *, with_terms=False):
         """With its logits made, as `apply` is to run once for them and the gradient."""
@@ -116,19 +121,20 @@ class FunctionSource(Source):
 
         def f(chosen):
             leaves, hidden = merge(chosen, arrays)
-            return self._rows(leaves, hidden, self.present == 1)
+            return self._rows(leaves, hidden, self.is_present & ~self.is_unsound)
 
         logits, pull = jax.vjp(f, keep(flags, arrays))
         if with_terms:
             # The gradient of a weight of 0 is what `apply` makes of the token.
-            logits = self._rows(*arrays, self.present != 0)
+            logits = self._rows(*arrays, self.is_present)
         else:
-            logits = jnp.where(jnp.isnan(self.present), jnp.nan, logits)
+            is_nan = self.is_present & self.is_unsound
+            logits = jnp.where(is_nan, jnp.nan, logits)
         return dataclasses.replace(self, made=(logits, pull))
 
     def logits(self, dtype, vocab):
         if self.made is None:
-            x = self._rows(self.leaves, self.hidden, self.present != 0)
+            x = self._rows(self.leaves, self.hidden, self.is_present)
         else:
             x, _ = self.made
         if vocab.axis_name is not None and x.shape[-1] != vocab.width:
@@ -165,7 +171,8 @@ class FunctionSource(Source):
             self,
             leaves=(None,) * len(self.leaves),
             hidden=None,
-            present=None,
+            is_present=None,
+            is_unsound=None,
             made=None,
         )
         if self.made is None:
@@ -182,9 +189,14 @@ class FunctionSource(Source):
 
         def kept(tokens):
             def f(leaves, hidden):
-                rows = lambda width: zeros(hidden, (tokens, width))
+                hidden = zeros(hidden, (tokens, hidden.shape[-1]))
+                flags = jnp.zeros_like(hidden[:, :1], bool)
                 x = dataclasses.replace(
-                    self, leaves=leaves, hidden=rows(hidden.shape[-1]), present=rows(1)
+                    self,
+                    leaves=leaves,
+                    hidden=hidden,
+                    is_present=flags,
+                    is_unsound=flags,
                 )
                 return jax.tree.leaves(x.linearized(asked).made)
 
