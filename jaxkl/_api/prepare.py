@@ -35,6 +35,7 @@ from .arguments import (
     per_token,
 )
 from .list_teacher import ABSENT, as_teacher
+from .swapped import as_constant
 
 
 REDUCTIONS = ("none", "sum", "mean")
@@ -105,7 +106,7 @@ def prepare(
         check_divergence(divergence, vocab, of_teacher, is_spread)
         static, parameters = split(divergence)
         if not differentiate_teacher:
-            of_teacher = jax.lax.stop_gradient(of_teacher)
+            of_teacher = as_constant(of_student, of_teacher)
     if isinstance(of_teacher, ListSource):
         assert isinstance(teacher, SparseTeacher) and static is not None
         of_teacher = as_teacher(
