@@ -15,7 +15,7 @@ JAX_FLOOR := $(shell sed -n 's/.*"jax>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 CORE := tests/test_kl_div.py tests/test_divergences.py tests/test_distillation_singular.py \
   tests/test_check_distributions.py
 NEED_TORCH := tests/test_kl_div_torch.py tests/test_kl_div_properties.py tests/test_parity.py \
-  tests/test_parity_compare.py tests/test_parity_files.py jaxkl/parity/_in_torch.py
+  tests/test_parity_compare.py tests/test_parity_files.py
 
 .PHONY: distill run distill-lm notebook test test-slow test-lm test-trainers test-floor \
   test-newest parity package bench docs lint clean
@@ -83,8 +83,7 @@ package:
 	build/package/.venv/bin/pip install --quiet "$$(ls dist/*.whl)[lint,test-core]"
 	tar -xzf dist/jaxkl-*.tar.gz -C build/package --strip-components=1
 	rm -r build/package/jaxkl # The tests must import the installed wheel.
-	cd build/package && .venv/bin/$(PYTEST) \
-	  --ignore-glob='*/parity/_in_*.py' --pyargs jaxkl tests/test_kl_div.py
+	cd build/package && .venv/bin/$(PYTEST) --pyargs jaxkl tests/test_kl_div.py
 	cd build/package && .venv/bin/pyright --pythonpath .venv/bin/python -p tests/typed_use.json
 
 # Measure time and memory beside other libraries: tables and pictures.

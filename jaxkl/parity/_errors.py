@@ -8,6 +8,12 @@ class ParityError(Exception):
     """The comparison cannot be made, for a reason that its user can mend."""
 
 
+def must(condition: bool, message: str) -> None:
+    """Raises a `ParityError` with this message unless the condition holds."""
+    if not condition:
+        raise ParityError(message)
+
+
 def require_torch() -> ModuleType:
     """Imports PyTorch; without it, the `ParityError` says how to install it."""
     try:
@@ -20,11 +26,3 @@ def require_torch() -> ModuleType:
             'with\n  pip install "torch==2.13.0"'
         ) from error
     return torch
-
-
-def has_optax() -> bool:
-    try:
-        import optax  # noqa: F401
-    except ImportError:
-        return False
-    return True

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import itertools
 import platform
 import warnings
@@ -12,15 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._cases import battery, Case, DTYPES, Numbers, PEERS
-from ._errors import has_optax, ParityError, require_torch
+from ._calls import call_in, FIRST, SECOND
+from ._cases import battery, Case, DTYPES, Numbers
+from ._errors import ParityError, require_torch
 from ._measure import Difference, difference, scales
-
-
-QUANTITIES = (
-    *("outcome", "value", "d_input", "d_target"),
-    *("d2_input", "d2_target", "d2_g"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +30,6 @@ class Result:
     @property
     def agrees(self) -> bool:
         return not self.difference.problem
-
-    @property
-    def group(self) -> str:
-        """The group in the report, which shows gradients apart from values."""
-        gradients = ", gradients" * self.quantity.startswith("d_")
-        return self.case.group + gradients
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,17 +62,16 @@ def run(
       do not.
 
     Raises:
-      ParityError: If PyTorch is not installed, or a group is unknown.
+      ParityError: If PyTorch is not installed, or one of `groups` is unknown.
     """
     require_torch()
-    cases = battery(has_optax())
+    cases = battery(_has_optax())
     known = list(dict.fromkeys(c.group for c in cases))
     groups = known if groups is None else list(groups)
     for group in groups:
         if group not in known:
             raise ParityError(f"no group {group!r}; there are {', '.join(known)}")
-    chosen = [c for c in cases if c.group in groups]
-    return run_cases(chosen, progress)
+    return run_cases([c for c in cases if c.group in groups], progress)
 
 
 def run_cases(cases: list[Case], progress: Callable[[str], object] = print) -> Report:
@@ -98,32 +87,36 @@ def run_cases(cases: list[Case], progress: Callable[[str], object] = print) -> R
     return Report(tuple(results), _versions())
 
 
+def _has_optax() -> bool:
+    return importlib.util.find_spec("optax") is not None
+
+
 def _versions() -> dict[str, str]:
-    names = ["jaxkl", "jax", "jaxlib", "torch", "numpy"] + ["optax"] * has_optax()
+    names = ["jaxkl", "jax", "jaxlib", "torch", "numpy"] + ["optax"] * _has_optax()
     found = {name: importlib.metadata.version(name) for name in names}
     device = f"{jax.default_backend()}, {jax.devices()[0].device_kind}"
     return found | {"Python": platform.python_version(), "JAX device": device}
 
 
 def _arrays(case: Case) -> tuple:
-    return case.function, case.make, case.arguments, case.dtypes, case.peer
+    return case.kind, case.make, case.arguments, case.dtypes, case.peer
 
 
 def compare_cases(cases: list[Case]) -> Iterator[Result]:
-    """Compares cases that differ only in their options."""
-    numbers, dtypes = cases[0].numbers(), cases[0].dtypes
-    peer = PEERS[cases[0].peer]
+    """Compares cases that differ only in their functions and options."""
+    numbers, dtypes, peer = cases[0].numbers(), cases[0].dtypes, cases[0].peer
+    widest = ("float64", "float64") if set(dtypes) <= set(DTYPES) else dtypes
     every = zip(
         cases,
-        _results("jax", cases, numbers, dtypes),
+        _results("jaxkl", cases, numbers, dtypes),
         _results(peer, cases, numbers, dtypes),
-        _results(peer, cases, numbers, _widest(dtypes)),
+        _results(peer, cases, numbers, widest),
         strict=True,
     )
     for case, actual, expected, exact in every:
         exact = {k: v for k, v in exact.items() if not isinstance(v, str)}
         sizes = scales(case, numbers, exact) if exact else {}
-        names = [q for q in QUANTITIES if q in expected]
+        names = [q for q in ("outcome", *FIRST, *SECOND) if q in expected]
         for name in case.quantities or names:
             found: Any = actual.get(name, actual.get("outcome"))
             wanted: Any = expected.get(name, expected.get("outcome"))
@@ -136,52 +129,40 @@ def compare_cases(cases: list[Case]) -> Iterator[Result]:
                 yield Result(case, name, found)
 
 
-def _widest(dtypes: tuple[str, ...]) -> tuple[str, ...]:
-    return ("float64", "float64") if set(dtypes) <= set(DTYPES) else dtypes
-
-
 def _describe(result: Any) -> str:
     return result if isinstance(result, str) else f"{result.dtype}{result.shape}"
 
 
 def _results(
-    framework: str, cases: list[Case], numbers: Numbers, dtypes: tuple[str, ...]
+    library: str, cases: list[Case], numbers: Numbers, dtypes: tuple[str, ...]
 ) -> list[dict[str, Any]]:
-    """What the framework gives for each case: NumPy arrays, or a string."""
-    f = cases[0].function_in(framework)
-    if framework == "torch":
+    """What the library gives for each case: NumPy arrays, or a string."""
+    pairs, rest = list(zip(numbers, dtypes, strict=False)), numbers[2:]
+    errors: dict[int, dict[str, Any]] = {}
+
+    def program(*arrays: Any) -> list[dict[str, Any]]:
+        found = []
+        for i, case in enumerate(cases):
+            call = call_in(library, case.kind, case.function)
+            try:
+                found.append(call(*arrays, *rest, **case.options))
+            except Exception as error:
+                if library != "jaxkl":
+                    raise  # A fault of the battery, which must not pass for a result.
+                found.append({})
+                errors[i] = {"outcome": f"{type(error).__name__}: {error}"}
+        return found
+
+    if library == "torch":
         torch = require_torch()
-        make = lambda n, d: torch.tensor(n, dtype=getattr(torch, d))
-        results = [f(*_with_dtypes(make, numbers, dtypes), **c.options) for c in cases]
+        arrays = [torch.tensor(n, dtype=getattr(torch, d)) for n, d in pairs]
     else:
-        x, t, *rest = _with_dtypes(jnp.asarray, numbers, dtypes)
-        calls = [lambda x, t, o=case.options: f(x, t, *rest, **o) for case in cases]
-        # Warnings are counted by "call", and tracing would add its own.
-        trace = cases[0].function != "call"
-        results = _traced(calls, x, t) if trace else [call(x, t) for call in calls]
+        arrays = [jnp.asarray(n, d) for n, d in pairs]
+        # All in one program, because compiling takes the time. But tracing would add
+        # warnings to those that "outcome" counts.
+        program = program if cases[0].kind == "outcome" else jax.jit(program)
+    results = [r | errors.get(i, {}) for i, r in enumerate(program(*arrays))]
     return [{name: _to_numpy(x) for name, x in r.items()} for r in results]
-
-
-def _with_dtypes(
-    make: Callable, numbers: Numbers, dtypes: tuple[str, ...]
-) -> tuple[Any, ...]:
-    x, t, *rest = numbers
-    return (*(make(n, d) for n, d in zip((x, t), dtypes, strict=True)), *rest)
-
-
-def _traced(calls: list[Callable], x: jax.Array, t: jax.Array) -> list[dict[str, Any]]:
-    try:  # all in one program, because compiling takes the time
-        return jax.jit(lambda x, t: [call(x, t) for call in calls])(x, t)
-    except Exception:
-        return [_attempt(jax.jit(call), x, t) for call in calls]
-
-
-def _attempt(f: Callable, x: jax.Array, t: jax.Array) -> dict[str, Any]:
-    try:
-        return f(x, t)
-    except Exception as error:
-        message = str(error).strip().splitlines() or [""]
-        return {"outcome": f"{type(error).__name__}: {message[0]}"}
 
 
 def _to_numpy(x: Any) -> Any:
