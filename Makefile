@@ -23,9 +23,11 @@ NEED_TORCH := tests/test_kl_div_torch.py tests/test_kl_div_properties.py tests/t
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
-	@echo 'ARGS="..." is passed on: make test ARGS="tests/test_kl_div.py -x". CONTRIBUTING.md says more.'
+	@echo 'ARGS="..." is passed on, as in make test ARGS="tests/test_kl_div.py -x".'
+	@echo '.ci/run runs what must hold of every commit (45 minutes).'
+	@echo 'Times are those on two cores, after all is installed.'
 
-distill: .venv/has-train ## Train a teacher and distil students: a table and a picture
+distill: .venv/has-train ## Train a teacher and distil students: a table and a picture (a minute)
 	$(BIN)/python examples/digits.py $(ARGS)
 
 # PyTorch is large, and only one example needs it. Those in other people's trainers have
@@ -84,11 +86,11 @@ bench: .venv-bench/has-bench ## Measure time and memory beside other libraries: 
 	.venv-bench/bin/python -m benchmarks $(ARGS)
 
 # `--quiet` would hide the warnings of `--strict`.
-docs: .venv-test/has-docs ## Build the site in build/site; a broken link or reference is an error
+docs: .venv-test/has-docs ## Build the site in build/site; a broken link or reference is an error (a minute)
 	JAX_PLATFORMS=cpu NO_MKDOCS_2_WARNING=1 $(TEST)/mkdocs build --strict $(ARGS)
 	@echo "Open build/site/index.html in a browser: no server is needed."
 
-lint: .venv-test/has-test-torch .venv-test/has-lint ## Check the style and the types
+lint: .venv-test/has-test-torch .venv-test/has-lint ## Check the style and the types (a minute)
 	$(TEST)/ruff check .
 	$(TEST)/ruff format --check .
 	$(TEST)/pyright

@@ -54,17 +54,21 @@ def group(marker):
 
 
 def install(environment, marker, options, without_dependencies):
+    others = {*environment.glob("has-*")} - {marker}
+    # Programs that run there at the time must find jaxkl: it is installed once, though
+    # again when pyproject.toml is newer.
+    is_there = others and all(map(is_new, others))
+    jaxkl = ["jaxkl"] if is_there else ["--editable", "."]
     # pip is asked for the environment's other groups too, so that it keeps the versions
     # that they need. If it is interrupted, none of the files are left.
-    markers = sorted({marker, *environment.glob("has-*")})
+    markers = sorted({marker, *others})
     for each in markers:
         each.unlink(missing_ok=True)
     python = environment / "bin" / "python"
     if not (environment / "bin" / "pip").exists():
         subprocess.run([sys.executable, "-m", "venv", environment], check=True)
     pip(python, "--quiet", "pip>=25.1")  # The first that knows groups.
-    groups = [f"--group={group(each)}" for each in markers]
-    pip(python, "--editable", ".", *groups, *options)
+    pip(python, *jaxkl, *[f"--group={group(each)}" for each in markers], *options)
     if without_dependencies:
         pip(python, "--no-deps", *without_dependencies)
     for each in markers:
@@ -93,4 +97,7 @@ def pip(python, *arguments):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
