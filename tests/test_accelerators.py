@@ -10,7 +10,7 @@ import jaxkl
 
 from .cases import assert_matches, over, rarely, rounded
 from .helpers import assert_close
-from .sources import make_head
+from .sources import make_head, make_models
 
 
 TOKENS, VOCAB = 521, 53  # sizes that are in no other test, and that no tile divides
@@ -18,7 +18,8 @@ TOKENS, VOCAB = 521, 53  # sizes that are in no other test, and that no tile div
 
 @pytest.fixture
 def taken(monkeypatch, all_platforms):
-    """Takes the accelerators' way wherever the program depends on the platform.
+    """Takes the accelerators' way wherever the program depends on the platform, and
+    that of TPUs where they have their own.
 
     It is a list of the plans that were taken.
     """
@@ -29,7 +30,7 @@ def taken(monkeypatch, all_platforms):
             _, _, plan = default.args
             assert platforms["cpu"].args[2] != plan
             plans.append(plan)
-        return default(*args)
+        return platforms.get("tpu", default)(*args)
 
     monkeypatch.setattr(jax.lax, "platform_dependent", on_accelerator)
     return plans
@@ -95,3 +96,16 @@ def test_a_list_beside_logits(rng, taken, dtype, tail):
     want, wants = run(jaxkl.reference.distillation_loss)
     assert_close(value, want, 2e-6)
     assert_close(grad, wants, 1e-5 if dtype == "float32" else 1e-2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", *rarely("bfloat16")])
+@pytest.mark.parametrize("tail", ["bucket", "drop", *rarely("renormalize", "uniform")])
+@over("forward")
+def test_a_tpu_spreads_a_list_by_products(
+    rng, taken, divergence, reference, tail, dtype
+):
+    """With columns in several rows of lanes, the last of which is not full."""
+    models = make_models(rng, tail, (9,), 301, dtype)
+    assert_matches(*models, (divergence, reference), temperature=2.0)
+    head = make_models(rng, f"head, {tail}", (9,), 301, dtype)
+    assert_matches(*head, (divergence, reference), temperature=2.0, tile=4)
