@@ -126,6 +126,28 @@ def test_masked_tokens_may_hold_nan(rng, take, name):
 
 
 @over_plans
+def test_tokens_of_weight_0_may_hold_nan(rng, take, name):
+    student, teacher = heads(rng)
+    weights = jnp.asarray(rng.integers(0, 2, TOKENS), jnp.float32)
+    dropped = (weights == 0)[:, None]
+
+    @jax.jit
+    def grad(student):
+        f = lambda x: jaxkl.distillation_loss(x, teacher, weights=weights)
+        return jax.grad(f)(student)
+
+    take(PLANS[name])
+    with_nan = LinearHead(
+        jnp.where(dropped, jnp.nan, student.hidden),
+        student.kernel,
+        bias=student.bias,
+        softcap=student.softcap,
+        scale=student.scale,
+    )
+    assert_same(grad(with_nan), grad(student))
+
+
+@over_plans
 @pytest.mark.parametrize("frozen", ["kernel, bias", *rarely("kernel", "hidden")])
 def test_frozen_arrays(rng, take, name, frozen):
     student, teacher = heads(rng)

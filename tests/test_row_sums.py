@@ -4,6 +4,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxkl._engine import student_terms
@@ -92,3 +93,13 @@ def test_merged(rng, scale, noise):
         assert float(error.max()) < 2e-5
     for name in ("student", "teacher", "difference"):
         assert_close(getattr(total, name), getattr(whole, name), 2e-6, name)
+
+
+@pytest.mark.parametrize("off", [-1e-5, 0.0, 1e-5])
+def test_a_maximum_that_was_rounded_otherwise(off):
+    """The certain column is told from the others by a margin, and not by z = 0."""
+    student = jnp.array([[30.0, 11.0, 10.0, -jnp.inf]])
+    q = Model(student, SoftmaxStats(student[:, 0] + off))
+    below = student_terms.sums(LossTerms(None, entropy=jnp.ones(1)), q)["below"]
+    expected = np.exp(-19 - off) + np.exp(-20 - off)
+    assert_close(below, np.array([expected]), 3e-6)

@@ -108,6 +108,20 @@ def test_gradients_at_a_temperature_out_of_range(rng, squared):
             assert np.isfinite(got).all() and not np.any(got[1]) and np.any(got)
 
 
+@pytest.mark.parametrize("bad", BAD)
+def test_a_token_of_weight_0_may_have_any_temperature(rng, bad):
+    s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
+    weights = jnp.array([2.0, 0.0, 1.0])
+
+    @jax.jit
+    def value_and_grad(s, temperature):
+        f = lambda s, T: jaxkl.distillation_loss(s, t, temperature=T, weights=weights)
+        return jax.value_and_grad(f, (0, 1))(s, temperature)
+
+    at = lambda T: value_and_grad(s, jnp.array([1.0, T, 2.0]))
+    jax.tree.map(np.testing.assert_array_equal, at(bad), at(1.0))
+
+
 @over("forward", "user", slow=[x for x in ALL if x not in ("forward", "user")])
 def test_every_divergence_is_nan_at_a_bad_temperature(rng, divergence, reference):
     s, t = rounded(rng, (2, 5)), rounded(rng, (2, 5))
