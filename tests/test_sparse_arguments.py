@@ -51,6 +51,18 @@ def test_an_empty_list_has_no_mass_to_renormalize(rng, loss, divergence, tail):
         assert np.isnan(loss(s, teacher))
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_token_that_does_not_count_may_list_any_columns(rng, loss):
+    s, where = rounded(rng, (2, 5)), jnp.array([True, False])
+    good = SparseTeacher(jnp.array([[0, 3], [1, 2]]), jnp.full((2, 2), -1.5))
+    bad = SparseTeacher(good.indices.at[1].set(99), good.log_probs)
+    with pytest.raises(ValueError, match="`teacher.indices` must be in"):
+        loss(s, bad)
+    f = lambda s, teacher: loss(s, teacher, where=where)
+    for run in f, jax.jit(f), jax.grad(f):
+        np.testing.assert_array_equal(run(s, bad), run(s, good))
+
+
 @pytest.mark.parametrize("tail", ["drop", "bucket", "uniform"])
 def test_an_empty_list_has_a_meaning_under_other_tails(rng, tail):
     s, teacher = rounded(rng, (2, 5)), a_list_and_an_empty_one(rng, tail=tail)
