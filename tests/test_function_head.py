@@ -866,3 +866,27 @@ def test_the_oracle_pulls_back_as_autodiff_does(rng):
                 jax.tree.map(jnp.asarray, expected_of(head, teacher).student),
                 1e-11,
             )
+
+
+def test_a_token_that_holds_nan_has_no_part_in_a_later_derivative_by_its_weight(rng):
+    """And not the part that the ordinary vector in its place would have."""
+    apply = lambda params, x: x / jnp.linalg.norm(x, axis=-1, keepdims=True) @ params
+    hidden, params = rounded(rng, (3, 4)), rounded(rng, (4, 6))
+    teacher, weights = rounded(rng, (3, 6)), jnp.array([1.0, 0.0, 2.0])
+
+    @jax.jit
+    def mixed(hidden):
+        def grad(weights):
+            loss = lambda params: jaxkl.distillation_loss(
+                jaxkl.FunctionHead(apply, params, hidden),
+                teacher,
+                weights=weights,
+                reduction="sum",
+            )
+            return jax.grad(loss)(params)
+
+        return jax.jacrev(grad)(weights)
+
+    sound, with_nan = mixed(hidden), mixed(hidden.at[1].set(jnp.nan))
+    assert np.any(sound[..., 1]) and not np.any(with_nan[..., 1])
+    np.testing.assert_allclose(with_nan[..., ::2], sound[..., ::2], rtol=1e-6)
