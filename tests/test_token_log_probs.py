@@ -159,7 +159,10 @@ def test_nearly_certain_tokens(k, plan):
             assert_close(d_T, expected.temperature[i], 3e-6, f"{i}")
 
 
-def test_masked_places_and_padding_may_hold_nan(rng):
+@pytest.mark.parametrize(
+    "token_log_probs", [token_log_probs, jaxkl.reference.token_log_probs]
+)
+def test_masked_places_and_padding_may_hold_nan(rng, token_log_probs):
     head = make_student(rng, "head", (4,), VOCAB)
     kernel = head.kernel.at[:, 30:].set(jnp.nan)
     nan = jaxkl.LinearHead(head.hidden.at[1].set(jnp.nan), kernel)
