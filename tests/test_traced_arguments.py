@@ -68,6 +68,15 @@ def test_a_number_of_tokens_out_of_range(rng, loss):
 
 
 @over_functions
+@pytest.mark.parametrize("name", ["normalizer", "z_loss"])
+def test_a_python_int_may_need_more_than_32_bits(rng, loss, name):
+    s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
+    value, expected = (loss(s, t, **{name: x}) for x in (5_000_000_000, 5e9))
+    np.testing.assert_array_equal(value, expected)
+    assert np.isfinite(value)
+
+
+@over_functions
 @pytest.mark.parametrize("name", ["temperature", "teacher_temperature"])
 def test_temperature_out_of_range(rng, loss, name):
     s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))

@@ -125,14 +125,16 @@ def scalar(
     *,
     positive: bool = False,
 ) -> Any:
-    """A Python number or a scalar array, in the range that `in_range` checks."""
+    """A Python float or a scalar array, in the range that `in_range` checks."""
     if isinstance(value, bool):
         raise TypeError(f"`{name}` must be a number, got {value}.")
     if not isinstance(value, int | float):
         value = float_array(name, value)
         if value.ndim:
             raise ValueError(f"`{name}` must be a scalar, got shape {value.shape}.")
-    return in_range(name, value, low, high, positive=positive)
+    value = in_range(name, value, low, high, positive=positive)
+    # An int that 32 bits do not hold is no argument of a program.
+    return float(value) if is_number(value) else value
 
 
 def temperature(name: str, value: Any, shape: tuple[int, ...]) -> Any:
