@@ -8,9 +8,9 @@ from jax.typing import ArrayLike
 
 from .._engine.evaluate import evaluate, Prepared
 from .._engine.operands import PlanName
-from .._source.base import NoTeacher
 from .._source.function_head import FunctionHead
 from .._source.linear_head import LinearHead
+from .._source.logits import NoTeacher
 from .hints import suggest_keywords
 from .prepare import prepare, Reduction
 

@@ -14,9 +14,10 @@ from .._engine.row_lists import Samples, TopK
 from .._engine.rows import map_rows, RowFunction, Rows
 from .._math.numerics import loss_dtype
 from .._math.vocabulary import Vocabulary
-from .._source.base import as_source, flattened, NoTeacher, Source
+from .._source.base import flattened, Source
 from .._source.function_head import FunctionHead
 from .._source.linear_head import LinearHead
+from .._source.logits import as_source, NoTeacher
 from .._source.sparse_teacher import SparseTeacher, Tail
 from .._util import checks as check
 from .._util.compat import is_explicitly_sharded, varying_axes

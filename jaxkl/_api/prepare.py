@@ -1,11 +1,6 @@
-"""From the arguments of a distillation loss to the operands of the engine.
+"""From the arguments of a distillation loss to the operands of the engine: each is
+checked, in Python, and all are folded into weights, in one program."""
 
-All that reduces, masks or mixes is folded into one weight per token and term. Autodiff
-does the rest: the gradients of weights, T² and the normaliser are those of the few
-lines in `_term_weights`.
-"""
-
-import functools as ft
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -15,14 +10,15 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
 from .._divergence.catalogue import Divergence
-from .._divergence.parameters import as_operand, Interval, split
+from .._divergence.parameters import split
 from .._engine.evaluate import Prepared
 from .._engine.layout import as_layout, Layout
-from .._engine.operands import LossTerms, Operands, PlanName, Spec
-from .._math.numerics import loss_dtype, zero_unless
+from .._engine.operands import Operands, PlanName, Spec
+from .._math.numerics import loss_dtype
 from .._math.vocabulary import Vocabulary
-from .._source.base import as_source, flattened, Given, NoTeacher, Source
+from .._source.base import flattened, Given, Source
 from .._source.list_source import ListSource
+from .._source.logits import as_source, NoTeacher
 from .._source.sparse_teacher import SparseTeacher
 from .._util import checks as check
 from .arguments import (
@@ -31,9 +27,8 @@ from .arguments import (
     as_vocabulary,
     check_divergence,
     check_slices,
-    IGNORED_LABEL,
-    per_token,
 )
+from .fold import Arguments, fold, Folding
 from .list_teacher import ABSENT, as_teacher
 from .swapped import as_constant
 
@@ -132,7 +127,7 @@ def prepare(
     arrays = jax.tree.leaves((T, T_teacher, weights, of_student, of_teacher))
     arrays += [*parameter_arrays, of_student.vocab_array, of_teacher.vocab_array]
     dtype = loss_dtype(*(x for x in arrays if not check.is_number(x)))
-    given = _Given(
+    arguments = Arguments(
         weights,
         mask,
         columns,
@@ -144,21 +139,22 @@ def prepare(
         check.scalar("z_loss", z_loss, 0),
         parameter_arrays,
     )
-    mixing = given.alpha, given.label_smoothing, given.z_loss
-    folding = _Folding(
+    mixing = arguments.alpha, arguments.label_smoothing, arguments.z_loss
+    is_labelled = statistics or _may_differ(arguments.alpha, 1)
+    how = Folding(
         shape,
         dtype,
         vocab.size,
         mean=reduction == "mean",
         t_squared=t_squared,
         has_divergence=not is_alone,
-        has_label=columns is not None and (statistics or _may_differ(mixing[0], 1)),
-        has_uniform=_may_differ(given.label_smoothing, 0),
-        has_lse=_may_differ(given.z_loss, 0),
+        has_label=columns is not None and is_labelled,
+        has_uniform=_may_differ(arguments.label_smoothing, 0),
+        has_lse=_may_differ(arguments.z_loss, 0),
         are_known=all(map(check.is_known, mixing)),
         intervals=tuple(x.interval for x in parameters),
     )
-    folded = _fold(folding, given)
+    folded = fold(how, arguments)
     sources = (
         source.with_weightless(folded.weightless, folded.dropped)
         for source in (of_student, of_teacher)
@@ -246,94 +242,6 @@ def checked_models(
     return CheckedModels(student, teacher, vocab, mask, layout, shape)
 
 
-class _Given(NamedTuple):
-    """What the weights of a loss are made of: checked, but not yet arrays of tokens."""
-
-    weights: jax.Array | None  # [...]
-    mask: jax.Array | None  # [B], like the labels
-    labels: jax.Array | None
-    temperature: Any  # a number, an array that is a scalar or [...], or None for 1
-    teacher_temperature: Any
-    normalizer: Any
-    alpha: Any
-    label_smoothing: Any
-    z_loss: Any
-    parameters: tuple[jax.Array, ...]  # of the divergence
-
-
-class _Folding(NamedTuple):
-    """How they are made of it."""
-
-    shape: tuple[int, ...]
-    dtype: jnp.dtype
-    vocab_size: int
-    mean: bool  # whether a sum over tokens is divided by a total
-    t_squared: bool
-    has_divergence: bool
-    has_label: bool
-    has_uniform: bool
-    has_lse: bool
-    are_known: bool  # whether all that mixes terms is in range
-    intervals: tuple[Interval, ...]  # of the parameters
-
-
-class _Folded(NamedTuple):
-    """Of each token, `[B]`, but for the factor."""
-
-    weight: jax.Array
-    term_weights: LossTerms
-    temperature: jax.Array | None
-    teacher_temperature: jax.Array | None
-    parameters: tuple[jax.Array, ...]
-    factor: jax.Array | None  # of the loss, see `_one_over`; None: 1
-    weightless: jax.Array  # whether no term has a weight
-    dropped: jax.Array  # and none whatever `weights` are, as by a label of -100
-
-
-@ft.partial(jax.jit, static_argnums=0, inline=True)
-def _fold(how: _Folding, x: _Given) -> _Folded:
-    """All that comes before the engine, in one program."""
-    mask, labels = x.mask, x.labels
-    of_token = lambda value: per_token(value, how.shape, how.dtype)
-    weight = of_token(1.0 if x.weights is None else x.weights)
-    assert weight is not None
-    temperatures = of_token(x.temperature), of_token(x.teacher_temperature)
-    if mask is not None:
-        weight = zero_unless(mask, weight)
-        # The temperature of a token that does not count may be NaN.
-        temperatures = jax.tree.map(lambda T: jnp.where(mask, T, 1), temperatures)
-    counted = weight
-    if not how.has_divergence:
-        assert labels is not None
-        counted = zero_unless(labels != IGNORED_LABEL, weight)
-    total = factor = None
-    if how.mean:
-        total = jnp.sum(counted)
-        if x.normalizer is not None:
-            total = jnp.asarray(x.normalizer, how.dtype)
-        elif x.weights is not None:
-            factor = _one_over(jnp.where(total != 0, total, 1))
-    T = temperatures[0] if how.t_squared else None
-    term_weights = _term_weights(how, x, _normalized(counted, total), T)
-    if mask is not None:
-        term_weights = jax.tree.map(lambda w: zero_unless(mask, w), term_weights)
-    weightless = ~term_weights.any_nonzero
-    parameters = zip(x.parameters, how.intervals, strict=True)
-    return _Folded(
-        weight=counted,
-        term_weights=term_weights,
-        temperature=temperatures[0],
-        teacher_temperature=temperatures[1],
-        parameters=tuple(
-            as_operand(value, interval, how.shape, how.dtype, mask)
-            for value, interval in parameters
-        ),
-        factor=factor,
-        weightless=weightless,
-        dropped=weightless & (weight != 0),
-    )
-
-
 def _checked_normalizer(normalizer: ArrayLike | None, reduction: Reduction) -> Any:
     """What divides the sum over tokens, if it is given."""
     if normalizer is None:
@@ -346,32 +254,6 @@ def _checked_normalizer(normalizer: ArrayLike | None, reduction: Reduction) -> A
     if check.is_integer(normalizer):  # the sum of a mask
         normalizer = jnp.asarray(normalizer, jnp.result_type(float))
     return check.scalar("normalizer", normalizer, 0, positive=True)
-
-
-def _normalized(weight: jax.Array, total: jax.Array | None) -> jax.Array:
-    """`weight / total`, in which the total is a constant: see `_one_over`."""
-    if total is None:
-        return weight
-    total = jax.lax.stop_gradient(total)
-    # If there is no weight at all, the loss is 0 and has no gradient.
-    return zero_unless(total != 0, weight / jnp.where(total != 0, total, 1))
-
-
-@jax.custom_jvp
-def _one_over(total: jax.Array) -> jax.Array:
-    """1, which has the derivatives of a constant, the total's value, over the total.
-
-    The loss is multiplied by it, and so a mean has its gradient by the total. In the
-    quotients of weights that gradient would be a sum over tokens, where 0 · NaN is NaN
-    if the loss of a token without weight is.
-    """
-    return jnp.ones_like(total)
-
-
-@_one_over.defjvp
-def _one_over_jvp(primals, tangents):
-    one = _one_over(*primals)
-    return one, -one * tangents[0] / primals[0]
 
 
 def _alpha(
@@ -396,50 +278,5 @@ def _alpha(
     return value
 
 
-def _term_weights(
-    how: _Folding, x: _Given, weight: jax.Array, temperature: jax.Array | None
-) -> LossTerms:
-    """`weight · (α T² D + (1-α) CE + z_loss lse²)`, as a weight for each term.
-
-    `temperature` is None if there is no factor T².
-    """
-    alpha, smoothing, z_weight = (
-        jax.lax.stop_gradient(jnp.asarray(value, weight.dtype))
-        for value in (x.alpha, x.label_smoothing, x.z_loss)
-    )
-    if not how.are_known:
-        # A number that is out of range is NaN. It makes the loss NaN, also where its
-        # own term has no part in it.
-        weight = jnp.where(jnp.isnan(alpha + smoothing + z_weight), jnp.nan, weight)
-    divergence = label = uniform = lse_squared = None
-    if how.has_divergence:
-        divergence = _times(weight, alpha)
-        if temperature is not None:
-            # A token without weight may hold NaN, and its divergence must not enter
-            # the gradient of its temperature.
-            squared = temperature * temperature
-            finite = zero_unless(jnp.isfinite(squared), squared)
-            constant = jax.lax.stop_gradient(finite)
-            divergence *= jnp.where(weight != 0, squared, constant)
-    if how.has_label:
-        assert x.labels is not None
-        is_ignored = x.labels == IGNORED_LABEL
-        valid = (x.labels >= 0) & (x.labels < how.vocab_size)
-        label = zero_unless(~is_ignored, _times(weight, 1 - alpha))
-        # Under `jit` a label that is out of range cannot raise: it makes the loss NaN.
-        label = jnp.where(valid | is_ignored, label, jnp.nan)
-        if how.has_uniform:
-            label, uniform = _times(label, 1 - smoothing), _times(label, smoothing)
-    if how.has_lse:
-        lse_squared = _times(weight, z_weight)
-    return LossTerms(divergence, label, uniform, lse_squared)
-
-
 def _may_differ(x: Any, number: float) -> bool:
     return not check.is_known(x) or x != number
-
-
-def _times(weight: jax.Array, factor: jax.Array) -> jax.Array:
-    """The product. A factor of 0 leaves a term out, even where the term is infinite:
-    then its gradient, which is that of the weight, is 0 too."""
-    return zero_unless(factor != 0, weight * factor)

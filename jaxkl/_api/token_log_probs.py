@@ -12,9 +12,10 @@ from jax.typing import ArrayLike
 from .._engine.evaluate import Prepared, weighted_terms
 from .._engine.operands import LossTerms, Operands, PlanName, Spec
 from .._math.numerics import loss_dtype, zero_unless
-from .._source.base import Given, NoTeacher
+from .._source.base import Given
 from .._source.function_head import FunctionHead
 from .._source.linear_head import LinearHead
+from .._source.logits import NoTeacher
 from .._util import checks as check
 from .arguments import as_tokens, check_slices, per_token
 from .hints import suggest_keywords
