@@ -15,6 +15,7 @@ from .._util import checks as check
 
 
 _SAME = 1e-3  # the relative difference of temperatures that are the same
+ABSENT = object()  # a temperature that is not given, where None is 1
 
 
 def as_teacher(
@@ -56,9 +57,6 @@ def _is_row(tail: str, divergence: Divergence) -> bool:
     if tail == "renormalize":
         return is_catalogued(divergence)
     return tail != "uniform"
-
-
-ABSENT = object()
 
 
 def _has_other_temperature(

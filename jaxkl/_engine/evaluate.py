@@ -24,7 +24,7 @@ class Prepared(NamedTuple):
     weight: jax.Array  # [B], before the normaliser
     label_smoothing: Any
     batch_shape: tuple[int, ...]
-    factor: jax.Array | None = None  # of the loss, see `_one_over`; None: 1
+    factor: jax.Array | None = None  # of the loss, see `Folded`; None: 1
 
 
 def evaluate(prepared: Prepared) -> tuple[jax.Array, LossTerms, Statistics | None]:
