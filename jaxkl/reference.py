@@ -19,7 +19,9 @@ from ._api.hints import suggest_keywords
 from ._api.prepare import prepare, Prepared, Reduction
 from ._api.token_log_probs import log_probs_of, prepare_tokens
 from ._divergence.catalogue import Divergence, evaluate, ForwardKL
-from ._engine.operands import LossTerms, PlanName
+from ._engine.comparison import Comparison
+from ._engine.operands import PlanName
+from ._engine.student_terms import Entropy, Label, LseSquared, Uniform
 from ._math.numerics import zero_unless
 from ._math.softmax import entropy, Outcomes
 from ._math.vocabulary import Vocabulary
@@ -261,50 +263,58 @@ def token_log_probs(
 
 
 def _loss(prepared: Prepared) -> Array:
-    loss = ft.reduce(jnp.add, jax.tree.leaves(_weighted_terms(prepared)))
+    loss = ft.reduce(jnp.add, _weighted_terms(prepared))
     if not prepared.spec.reduce:
         return loss.reshape(prepared.batch_shape)
     return jnp.sum(loss) if prepared.factor is None else jnp.sum(loss) * prepared.factor
 
 
-def _weighted_terms(prepared: Prepared) -> LossTerms:
+def _weighted_terms(prepared: Prepared) -> tuple[Array, ...]:
     """`weight · term` of each token."""
     spec, x = prepared.spec, prepared.operands
     if x.mask is not None:
         mask = x.mask
         x = x.map_sources(lambda source: source.mask_tokens(mask))
-    vocab = Vocabulary.whole(spec.vocab.size)
     s = _gathered(x.student.logits(spec.dtype, spec.vocab), spec.vocab)
-    log_q = jax.nn.log_softmax(_over(s, x.student_temperature), axis=-1)
-    divergence = None
-    # The temperature of the student's own terms: 1 beside a divergence.
-    temperature = x.student_temperature if spec.divergence is None else None
-    if spec.divergence is not None:
-        whole, teacher = spec.whole_divergence(x), x.teacher
-        if teacher.kind == "list":
-            teacher = teacher.ready(spec.dtype, vocab)
-        t = teacher.logits(spec.dtype, vocab if teacher.kind == "list" else spec.vocab)
-        if t is None:
-            divergence = _list_divergence(whole, teacher, log_q, vocab)
-        else:
-            if teacher.kind != "list":
-                t = _gathered(t, spec.vocab)
-            log_p = _over(t, spec.teacher_temperature(x))
-            log_p = jax.nn.log_softmax(log_p, axis=-1)
-            divergence = _divergence(whole, log_p, log_q)
-    logits = _over(s, temperature)
+
+    def value(term):
+        if isinstance(term, Comparison):
+            return _comparison(spec, x, term, s)
+        return _student_term(term, s if term.at_1 else _over(s, x.student_temperature))
+
+    return tuple(term.weight * value(term) for term in x.terms)
+
+
+def _student_term(term, logits):
     log_q = jax.nn.log_softmax(logits, axis=-1)
-    present = logits != -jnp.inf
-    terms = LossTerms(
-        divergence,
-        _label_term(log_q, x.labels),
-        -jnp.sum(zero_unless(present, log_q), axis=-1)
-        / jnp.maximum(jnp.sum(present, axis=-1, dtype=log_q.dtype), 1),
-        jax.nn.logsumexp(logits, axis=-1) ** 2,
-        entropy(Outcomes.of_log(log_q)),
-    )
-    pairs = zip(x.weights, terms, strict=True)
-    return LossTerms(*(None if w is None else w * term for w, term in pairs))
+    match term:
+        case Label():  # and Labels
+            return _label_term(log_q, term.labels)
+        case Uniform():
+            present = logits != -jnp.inf
+            total = -jnp.sum(zero_unless(present, log_q), axis=-1)
+            count = jnp.sum(present, axis=-1, dtype=log_q.dtype)
+            return total / jnp.maximum(count, 1)
+        case LseSquared():
+            return jax.nn.logsumexp(logits, axis=-1) ** 2
+        case Entropy():
+            return entropy(Outcomes.of_log(log_q))
+    raise NotImplementedError(term)
+
+
+def _comparison(spec, x, term, s):
+    log_q = jax.nn.log_softmax(_over(s, x.student_temperature), axis=-1)
+    divergence, teacher = term.whole_divergence, term.teacher
+    if teacher.kind == "list":
+        vocab = Vocabulary.whole(spec.vocab.size)
+        teacher = teacher.ready(spec.dtype, vocab)
+        if not term.has_columns:
+            return _list_divergence(divergence, teacher, log_q, vocab)
+        t = teacher.logits(spec.dtype, vocab)
+    else:
+        t = _gathered(teacher.logits(spec.dtype, spec.vocab), spec.vocab)
+    log_p = jax.nn.log_softmax(_over(t, x.temperatures["teacher"]), axis=-1)
+    return _divergence(divergence, log_p, log_q)
 
 
 def _divergence(divergence, log_p, log_q):
@@ -334,8 +344,6 @@ def _list_divergence(divergence, teacher, log_q, vocab):
 
 def _label_term(log_q, labels):
     """`-log q` of the labels, `[B]` or `[B, k]`; 0 where there is none."""
-    if labels is None:
-        return None
     if labels.ndim == 1:
         columns = jnp.arange(log_q.shape[-1], dtype=labels.dtype)
         is_label = columns[None, :] == labels[:, None]

@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 
 from .._divergence.catalogue import check_callable, foreign_members
 from .._engine.operands import Operands
+from .._engine.student_terms import Label
 from .._math.vocabulary import Vocabulary
 from .._source.base import Source
 from .._source.function_source import FunctionSource
@@ -76,8 +77,7 @@ def check_slices(axis_name: str, operands: Operands, labels: str = "labels") -> 
 
     `labels` is the argument that holds them.
     """
-    slices = {"student": operands.student, "teacher": operands.teacher}
-    for name, source in slices.items():
+    for name, source in zip(("student", "teacher"), operands.sources, strict=False):
         array = source.vocab_array
         if array is not None and axis_name not in varying_axes(array):
             raise ValueError(
@@ -86,14 +86,13 @@ def check_slices(axis_name: str, operands: Operands, labels: str = "labels") -> 
             )
     replicated = {
         "where": operands.mask,
-        labels: operands.labels,
+        labels: [x.labels for x in operands.terms if isinstance(x, Label)],
         "temperature": operands.student_temperature,
-        "teacher_temperature": operands.teacher_temperature,
+        "teacher_temperature": [x.temperature for x in operands.comparisons],
         "weights": operands.weights,
-        "divergence": operands.parameters,
+        "divergence": [x.parameters for x in operands.comparisons],
+        "teacher": [x for x in operands.sources if x.width is None],
     }
-    if operands.teacher.width is None:
-        replicated["teacher"] = operands.teacher
     for name, arrays in replicated.items():
         if any(axis_name in varying_axes(x) for x in jax.tree.leaves(arrays)):
             raise ValueError(

@@ -272,6 +272,5 @@ def distillation_loss_with_metrics(
         plan=plan,
         statistics=True,
     )
-    loss, terms, statistics = evaluate(prepared)
-    assert statistics is not None
+    loss, terms, (statistics,) = evaluate(prepared)
     return loss, metrics_of(prepared, terms, statistics, per_token=per_token)

@@ -6,13 +6,13 @@ lines in `_term_weights`.
 """
 
 import functools as ft
+import operator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from .._divergence.parameters import as_operand, Interval
-from .._engine.operands import LossTerms
 from .._math.numerics import zero_unless
 from .arguments import IGNORED_LABEL, per_token
 
@@ -48,11 +48,20 @@ class Folding(NamedTuple):
     intervals: tuple[Interval, ...]  # of the parameters
 
 
+class Weights(NamedTuple):
+    """Of the terms of a loss, `[B]` each; None: it has no such term."""
+
+    divergence: jax.Array | None
+    label: jax.Array | None
+    uniform: jax.Array | None
+    lse_squared: jax.Array | None
+
+
 class Folded(NamedTuple):
     """Of each token, `[B]`, but for the factor."""
 
     weight: jax.Array
-    term_weights: LossTerms
+    term_weights: Weights
     temperature: jax.Array | None
     teacher_temperature: jax.Array | None
     parameters: tuple[jax.Array, ...]
@@ -88,7 +97,9 @@ def fold(how: Folding, x: Arguments) -> Folded:
     term_weights = _term_weights(how, x, _normalized(counted, total), T)
     if mask is not None:
         term_weights = jax.tree.map(lambda w: zero_unless(mask, w), term_weights)
-    weightless = ~term_weights.any_nonzero
+    weightless = ft.reduce(
+        operator.and_, (w == 0 for w in jax.tree.leaves(term_weights))
+    )
     parameters = zip(x.parameters, how.intervals, strict=True)
     return Folded(
         weight=counted,
@@ -107,7 +118,7 @@ def fold(how: Folding, x: Arguments) -> Folded:
 
 def _term_weights(
     how: Folding, x: Arguments, weight: jax.Array, temperature: jax.Array | None
-) -> LossTerms:
+) -> Weights:
     """`weight · (α T² D + (1-α) CE + z_loss lse²)`, as a weight for each term.
 
     `temperature` is None if there is no factor T².
@@ -141,7 +152,7 @@ def _term_weights(
             label, uniform = _times(label, 1 - smoothing), _times(label, smoothing)
     if how.has_lse:
         lse_squared = _times(weight, z_weight)
-    return LossTerms(divergence, label, uniform, lse_squared)
+    return Weights(divergence, label, uniform, lse_squared)
 
 
 def _times(weight: jax.Array, factor: jax.Array) -> jax.Array:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from .._engine.evaluate import Prepared
-from .._engine.operands import LossTerms, Statistics
+from .._engine.metrics import Statistics
+from .._engine.student_terms import Label, Uniform
 from .._math.numerics import weigh, zero_unless
 from .arguments import IGNORED_LABEL
 
@@ -197,7 +198,7 @@ def _mean(total: jax.Array, weight: jax.Array) -> jax.Array:
 
 def metrics_of(
     prepared: Prepared,
-    terms: LossTerms,
+    terms: tuple[jax.Array, ...],
     statistics: Statistics,
     *,
     per_token: bool,
@@ -208,19 +209,20 @@ def metrics_of(
     if per_token:
         total = lambda x: x.reshape(prepared.batch_shape)
     weighted = lambda x: total(weigh(weight, x))
+    of = dict(zip(map(type, prepared.operands.terms), terms, strict=True))
     cross_entropy = label_weight = None
-    if terms.label is not None:
-        cross_entropy = terms.label
-        if terms.uniform is not None:
-            smoothing = jnp.asarray(prepared.label_smoothing, weight.dtype)
-            cross_entropy = weigh(1 - smoothing, terms.label)
-            cross_entropy += weigh(smoothing, terms.uniform)
-        is_labelled = prepared.operands.labels != IGNORED_LABEL
-        of_labels = zero_unless(is_labelled, weight)
-        cross_entropy = total(weigh(of_labels, cross_entropy))
-        label_weight = total(of_labels)
+    for term in prepared.operands.terms:
+        if isinstance(term, Label):
+            of_labels = zero_unless(term.labels != IGNORED_LABEL, weight)
+            cross_entropy = of[Label]
+            if Uniform in of:
+                smoothing = jnp.asarray(prepared.label_smoothing, weight.dtype)
+                cross_entropy = weigh(1 - smoothing, cross_entropy)
+                cross_entropy += weigh(smoothing, of[Uniform])
+            cross_entropy = total(weigh(of_labels, cross_entropy))
+            label_weight = total(of_labels)
     sums = MetricSums(
-        weighted(terms.divergence),
+        weighted(terms[0]),  # that of the teacher
         weighted(statistics.kl),
         cross_entropy,
         weighted(statistics.student_entropy),

@@ -31,6 +31,7 @@ from .arguments import (
 from .fold import Arguments, fold, Folding
 from .list_teacher import ABSENT, as_teacher
 from .swapped import as_constant
+from .terms import comparison, student_terms
 
 
 REDUCTIONS = ("none", "sum", "mean")
@@ -159,24 +160,26 @@ def prepare(
         source.with_weightless(folded.weightless, folded.dropped)
         for source in (of_student, of_teacher)
     )
-    operands = Operands(
-        *sources,
-        weights=folded.term_weights,
-        student_temperature=folded.temperature,
-        teacher_temperature=folded.teacher_temperature,
-        labels=columns,
-        mask=mask,
-        parameters=folded.parameters,
-    )
+    of_student, of_teacher = sources
+    terms: list[Any] = list(student_terms(folded, columns, at_1=not is_alone))
+    if static is not None:
+        of_teachers = comparison(
+            folded,
+            of_student,
+            of_teacher,
+            static,
+            same_temperature=same_temperature,
+            is_only_term=not terms,
+        )
+        terms = [of_teachers, *terms]
+    operands = Operands(of_student, tuple(terms), folded.temperature, mask)
     passes_float16 = of_student.passes_float16
     passes_float16 |= differentiate_teacher and of_teacher.passes_float16
     spec = Spec(
-        static,
         vocab,
         dtype,
         reduce=reduction != "none",
         statistics=statistics,
-        same_temperature=same_temperature,
         tile=tile,
         plan=plan,
         passes_float16=passes_float16,

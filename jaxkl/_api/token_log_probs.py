@@ -10,7 +10,8 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
 from .._engine.evaluate import Prepared, weighted_terms
-from .._engine.operands import LossTerms, Operands, PlanName, Spec
+from .._engine.operands import Operands, PlanName, Spec
+from .._engine.student_terms import Entropy, Label, Labels
 from .._math.numerics import loss_dtype, zero_unless
 from .._source.base import Given
 from .._source.function_head import FunctionHead
@@ -165,21 +166,14 @@ def prepare_tokens(
     arrays = [*jax.tree.leaves((checked, source)), source.vocab_array]
     dtype = loss_dtype(*(x for x in arrays if not check.is_number(x)))
     columns, tokens_shape = as_tokens(tokens, mask, shape, vocab.size)
-    T, weights, counted = _fold(shape, dtype, vocab.size, checked, columns, mask)
-    if not with_entropy:
-        weights = weights._replace(entropy=None)
-    is_dropped = ~weights.any_nonzero
+    T, weight, counted = _fold(shape, dtype, vocab.size, checked, columns, mask)
+    of_tokens = (Label if columns.ndim == 1 else Labels)(weight, columns, at_1=False)
+    terms = (of_tokens, Entropy(counted, at_1=False))[: 1 + with_entropy]
+    operands = Operands(source, terms, T, mask)
+    is_dropped = ~operands.is_weighted
     source = source.with_weightless(is_dropped, is_dropped)
-    operands = Operands(
-        source,
-        NoTeacher(),
-        weights,
-        student_temperature=T,
-        labels=columns,
-        mask=mask,
-    )
+    operands = operands._replace(student=source)
     spec = Spec(
-        None,
         vocab,
         dtype,
         reduce=False,
@@ -199,8 +193,8 @@ def _fold(
     temperature: Any,
     columns: jax.Array,
     mask: jax.Array | None,
-) -> tuple[jax.Array | None, LossTerms, jax.Array]:
-    """The temperature, the weights and which places count, `[B]`."""
+) -> tuple[jax.Array | None, jax.Array, jax.Array]:
+    """The temperature, the weights of the tokens and those of places, `[B]`."""
     T = per_token(temperature, shape, dtype)
     # Under `jit` a token that is out of range cannot raise: it becomes NaN.
     weight = jnp.where((columns >= -1) & (columns < vocab_size), 1, jnp.nan)
@@ -211,14 +205,15 @@ def _fold(
         T = None if T is None else jnp.where(mask, T, 1)
         entropy = zero_unless(mask, entropy)
         weight = zero_unless(jnp.expand_dims(mask, range(1, weight.ndim)), weight)
-    return T, LossTerms(None, weight, entropy=entropy), entropy
+    return T, weight, entropy
 
 
 def log_probs_of(
-    prepared: Prepared, shape: tuple[int, ...], weighted: LossTerms
+    prepared: Prepared, shape: tuple[int, ...], weighted: tuple[jax.Array, ...]
 ) -> LogProbs:
-    """What the user gets, of the terms `-log q` and the entropy."""
-    log_probs = (0 - weighted.label).reshape(shape)
-    if weighted.entropy is None:
-        return log_probs
-    return log_probs, weighted.entropy.reshape(prepared.batch_shape)
+    """What the user gets, of the terms `-log q` and, if asked for, the entropy."""
+    of_tokens, *entropies = weighted
+    log_probs = (0 - of_tokens).reshape(shape)
+    for entropy in entropies:
+        return log_probs, entropy.reshape(prepared.batch_shape)
+    return log_probs

@@ -11,7 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from .._math.vocabulary import Vocabulary
 from .._util.compat import has_explicit_axes
 from .layout import Layout
-from .operands import LossTerms, Operands, Spec, Statistics
+from .metrics import Statistics
+from .operands import Operands, Spec
 from .rule import Outputs, weighted_loss
 
 
@@ -27,13 +28,15 @@ class Prepared(NamedTuple):
     factor: jax.Array | None = None  # of the loss, see `Folded`; None: 1
 
 
-def evaluate(prepared: Prepared) -> tuple[jax.Array, LossTerms, Statistics | None]:
+def evaluate(
+    prepared: Prepared,
+) -> tuple[jax.Array, tuple[jax.Array, ...], tuple[Statistics, ...]]:
     """The loss, a scalar or `[...]`, and the engine's terms and statistics."""
     loss, terms, statistics = weighted_terms(prepared)
     if prepared.factor is not None:
         loss = loss * prepared.factor
     if not prepared.spec.reduce:
-        loss = ft.reduce(jnp.add, jax.tree.leaves(loss)).reshape(prepared.batch_shape)
+        loss = ft.reduce(jnp.add, loss).reshape(prepared.batch_shape)
     return loss, terms, statistics
 
 
@@ -65,7 +68,7 @@ def sharded_weighted_loss(spec: Spec, layout: Layout, operands: Operands) -> Out
             loss = jax.lax.psum(loss, layout.token_axes)
         return loss, terms, statistics
 
-    specs = _partition_specs(operands, layout)
+    specs = operands.partition_specs(layout.token_axes, layout.vocab_axis)
     operands = jax.tree.map(ft.partial(reshard, layout), operands, specs)
     by_token = P(layout.token_axes or None)
     outputs = jax.shard_map(
@@ -91,7 +94,7 @@ def _padded(operands: Operands, layout: Layout) -> Operands:
     """
     tokens = operands.tokens
     if layout.vocab_axis is not None:
-        widths = [x.width for x in operands[:2] if x.width is not None]
+        widths = [x.width for x in operands.sources if x.width is not None]
         width = -(-max(widths) // layout.vocab_shards) * layout.vocab_shards
         operands = operands.map_sources(lambda source: source.pad_columns(width))
     more = -tokens % layout.token_shards if tokens else layout.token_shards
@@ -99,13 +102,6 @@ def _padded(operands: Operands, layout: Layout) -> Operands:
         rows = lambda x: jnp.pad(x, ((0, more),) + ((0, 0),) * (x.ndim - 1))
         operands = operands.map_tokens(rows)
     return operands
-
-
-def _partition_specs(operands: Operands, layout: Layout) -> Any:
-    rows = P(layout.token_axes or None)
-    of = lambda x: x.partition_specs(layout.token_axes, layout.vocab_axis)
-    rest = jax.tree.map(lambda _: rows, operands[2:])
-    return Operands(of(operands.student), of(operands.teacher), *rest)
 
 
 def reshard(layout: Layout, x: jax.Array, spec: P) -> jax.Array:

@@ -11,21 +11,85 @@ largest of the row. With the listed logits the rows are complete, on every devic
 are compared as any other rows are.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from .._divergence.catalogue import Divergence, ForwardKL, is_zero, kl_weights
-from .._math.numerics import safe_log, zero_unless
+from .._divergence.catalogue import Divergence, ForwardKL
+from .._math.numerics import safe_log, weigh, zero_unless
 from .._math.softmax import Model, Softmax, SoftmaxStats
 from .._math.vocabulary import Vocabulary
 from .._source.list_source import ListSource
-from .comparison import compare_columns, Pair, sums_of_slopes
-from .row_sums import pair_sums, RowStats, RowSums, sum_exp
+from .._source.lists import plus_listed, positions, without_listed
+from .columns import Columns, Row, sum_exp, SumExp
+from .comparison import Comparison
+from .pair import compare_columns, needs_reverse_sums, Pair, sums_of_slopes
+from .row_sums import Listed, PairSums, Shifted
+from .term import Gradients, Part
 
 
-class ListComparison(NamedTuple):
+LISTED, UNLISTED = Row("listed"), Row("unlisted")
+
+
+def listed_logits(
+    row: Row, teacher: ListSource, student: jax.Array, vocab: Vocabulary
+) -> jax.Array:
+    """The student's logits in the list, `[B, k]`, or outside it, `[B, V]`."""
+    if row == UNLISTED:
+        return without_listed(student, teacher.columns, vocab)
+    at = positions(teacher.columns, vocab)
+    return student.at[at].get(mode="fill", fill_value=0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ListComparison(Comparison):
+    """One of the few outcomes of a list."""
+
+    has_columns = False
+
+    # The dtype of the student's logits, if nothing else has a part in their gradient.
+    d_dtype: jnp.dtype | None = dataclasses.field(
+        default=None, kw_only=True, metadata={"static": True}
+    )
+
+    def statistics(self, c):
+        of_list = [Listed(LISTED), SumExp(UNLISTED), Shifted(UNLISTED)]
+        return of_list if self.teacher.has_rest else of_list[:1]
+
+    def known(self, of_all, slopes):
+        return compare_list(self.whole_divergence, self.teacher, of_all)
+
+    def finish(self, c, known, *, recompute):
+        weight, T = self.weight, c.temperatures["student"]
+        d_T = None
+        if T is not None:
+            d_T = c.vocab.on_first_shard(weigh(weight, known.d_temperature))
+            weight = weigh(weight, 1 / T)
+        d_listed = weigh(weight[:, None], known.d_listed)
+        d_student = jnp.zeros_like(c.logits["student"])
+        if known.d_rest is not None:
+            # Each column outside the list has its share of the rest.
+            rest = c.model(UNLISTED)
+            total = rest.stats.total
+            share = weigh(weight, known.d_rest) / jnp.where(total > 0, total, 1)
+            d_student = weigh(share[:, None], jnp.exp(rest.shifted()))
+        if self.d_dtype is not None:
+            # Nothing is added to these, and they are rounded once here or later.
+            d_listed = d_listed.astype(self.d_dtype)
+        d_student = plus_listed(d_student, d_listed, self.teacher.columns, c.vocab)
+        gradients = Gradients({"student": d_student}, {"student": d_T})
+        value = c.vocab.on_first_shard(known.divergence)
+        return Part(value, gradients, known.q.lse)
+
+    def value(self, of_all, known, sums):
+        del of_all, known
+        return sums
+
+
+class ComparedList(NamedTuple):
     """What a row of outcomes makes: `[B, k]` for those of the list, else `[B]`."""
 
     divergence: jax.Array
@@ -38,15 +102,11 @@ class ListComparison(NamedTuple):
 
 
 def compare_list(
-    divergence: Divergence,
-    teacher: ListSource,
-    temperature: jax.Array | None,
-    rows: RowStats,
-    vocab_size: int,
-) -> ListComparison:
+    divergence: Divergence, teacher: ListSource, of_all: Columns
+) -> ComparedList:
     """Compares the list with the student's row, from the statistics of all columns."""
     k = teacher.columns.shape[-1]
-    row, log_p = student_row(teacher, temperature, rows, vocab_size), teacher.log_probs
+    row, log_p = student_row(teacher, of_all), teacher.log_probs
     z = row.z
     if teacher.has_rest:
         log_p = jnp.concatenate([log_p, teacher.log_rest], axis=-1)
@@ -57,11 +117,11 @@ def compare_list(
     else:
         value, kl, p, q, d_z = _compare_rows(divergence, log_p, z)
     d_rest = d_z[:, k] if teacher.has_rest else None
-    d_temperature = None
-    if temperature is not None:
+    d_temperature, T = None, of_all.temperatures["student"]
+    if T is not None:
         by_temperature = d_z * zero_unless(d_z != 0, row.mean[:, : z.shape[-1]])
-        d_temperature = -jnp.sum(by_temperature, axis=-1) / temperature
-    return ListComparison(value, kl, p, q, d_z[:, :k], d_rest, d_temperature)
+        d_temperature = -jnp.sum(by_temperature, axis=-1) / T
+    return ComparedList(value, kl, p, q, d_z[:, :k], d_rest, d_temperature)
 
 
 class StudentRow(NamedTuple):
@@ -71,22 +131,18 @@ class StudentRow(NamedTuple):
     mean: jax.Array  # -T ∂z/∂T: of a column z itself, of the rest a mean of its columns
 
 
-def student_row(
-    teacher: ListSource,
-    temperature: jax.Array | None,
-    rows: RowStats,
-    vocab_size: int,
-) -> StudentRow:
-    maxima, sums = rows
-    listed = jnp.where(teacher.has_column(vocab_size), sums.listed, -jnp.inf)
-    largest = jnp.max(listed, axis=-1)
-    if sums.unlisted is None:
-        z = _shifted(SoftmaxStats(jax.lax.stop_gradient(largest), temperature), listed)
+def student_row(teacher: ListSource, of_all: Columns) -> StudentRow:
+    maxima, sums = of_all.rows
+    T = of_all.temperatures["student"]
+    has_column = teacher.has_column(of_all.vocab.size)
+    listed = jnp.where(has_column, sums[Listed(LISTED)], -jnp.inf)
+    largest = jax.lax.stop_gradient(jnp.max(listed, axis=-1))
+    if SumExp(UNLISTED) not in sums:
+        z = _shifted(SoftmaxStats(largest, T), listed)
         return StudentRow(z, z)
-    largest = jnp.maximum(jax.lax.stop_gradient(largest), maxima.unlisted)
-    stats = SoftmaxStats(largest, temperature)
-    z, top = (_shifted(stats, x) for x in (listed, maxima.unlisted[:, None]))
-    total, shifted = (x[:, None] for x in sums.unlisted)
+    stats = SoftmaxStats(jnp.maximum(largest, maxima["unlisted"]), T)
+    z, top = (_shifted(stats, x) for x in (listed, maxima["unlisted"][:, None]))
+    total, shifted = (sums[x(UNLISTED)][:, None] for x in (SumExp, Shifted))
     mean = top + shifted / jnp.where(total > 0, total, 1)
     both = (z, top + safe_log(total)), (z, mean)
     return StudentRow(*(jnp.concatenate(x, axis=-1) for x in both))
@@ -104,13 +160,8 @@ def _model(logits: jax.Array) -> Model:
 
 def _compare_rows(divergence: Divergence, log_p: jax.Array, z: jax.Array):
     p, q = _model(log_p), _model(z)
-    weights = kl_weights(divergence)
-    reverse = weights is not None and not is_zero(weights[1])
-    sums = RowSums(
-        student=q.stats.sum_exp,
-        teacher=p.stats.sum_exp,
-        **pair_sums(p, q, same_temperature=True, reverse=reverse),
-    )
+    reverse = needs_reverse_sums(divergence)
+    sums = PairSums.of(p, q, same_temperature=True, reverse=reverse)
     pair, columns = Pair(p, q, sums, True), Vocabulary.whole(z.shape[-1])
     slopes = sums_of_slopes(divergence, pair, columns)
     compared = compare_columns(divergence, pair, columns, slopes, recompute=False)

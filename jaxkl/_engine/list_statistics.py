@@ -6,13 +6,22 @@ out together. Of the listed columns in the order of the student's logits, the fi
 are in, and the rest out: a bisection finds how many, with no sort of the vocabulary.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from .._math.vocabulary import Vocabulary
 from .._source.list_source import ListSource
 from .list_comparison import StudentRow
-from .operands import ListStatistics
+
+
+class ListStatistics(NamedTuple):
+    """See `DistillationMetrics`, `[B]` each."""
+
+    teacher_listed_mass: jax.Array
+    student_listed_mass: jax.Array
+    top_k_overlap: jax.Array
 
 
 def count_larger(

@@ -2,110 +2,135 @@
 
 import dataclasses
 import functools as ft
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from .._divergence.catalogue import Divergence
-from .._divergence.parameters import join
 from .._math.vocabulary import Vocabulary
 from .._source.base import Source
 from .._util.compat import to_varying, varying_axes
+from .comparison import Comparison
+from .metrics import Statistics
+from .term import Gradients
 
 
 PlanName = Literal["fast", "lean"]
 
 
-class LossTerms(NamedTuple):
-    """The terms of a token's loss, `[B]` each, or the weights of these terms.
-
-    All but the first are of the student alone: at temperature 1 if there is a
-    divergence, else at the student's. A term is None if it is not part of the loss.
-    """
-
-    divergence: Any
-    label: Any = None  # -log q[label], of the labels' shape
-    uniform: Any = None  # -mean_v log q_v, for label smoothing
-    lse_squared: Any = None
-    entropy: Any = None
-
-    @property
-    def per_token(self) -> jax.Array:
-        """One of them that is `[B]`, or the first of each token."""
-        x = jax.tree.leaves(self)[0]
-        return x if x.ndim == 1 else x[:, 0]
-
-    @property
-    def has_own_terms(self) -> bool:
-        """Whether there are terms of the student alone."""
-        return any(w is not None for w in self[1:])
-
-    @property
-    def any_nonzero(self) -> jax.Array:
-        """Whether a token has any that is not 0, bool `[B]`."""
-        of_token = lambda x: jnp.any(x != 0, axis=range(1, x.ndim))
-        return ft.reduce(jnp.logical_or, map(of_token, jax.tree.leaves(self)))
-
-
-class ListStatistics(NamedTuple):
-    """See `DistillationMetrics`, `[B]` each."""
-
-    teacher_listed_mass: jax.Array
-    student_listed_mass: jax.Array
-    top_k_overlap: jax.Array
-
-
-class Statistics(NamedTuple):
-    """What the metrics report beside the terms, at temperature 1, `[B]` each."""
-
-    kl: jax.Array
-    student_entropy: jax.Array
-    teacher_entropy: jax.Array
-    top1_agreement: jax.Array
-    of_list: ListStatistics | None  # None: the teacher has no list
-
-
 class Operands(NamedTuple):
-    """All arrays of a loss. Those that are not in a source are `[B]`, but for labels.
+    """All arrays of a loss, whose tokens are on one axis.
 
     A tree of flags, dtypes or gradients, one for each array, is an `Operands` too.
     """
 
     student: Any  # Source
-    teacher: Any  # Source
-    weights: LossTerms
-    student_temperature: Any = None  # None: 1
-    teacher_temperature: Any = None  # None: 1, or the student's if they are the same
-    labels: Any = None  # [B], or several a token, [B, k]; negative: none
-    mask: Any = None  # the tokens that `where` keeps; None: all
-    parameters: tuple[Any, ...] = ()  # those of the divergence that are arrays
+    terms: tuple[Any, ...]  # Term: those with a teacher come first
+    student_temperature: Any = None  # [B]; None: 1
+    mask: Any = None  # [B]: the tokens that `where` keeps; None: all
     rows: Any = None  # RowStats, if a walk has made them before
 
     @property
+    def comparisons(self) -> tuple[Comparison, ...]:
+        """The terms that have a teacher."""
+        return tuple(x for x in self.terms if isinstance(x, Comparison))
+
+    @property
+    def sources(self) -> tuple[Any, ...]:
+        """The student, and the teacher of each comparison."""
+        return self.student, *(x.teacher for x in self.comparisons)
+
+    def with_sources(self, sources: Sequence[Any]) -> Self:
+        student, *teachers = sources
+        pairs = zip(self.comparisons, teachers, strict=True)
+        terms = (dataclasses.replace(x, teacher=teacher) for x, teacher in pairs)
+        own_terms = self.terms[len(teachers) :]
+        return self._replace(student=student, terms=(*terms, *own_terms))
+
+    @property
+    def weights(self) -> tuple[Any, ...]:
+        return tuple(term.weight for term in self.terms)
+
+    def with_weights(self, weights: Iterable[Any]) -> Self:
+        pairs = zip(self.terms, weights, strict=True)
+        terms = tuple(dataclasses.replace(x, weight=weight) for x, weight in pairs)
+        return self._replace(terms=terms)
+
+    @property
     def tokens(self) -> int:
-        return jax.tree.leaves(self.weights)[0].shape[0]
+        return self.weights[0].shape[0]
+
+    @property
+    def per_token(self) -> jax.Array:
+        """A number of each token, `[B]`: a weight."""
+        weight = self.weights[0]
+        return weight if weight.ndim == 1 else weight[:, 0]
+
+    @property
+    def is_weighted(self) -> jax.Array:
+        """Whether any term of a token has a weight that is not 0, bool `[B]`."""
+        return ft.reduce(jnp.logical_or, (term.is_weighted for term in self.terms))
+
+    @property
+    def temperatures(self) -> dict[str, jax.Array | None]:
+        """That of each kind of logits: see `Columns`."""
+        T = self.student_temperature
+        temperatures = dict(student=T, listed=T, unlisted=T)
+        for x in self.comparisons:
+            temperatures["teacher"] = T if x.same_temperature else x.temperature
+        return temperatures
 
     def map_sources(self, f: Callable[[Source], Source]) -> Self:
-        return self._replace(student=f(self.student), teacher=f(self.teacher))
+        return self.with_sources([f(source) for source in self.sources])
+
+    def _map(self, of_source: Callable[[Source], Any], f: Callable[[Any], Any]) -> Self:
+        """`of_source` of the sources, and `f` of all other arrays."""
+        is_source = lambda x: isinstance(x, Source)
+        of_leaf = lambda x: of_source(x) if is_source(x) else f(x)
+        return jax.tree.map(of_leaf, self, is_leaf=is_source)
 
     def map_tokens(self, f: Callable[[jax.Array], jax.Array]) -> Self:
         """`f` of each array that has a row for each token."""
-        sources = (x.map_tokens(f) for x in self[:2])
-        return type(self)(*sources, *jax.tree.map(f, self[2:]))
+        return self._map(lambda source: source.map_tokens(f), f)
 
     def shared_flags(self) -> Self:
         """A flag for each array: whether all tokens share it."""
-        flags = jax.tree.map(lambda _: False, self)
-        student, teacher = self.student.shared_flags(), self.teacher.shared_flags()
-        return flags._replace(student=student, teacher=teacher)
+        return self._map(lambda source: source.shared_flags(), lambda _: False)
 
     def by_column_flags(self) -> Self:
         """A flag for each array: whether its last axis is the columns."""
-        flags = jax.tree.map(lambda _: False, self)
-        student, teacher = (x.by_column_flags() for x in self[:2])
-        return flags._replace(student=student, teacher=teacher)
+        return self._map(lambda source: source.by_column_flags(), lambda _: False)
+
+    def partition_specs(
+        self, token_axes: tuple[str, ...], vocab_axis: str | None
+    ) -> Self:
+        """How each array is spread over a mesh: a `PartitionSpec` in its place."""
+        of_source = lambda source: source.partition_specs(token_axes, vocab_axis)
+        return self._map(of_source, lambda _: P(token_axes or None))
+
+    def with_gradients(
+        self, gradients: Gradients, logits: Mapping[str, jax.Array]
+    ) -> Self:
+        """The `d_outputs` of the sources in their place, and so of temperatures.
+
+        `logits` are those of whose gradients the `d_outputs` are made.
+        """
+        of = lambda source, name: source.d_outputs(
+            logits.get(name), gradients.logits.get(name)
+        )
+        of_teachers = [of(source, "teacher") for source in self.sources[1:]]
+        x = self.with_sources([of(self.student, "student"), *of_teachers])
+        d_T = gradients.temperatures
+        terms = (
+            dataclasses.replace(term, temperature=d_T.get("teacher"))
+            for term in x.comparisons
+        )
+        own_terms = x.terms[len(of_teachers) :]
+        return x._replace(
+            terms=(*terms, *own_terms), student_temperature=d_T.get("student")
+        )
 
     def match_varying(self, vocab_axis: str | None = None) -> Self:
         """Inside `shard_map`, casts all arrays to vary over the same mesh axes.
@@ -117,42 +142,33 @@ class Operands(NamedTuple):
         """
         axes = frozenset[str]().union(*map(varying_axes, jax.tree.leaves(self)))
         axes -= {vocab_axis}
-        per_token = (self.weights, self.labels, self.mask)
-        weights, labels, mask = jax.tree.map(lambda x: to_varying(x, axes), per_token)
-        if vocab_axis is not None:
-            axes |= {vocab_axis}
-        rest = self._replace(weights=None, labels=None, mask=None)
-        rest = jax.tree.map(lambda x: to_varying(x, axes), rest)
-        return rest._replace(weights=weights, labels=labels, mask=mask)
+        every = axes if vocab_axis is None else axes | {vocab_axis}
+        flags = jax.tree.map(lambda _: False, self)
+        terms = tuple(term.whole_flags() for term in self.terms)
+        mask = jax.tree.map(lambda _: True, self.mask)
+        is_whole = flags._replace(terms=terms, mask=mask)
+        cast = lambda whole, x: to_varying(x, axes if whole else every)
+        return jax.tree.map(cast, is_whole, self)
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
     """All of a loss that is not an array."""
 
-    divergence: Divergence | None  # its static part; None: there is no teacher
     vocab: Vocabulary
     dtype: jnp.dtype
     reduce: bool = True  # whether the loss is summed over tokens
     statistics: bool = False
-    same_temperature: bool = False  # whether the teacher has the student's
     tile: int | None = None  # the user's choice
     plan: PlanName | None = None  # likewise
     passes_float16: bool = False  # whether a gradient does: see `Source`
-
-    def whole_divergence(self, x: Operands) -> Divergence:
-        """The divergence with its arrays, `[B]` each."""
-        return join(self.divergence, x.parameters)
-
-    def teacher_temperature(self, x: Operands) -> jax.Array | None:
-        return x.student_temperature if self.same_temperature else x.teacher_temperature
 
 
 class Result(NamedTuple):
     """What the engine returns of some tokens: of a tile, or of all of them."""
 
-    terms: Any  # LossTerms
-    statistics: Statistics | None
+    terms: tuple[jax.Array, ...]  # the value of each
+    statistics: tuple[Statistics, ...]  # of each teacher, if they are asked for
     # Gradients of Σ weight · term. `run_tile` has the `d_outputs` of a source in place
     # of the source, and `pull_back` makes them the gradients of its arrays.
     gradients: Operands

@@ -48,7 +48,7 @@ class Workload:
     tokens: Any  # on this device; an int, or a symbolic size of `jax.export`
     columns: int  # of a tile
     student: Kind = "logits"
-    teacher: Kind = "logits"
+    teacher: Kind | None = "logits"  # None: there is none
     itemsize: int = 4  # bytes of a logit in a tile
     half_logits: bool = False  # whether logits that are arguments have 16 bits
     # Tokens whose `d_outputs` are as large as the float32 sum of a head's gradient.
@@ -64,27 +64,27 @@ class Workload:
     plan: PlanName | None = None  # likewise
 
     @property
-    def kinds(self) -> tuple[Kind, Kind]:
+    def kinds(self) -> tuple[Kind | None, ...]:
         return self.student, self.teacher
 
     @property
     def is_dense(self) -> bool:
         """Whether all logits are arguments."""
-        return self.student == "logits" and self.teacher in ("logits", "none")
+        return self.student == "logits" and self.teacher in ("logits", None)
 
     @property
     def models(self) -> int:
-        return 1 if self.teacher == "none" else 2
+        return 1 if self.teacher is None else 2
 
 
 def workload(spec: Spec, operands: Operands, gradient_dtypes: Operands) -> Workload:
-    sources = operands.student, operands.teacher
-    student, teacher = (x.kind for x in sources)
+    sources = operands.sources
+    student, teacher, *_ = (*(x.kind for x in sources), None)
     logits = [x.vocab_array for x in sources if x.kind == "logits"]
     sharding = "auto"
     if any(map(is_explicitly_sharded, jax.tree.leaves(operands))):
         sharding = "explicit"
-    elif varying_axes(operands.weights.per_token):
+    elif varying_axes(operands.per_token):
         sharding = "manual"
     return Workload(
         operands.tokens,
@@ -105,7 +105,7 @@ def workload(spec: Spec, operands: Operands, gradient_dtypes: Operands) -> Workl
 
 def _tokens_per_sum(spec: Spec, operands: Operands, gradient_dtypes: Operands) -> int:
     """It is 0 where no sum is asked for, or tiles are better pulled back one by one."""
-    for source, asked in zip(operands[:2], gradient_dtypes[:2], strict=True):
+    for source, asked in zip(operands.sources, gradient_dtypes.sources, strict=True):
         sum_bytes = _sum_bytes(spec, source, asked)
         if sum_bytes:
             row_bytes = spec.vocab.width * source.output_dtype(spec.dtype).itemsize
@@ -144,12 +144,12 @@ def _fast_plan(platform: Platform, work: Workload) -> Plan:
     # Dense logits are already in memory: recompute slopes rather than store a
     # logits-sized array. A tile that stays in a CPU's cache may keep its slopes.
     recompute = platform == "accelerator" or (work.is_dense and tile is None)
-    recompute &= work.teacher != "none"  # the student alone has no slopes
+    recompute &= work.teacher is not None  # the student alone has no slopes
     part, barrier_outputs = None, False
     if tile is not None and platform == "accelerator":
         part = _part(tile, work)
         # The student alone has its terms from the sums, and needs no barrier.
-        barrier_outputs = part is not None and work.teacher != "none"
+        barrier_outputs = part is not None and work.teacher is not None
         barrier_outputs &= _tile_bytes(tile, work) <= _ONE_PASS_BYTES
     return Plan(tile, _order(work), recompute, part, barrier_outputs)
 

@@ -1,4 +1,4 @@
-r"""What each column must know of all columns of its row: maxima, and sums.
+r"""Sums over the columns of a row that keep the digits of what is made of them.
 
 With $u = t / T_t$ and $z = s / T$, each less its maximum, and $d = z - u$, the sums are
 $\sum e^u$, $\sum e^z$ and a few more. They make three things accurate:
@@ -17,86 +17,17 @@ The certain column is told from the others by $z \ge -1/4$ in one phase and by
 $q > 3/4$ in another: where one has $q > 3/4$, all others have $z < -1$. Nothing may
 depend on $z = 0$ in the largest column. The logits may be products that the compiler
 rounds in one fusion and not in another, or may have been made again.
-
-Sums of two sets of columns add up once they are relative to the same maxima.
 """
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from .._math.numerics import near_part, tanh_excess
-from .._math.softmax import finite_max, Model
-
-
-class Maxima(NamedTuple):
-    """The largest logit of each row, `[B]`."""
-
-    student: Any
-    teacher: Any = None
-    unlisted: Any = None  # the student's, outside the teacher's list
-
-
-class ReverseSums(NamedTuple):
-    """The sum of $e^z d$; and those of $e^z$ and $e^z d$ below the top."""
-
-    log_ratio: Any
-    prob_below: Any
-    log_ratio_below: Any
-
-
-class Unlisted(NamedTuple):
-    """Sums over the columns outside a list, relative to the largest of them."""
-
-    sum_exp: Any  # Σ e^z
-    shifted: Any  # Σ e^z z
-
-
-class RowSums(NamedTuple):
-    """Sums over columns, `[B]` each but for `listed`; None: not needed."""
-
-    student: Any = None  # Σ e^z
-    teacher: Any = None  # Σ e^u
-    difference: Any = None  # Σ (e^z - e^u)
-    student_at_1: Any = None  # Σ e^z at temperature 1, if that is another
-    teacher_at_1: Any = None
-    # At the temperature of the student's own terms: Σ e^z below the top, and Σ e^z z
-    below: Any = None
-    shifted: Any = None
-    present: Any = None  # the number of columns that are not -inf
-    reverse: ReverseSums | None = None
-    # The student's logits of a teacher's list, `[B, k]`: each is in one set of columns,
-    # and 0 in the others.
-    listed: Any = None
-    unlisted: Unlisted | None = None
-
-    @property
-    def student_only(self) -> Any:
-        """`Σ e^z` at the temperature of the student's own terms."""
-        return self.student if self.student_at_1 is None else self.student_at_1
-
-
-class RowStats(NamedTuple):
-    """All that a column must know of the others of its row."""
-
-    maxima: Maxima
-    sums: RowSums
-
-
-def pair_sums(
-    p: Model, q: Model, *, same_temperature: bool, reverse: bool
-) -> dict[str, Any]:
-    """The sums of `RowSums` that teacher and student have together."""
-    u, z = p.shifted(), q.shifted()
-    d = difference_of_shifted(p, q, same_temperature)
-    difference = jnp.sum(_exp_difference(u, z, d), axis=-1)
-    if not reverse:
-        return dict(difference=difference)
-    exp_z = jnp.exp(z)
-    below = below_top(z) * exp_z
-    sums = (jnp.sum(x, axis=-1) for x in (exp_z * d, below, below * d))
-    return dict(difference=difference, reverse=ReverseSums(*sums))
+from .._math.softmax import Model
+from .columns import Row, Statistic, SumExp
 
 
 # A probability above which a column is certainly the only one near the maximum.
@@ -104,30 +35,130 @@ CERTAIN = 0.75
 TOP, _HUGE = 0.25, 1e30
 
 
-def below_top(z: jax.Array) -> jax.Array:
-    """1 for columns with `z < -1/4`, else 0."""
-    # XLA on CPU fuses a minimum with a sum, but not a select.
-    return jax.lax.stop_gradient(jnp.clip((-TOP - z) * _HUGE, 0, 1))
+class Below(Statistic):
+    """`Σ' e^z`: the sum below the top."""
+
+    def of(self, c):
+        z = c.model(self.row).shifted()
+        return jnp.sum(_below_top(z) * jnp.exp(z), axis=-1)
+
+    def rescaled(self, x, sums, moves):
+        move = moves[self.row]
+        return _sum_without_top(sums[SumExp(self.row)], x, move) * jnp.exp(move)
 
 
-def sum_without_top(so_far: jax.Array, below: jax.Array, move: jax.Array) -> jax.Array:
-    """The sum `below` the top, when the maximum moves by `move`; `so_far` has all.
+class Shifted(Statistic):
+    """`Σ e^z z`."""
 
-    If it moves farther than the top reaches, all columns so far are below. If it does
-    not, no column is certain until it moves again, or ever.
-    """
-    return jnp.where(move < -TOP, so_far, below)
+    def of(self, c):
+        z = c.model(self.row).shifted()
+        return jnp.sum(jnp.exp(z) * z, axis=-1)
+
+    def rescaled(self, x, sums, moves):
+        move = moves[self.row]
+        return (x + move * sums[SumExp(self.row)]) * jnp.exp(move)
 
 
-def sum_exp(model: Model) -> jax.Array:
-    return jnp.sum(jnp.exp(model.shifted()), axis=-1)
+class Present(Statistic):
+    """The number of columns that are not -inf."""
+
+    def of(self, c):
+        logits = c.logits[self.row.logits]
+        return jnp.sum((logits != -jnp.inf).astype(logits.dtype), axis=-1)
+
+    def rescaled(self, x, sums, moves):
+        del sums, moves
+        return x
 
 
-def log_sum_ratio(sums: RowSums) -> jax.Array:
+class Listed(Statistic):
+    """The logits of a list, `[B, k]`: 0 in the columns that are not at hand."""
+
+    @property
+    def rows(self):
+        return ()
+
+    def of(self, c):
+        return c.logits[self.row.logits]
+
+    def rescaled(self, x, sums, moves):
+        del sums, moves
+        return x
+
+
+class ReverseSums(NamedTuple):
+    """The sum of $e^z d$; and those of $e^z$ and $e^z d$ below the top."""
+
+    log_ratio: jax.Array
+    prob_below: jax.Array
+    log_ratio_below: jax.Array
+
+
+class PairSums(NamedTuple):
+    """What a teacher `p` and a student `q` have together, `[B]` each."""
+
+    difference: jax.Array  # Σ (e^z - e^u)
+    reverse: ReverseSums | None  # None: not needed
+
+    @classmethod
+    def of(
+        cls, p: Model, q: Model, *, same_temperature: bool, reverse: bool
+    ) -> "PairSums":
+        u, z = p.shifted(), q.shifted()
+        d = difference_of_shifted(p, q, same_temperature)
+        difference = jnp.sum(_exp_difference(u, z, d), axis=-1)
+        if not reverse:
+            return cls(difference, None)
+        exp_z = jnp.exp(z)
+        below = _below_top(z) * exp_z
+        sums = (jnp.sum(x, axis=-1) for x in (exp_z * d, below, below * d))
+        return cls(difference, ReverseSums(*sums))
+
+
+@dataclasses.dataclass(frozen=True)
+class Paired(Statistic):
+    """The `PairSums` of the row of the student and that of a teacher."""
+
+    teacher: Row
+    same_temperature: bool
+    reverse: bool
+
+    @property
+    def rows(self):
+        return self.row, self.teacher
+
+    def of(self, c):
+        return PairSums.of(
+            c.model(self.teacher),
+            c.model(self.row),
+            same_temperature=self.same_temperature,
+            reverse=self.reverse,
+        )
+
+    def rescaled(self, x, sums, moves):
+        z, u = moves[self.row], moves[self.teacher]
+        of_student, of_teacher = sums[SumExp(self.row)], sums[SumExp(self.teacher)]
+        # Σ (e^(z + a) - e^(u + b)) = e^a Σ (e^z - e^u) + (e^a - e^b) Σ e^u
+        growth = _exp_difference(u, z, z - u)
+        difference = x.difference * jnp.exp(z) + growth * of_teacher
+        if x.reverse is None:
+            return PairSums(difference, None)
+        # d grows by z - u.
+        prob_below = _sum_without_top(of_student, x.reverse.prob_below, z)
+        below = _sum_without_top(x.reverse.log_ratio, x.reverse.log_ratio_below, z)
+        reverse = ReverseSums(
+            log_ratio=x.reverse.log_ratio + (z - u) * of_student,
+            prob_below=prob_below,
+            log_ratio_below=below + (z - u) * prob_below,
+        )
+        return PairSums(difference, ReverseSums(*(x * jnp.exp(z) for x in reverse)))
+
+
+def log_sum_ratio(p: Model, q: Model, difference: jax.Array) -> jax.Array:
     """`log(Z / U)`, `[B]`."""
-    up = sums.difference > 0
-    smaller = jnp.where(up, sums.teacher, sums.student)
-    ratio = jnp.log1p(jnp.abs(sums.difference) / smaller)
+    up = difference > 0
+    smaller = jnp.where(up, p.stats.total, q.stats.total)
+    ratio = jnp.log1p(jnp.abs(difference) / smaller)
     return jnp.where(up, ratio, -ratio)
 
 
@@ -152,81 +183,16 @@ def _exp_difference(u: jax.Array, z: jax.Array, z_less_u: jax.Array) -> jax.Arra
     return jnp.where(near, series, exp_z - exp_u)
 
 
-def rescaled(
-    stats: RowStats,
-    new: Maxima,
-    student_temperature: jax.Array | None,
-    teacher_temperature: jax.Array | None,
-) -> RowSums:
-    """The sums relative to maxima that are as large or larger."""
-    old, sums = stats
-    z_at_1 = _move(old.student, new.student)
-    z = _over(student_temperature, z_at_1)
-    times = lambda x, move: None if x is None else x * jnp.exp(move)
-    result = RowSums(
-        student=times(sums.student, z),
-        student_at_1=times(sums.student_at_1, z_at_1),
-        listed=sums.listed,
-        present=sums.present,
-    )
-    if sums.unlisted is not None:
-        move = _over(student_temperature, _move(old.unlisted, new.unlisted))
-        total, shifted = sums.unlisted
-        moved = Unlisted(times(total, move), times(shifted + move * total, move))
-        result = result._replace(unlisted=moved)
-    if sums.below is not None:
-        student_only = z if sums.student_at_1 is None else z_at_1
-        below = sum_without_top(sums.student_only, sums.below, student_only)
-        result = result._replace(below=times(below, student_only))
-        if sums.shifted is not None:
-            shifted = sums.shifted + student_only * sums.student_only
-            result = result._replace(shifted=times(shifted, student_only))
-    if sums.teacher is None:
-        return result
-    u_at_1 = _move(old.teacher, new.teacher)
-    u = _over(teacher_temperature, u_at_1)
-    # Σ (e^(z + a) - e^(u + b)) = e^a Σ (e^z - e^u) + (e^a - e^b) Σ e^u
-    growth = _exp_difference(u, z, z - u)
-    difference = sums.difference * jnp.exp(z) + growth * sums.teacher
-    result = result._replace(
-        teacher=times(sums.teacher, u),
-        teacher_at_1=times(sums.teacher_at_1, u_at_1),
-        difference=difference,
-    )
-    if sums.reverse is None:
-        return result
-    # d grows by z - u.
-    prob_below = sum_without_top(sums.student, sums.reverse.prob_below, z)
-    below = sum_without_top(sums.reverse.log_ratio, sums.reverse.log_ratio_below, z)
-    reverse = ReverseSums(
-        log_ratio=sums.reverse.log_ratio + (z - u) * sums.student,
-        prob_below=prob_below,
-        log_ratio_below=below + (z - u) * prob_below,
-    )
-    return result._replace(reverse=ReverseSums(*(times(x, z) for x in reverse)))
+def _below_top(z: jax.Array) -> jax.Array:
+    """1 for columns with `z < -1/4`, else 0."""
+    # XLA on CPU fuses a minimum with a sum, but not a select.
+    return jax.lax.stop_gradient(jnp.clip((-TOP - z) * _HUGE, 0, 1))
 
 
-def merged(
-    stats: RowStats,
-    more: RowStats,
-    student_temperature: jax.Array | None,
-    teacher_temperature: jax.Array | None,
-) -> RowStats:
-    """The statistics of two sets of columns together."""
-    maxima = jax.tree.map(jnp.maximum, stats.maxima, more.maxima)
-    temperatures = student_temperature, teacher_temperature
-    both = (rescaled(x, maxima, *temperatures) for x in (stats, more))
-    return RowStats(maxima, jax.tree.map(jnp.add, *both))
+def _sum_without_top(so_far: jax.Array, below: jax.Array, move: jax.Array) -> jax.Array:
+    """The sum `below` the top, when the maximum moves by `move`; `so_far` has all.
 
-
-def _move(old: jax.Array, new: jax.Array) -> jax.Array:
-    """By how much logits less their maximum move, at most 0, if that grows to `new`."""
-    move = finite_max(old) - finite_max(new)
-    # Sums of no column, or of columns that are absent, are 0 and stay so.
-    return jnp.where(old == -jnp.inf, jnp.finfo(old.dtype).min / 16, move)
-
-
-def _over(temperature: jax.Array | None, x: jax.Array) -> jax.Array:
-    if temperature is None:
-        return x
-    return jnp.maximum(x / temperature, jnp.finfo(x.dtype).min / 16)
+    If it moves farther than the top reaches, all columns so far are below. If it does
+    not, no column is certain until it moves again, or ever.
+    """
+    return jnp.where(move < -TOP, so_far, below)

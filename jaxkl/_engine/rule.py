@@ -20,20 +20,22 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from .._math.numerics import weigh
 from .._util.compat import varying_axes
-from .._util.trees import keep
-from .operands import LossTerms, Operands, Result, Spec, Statistics
+from .metrics import Statistics
+from .operands import Operands, Result, Spec
 from .plan import plan, Platform, workload
+from .student_terms import Labels
 from .walk import walk
 
 
-Outputs = tuple[Any, LossTerms, Statistics | None]
+# The loss, the terms and the statistics.
+Outputs = tuple[Any, tuple[jax.Array, ...], tuple[Statistics, ...]]
 
 # What a program is traced for. The tests leave out accelerators, which they do not run.
 PLATFORMS: tuple[Platform, ...] = ("cpu", "accelerator")
 
 
 def weighted_loss(spec: Spec, operands: Operands) -> Outputs:
-    """`Σ weight · term`, a scalar, or each `weight · term`, a `LossTerms`.
+    """`Σ weight · term`, a scalar, or each `weight · term`, a tuple.
 
     With it come the terms and statistics, `[B]` each.
 
@@ -132,9 +134,8 @@ def _forward(spec, dtypes, flags, operands):
 def _weighted_loss_bwd(spec, dtypes, res, cotangents):
     del dtypes
     g, _, _ = cotangents
-    # A term that has no part in what is differentiated is left out.
-    asked = jax.tree.map(lambda g: not isinstance(g, SymbolicZero), g)
-    return (_backward(spec, res, keep(asked, g)),)
+    known = jax.tree.map(lambda g: None if isinstance(g, SymbolicZero) else g, g)
+    return (_backward(spec, res, known),)
 
 
 @ft.partial(jax.jit, static_argnums=0)
@@ -144,25 +145,25 @@ def _backward(spec, res, g):
         times_g = lambda dtype, d: (d.astype(g.dtype) * g).astype(dtype)
         scaled = lambda dtype, d: times_g(dtype, d) if dtype else None
         return jax.tree.map(scaled, gradient_dtypes, res.gradients)
-    of_terms = jax.tree.map(lambda _: g, gradient_dtypes.weights) if spec.reduce else g
-    is_asked = jax.tree.map(
-        lambda _, g: g is not None, gradient_dtypes.weights, of_terms
-    )
-    asked, weights = (
-        keep(is_asked, x.weights) for x in (gradient_dtypes, res.operands)
-    )
-    weights = jax.tree.map(jnp.multiply, of_terms, weights)
-    operands = res.operands._replace(weights=weights, rows=res.rows)
-    gradient_dtypes = gradient_dtypes._replace(
-        weights=asked, rows=_no_gradients(res.rows)
-    )
-    gradients = _run(spec, operands, gradient_dtypes).gradients._replace(rows=None)
+    operands, of_terms = res.operands, g
+    if spec.reduce:
+        of_terms = (g,) * len(operands.terms)
+    # A term whose part of the loss has no cotangent is left out.
+    kept = [i for i, g in enumerate(of_terms) if g is not None]
+    only = lambda x: x._replace(terms=tuple(x.terms[i] for i in kept))
+    of_terms = [of_terms[i] for i in kept]
+    asked, x = only(gradient_dtypes), only(operands)
+    x = x.with_weights(map(jnp.multiply, of_terms, x.weights))
+    x = x._replace(rows=res.rows)
+    asked = asked._replace(rows=_no_gradients(res.rows))
+    gradients = _run(spec, x, asked).gradients._replace(rows=None)
     # The gradient of a weight is its term, which has not seen the cotangent.
     times = lambda x, g: None if x is None else x * g
-    weights = jax.tree.map(
-        times, gradients.weights, of_terms, is_leaf=lambda x: x is None
-    )
-    return gradients._replace(weights=weights)
+    gradients = gradients.with_weights(map(times, gradients.weights, of_terms))
+    terms = [jax.tree.map(lambda _: None, term) for term in operands.terms]
+    for i, term in zip(kept, gradients.terms, strict=True):
+        terms[i] = term
+    return gradients._replace(terms=tuple(terms))
 
 
 _weighted_loss.defvjp(_weighted_loss_fwd, _weighted_loss_bwd, symbolic_zeros=True)
@@ -216,11 +217,12 @@ def _check_explicit(operands: Operands, is_dense: bool, is_alone: bool) -> None:
             f"{names} must be logits if mesh axes are Explicit: for a head{sparse} "
             f"pass {what}."
         )
-    if operands.labels is not None and operands.labels.ndim > 1:
-        raise ValueError(
-            "`tokens` must be one in each place if mesh axes are Explicit, got "
-            f"{operands.labels.shape[1]}: for several pass {what}."
-        )
+    for term in operands.terms:
+        if isinstance(term, Labels):
+            raise ValueError(
+                "`tokens` must be one in each place if mesh axes are Explicit, got "
+                f"{term.labels.shape[1]}: for several pass {what}."
+            )
 
 
 def _outputs(spec: Spec, operands: Operands, result: Result) -> Any:
@@ -234,7 +236,7 @@ def _run(spec: Spec, operands: Operands, gradient_dtypes: Operands) -> Result:
     """Walks over all tokens as planned for the platform; see `walk`."""
     work = workload(spec, operands, gradient_dtypes)
     if work.sharding == "explicit":
-        _check_explicit(operands, work.is_dense, spec.divergence is None)
+        _check_explicit(operands, work.is_dense, not operands.comparisons)
     walk_by = lambda plan: ft.partial(walk, spec, gradient_dtypes, plan)
     first, *others = [plan(platform, work) for platform in PLATFORMS]
     if all(other == first for other in others):

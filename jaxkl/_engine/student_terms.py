@@ -10,111 +10,192 @@ These are sums of numbers of one sign, so that no digits cancel. Where one colum
 almost all of a row, two more forms keep the digits. With the sum $\sum'$ over the
 columns below the maximum, $\log Z = \log (1 + \sum' e^z)$, and that column has
 $1 - q = \sum' e^z / Z$.
-
-A label is one column a token, `[B]`, or a list of them, `[B, k]`.
 """
 
+import abc
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from .._math.numerics import weigh, zero_unless
-from .._math.softmax import Model, Softmax, SoftmaxStats
+from .._math.softmax import Model, Softmax
 from .._math.vocabulary import Vocabulary
 from .._source.lists import positions
-from .operands import LossTerms, Operands, Spec
-from .row_sums import below_top, CERTAIN, RowSums, TOP
+from .columns import Columns, Row, Statistic, SumExp
+from .row_sums import Below, CERTAIN, Present, Shifted, TOP
+from .term import d_logits, Gradients, Part, Term
 
 
-def temperature(spec: Spec, x: Operands) -> jax.Array | None:
-    """That of these terms: 1 beside a divergence, else the student's."""
-    return x.student_temperature if spec.divergence is None else None
+@dataclasses.dataclass(frozen=True)
+class StudentTerm(Term):
+    """A term of the student at temperature 1, or at that of the loss."""
+
+    at_1: bool = dataclasses.field(kw_only=True, metadata={"static": True})
+
+    def row(self, c: Columns) -> Row:
+        return c.row("student", at_1=self.at_1)
+
+    def statistics(self, c):
+        return [SumExp(self.row(c)), *self.own_statistics(self.row(c))]
+
+    def own_statistics(self, row: Row) -> Sequence[Statistic]:
+        """Those beside the sum that makes the softmax."""
+        del row
+        return []
+
+    def sums(self, c: Columns, model: Model, q: Softmax) -> Any:
+        """Sums over the columns at hand, of which `value` is made."""
+        del c, model, q
+        return ()
+
+    @abc.abstractmethod
+    def d_z(self, c: Columns, model: Model, q: Softmax) -> jax.Array:
+        """The gradient of `weight · value` by `z`, `[B, V]`."""
+
+    def finish(self, c, known, *, recompute):
+        del known, recompute
+        model = c.model(self.row(c))
+        q, d_z = model.softmax(), self.d_z(c, model, model.softmax())
+        gradients = Gradients({"student": d_z}, {})
+        if (temperature := model.stats.temperature) is not None:
+            is_weighted = self.is_weighted.astype(d_z.dtype)
+            of_logits, of_T = d_logits(is_weighted, d_z, q, temperature)
+            gradients = Gradients({"student": of_logits}, {"student": of_T})
+        return Part(self.sums(c, model, q), gradients, q.lse)
 
 
-def sums(weights: LossTerms, q: Model) -> dict[str, Any]:
-    """The sums of `RowSums` that these terms need."""
-    z = q.shifted()
-    exp_z = jnp.exp(z)
-    result = dict(below=jnp.sum(below_top(z) * exp_z, axis=-1))
-    if weights.uniform is not None:
-        result["present"] = jnp.sum(_is_present(q).astype(z.dtype), axis=-1)
-    if weights.entropy is not None:
-        result["shifted"] = jnp.sum(exp_z * z, axis=-1)
-    return result
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Label(StudentTerm):
+    """`-log q` of one column a token."""
 
+    labels: Any  # [B]; negative: none
 
-def label_and_uniform(
-    x: Operands, q: Model, vocab: Vocabulary
-) -> tuple[jax.Array | None, jax.Array | None]:
-    """Sums over the columns at hand: `-z` of each label, and `-Σ z`, `[B]`.
+    def own_statistics(self, row):
+        return [Below(row)]
 
-    The first has the shape of the labels. The second is made if it has a weight, and is
-    over the columns that are not -inf: no label's share is spread over the others.
-    """
-    z, uniform = q.softmax().shifted, None
-    if x.weights.uniform is not None:
-        uniform = -jnp.sum(zero_unless(_is_present(q), z), axis=-1)
-    if x.labels is None:
-        return None, uniform
-    if x.labels.ndim == 1:
-        is_label = _is_label(x.labels, q.logits, vocab)
-        return -jnp.sum(zero_unless(is_label, z), axis=-1), uniform
-    at = positions(x.labels, vocab)
-    listed = _softmax_at(at, q).shifted
-    return -zero_unless(at[1] < vocab.width, listed), uniform
+    def sums(self, c, model, q):
+        """`-z` of each label."""
+        is_label = _is_label(self.labels, model.logits, c.vocab)
+        return -jnp.sum(zero_unless(is_label, q.shifted), axis=-1)
 
-
-def terms(
-    spec: Spec,
-    x: Operands,
-    largest: jax.Array,
-    sums: RowSums,
-    label: jax.Array | None,
-    uniform: jax.Array | None,
-) -> LossTerms:
-    """The terms that have a weight, from sums over all columns."""
-    log_sum = log_of_sum(sums.student_only, sums.below)
-    result, weights = LossTerms(None), x.weights
-    if weights.label is not None:
-        assert label is not None
-        of_row = lambda x: jnp.expand_dims(x, range(1, label.ndim))
-        is_certain = of_row(_has_certain(sums.student_only)) & (label < TOP)
+    def value(self, of_all, known, sums):
+        del known
+        of_row = lambda x: jnp.expand_dims(x, range(1, sums.ndim))
+        total = of_all.stats(self.row(of_all)).total
+        is_certain = of_row(_has_certain(total)) & (sums < TOP)
         # Of a certain column, z is 0 but for rounding. Its derivative is kept.
-        rounding = jax.lax.stop_gradient(zero_unless(is_certain, label))
-        result = result._replace(label=of_row(log_sum) + (label - rounding))
-    if weights.uniform is not None:
-        assert uniform is not None
-        result = result._replace(uniform=log_sum + uniform * _share(sums))
-    if weights.lse_squared is not None:
-        lse = SoftmaxStats(largest, temperature(spec, x), sums.student_only).lse
-        result = result._replace(lse_squared=lse * lse)
-    if weights.entropy is not None:
-        result = result._replace(entropy=log_sum + _mean_below(sums))
-    return result
+        rounding = jax.lax.stop_gradient(zero_unless(is_certain, sums))
+        return of_row(_log_sum(self, of_all)) + (sums - rounding)
+
+    def d_z(self, c, model, q):
+        is_label = _is_label(self.labels, model.logits, c.vocab)
+        less_than_one = jnp.where(q.prob > CERTAIN, self.others(c), 1 - q.prob)
+        d_z = jnp.where(is_label, -less_than_one, q.prob)
+        return weigh(self.weight[:, None], d_z)
+
+    def others(self, c: Columns) -> jax.Array:
+        """`1 - q` of the largest column, `[B, 1]`."""
+        sums, row = c.rows.sums, self.row(c)
+        return (sums[Below(row)] / sums[SumExp(row)])[:, None]
 
 
-def d_shifted(
-    x: Operands, model: Model, sums: RowSums, vocab: Vocabulary
-) -> jax.Array | int:
-    """The gradient of `Σ weight · term` by `z`, `[B, V]`, or 0."""
-    weights, q, parts = x.weights, model.softmax(), []
-    if weights.label is not None:
-        of_labels = _d_label if x.labels.ndim == 1 else _d_labels
-        others = sums.below / sums.student_only
-        parts.append(of_labels(weights.label, x.labels, model, q, others, vocab))
-    if weights.uniform is not None:
-        d_uniform = q.prob - jnp.where(_is_present(model), _share(sums)[:, None], 0)
-        parts.append(weigh(weights.uniform[:, None], d_uniform))
-    if weights.lse_squared is not None:
-        d_lse = weigh(2 * weights.lse_squared, q.lse)
-        parts.append(weigh(d_lse[:, None], q.prob))
-    if weights.entropy is not None:
-        above = q.shifted + _mean_below(sums)[:, None]
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Labels(Label):
+    """`-log q` of several columns a token, `[B, k]`."""
+
+    def sums(self, c, model, q):
+        at = positions(self.labels, c.vocab)
+        return -zero_unless(at[1] < c.vocab.width, _softmax_at(at, model).shifted)
+
+    def d_z(self, c, model, q):
+        """The sum of the gradients of the labels of each token."""
+        weight, others, at = (
+            self.weight,
+            self.others(c),
+            positions(self.labels, c.vocab),
+        )
+        # The device or block that holds a certain column holds all its labels.
+        is_certain = _softmax_at(at, model).prob > CERTAIN
+        of_certain = jnp.sum(zero_unless(is_certain, weight), -1, keepdims=True)
+        of_others = jnp.sum(zero_unless(~is_certain, weight), -1, keepdims=True)
+        certain = weigh(of_others, q.prob) - weigh(of_certain, others)
+        total = of_certain + of_others
+        d_z = jnp.where(q.prob > CERTAIN, certain, weigh(total, q.prob))
+        return d_z.at[at].add(-zero_unless(~is_certain, weight), mode="drop")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Uniform(StudentTerm):
+    """`-log q` on average over the columns that are not -inf, for label smoothing: no
+    label's share is spread over the others."""
+
+    def own_statistics(self, row):
+        return [Below(row), Present(row)]
+
+    def sums(self, c, model, q):
+        """`-Σ z`."""
+        return -jnp.sum(zero_unless(_is_present(model), q.shifted), axis=-1)
+
+    def value(self, of_all, known, sums):
+        del known
+        return _log_sum(self, of_all) + sums * self._share(of_all)
+
+    def d_z(self, c, model, q):
+        share = jnp.where(_is_present(model), self._share(c)[:, None], 0)
+        return weigh(self.weight[:, None], q.prob - share)
+
+    def _share(self, c: Columns) -> jax.Array:
+        """What each column that is present gets of a label that is spread, `[B]`."""
+        return 1 / jnp.maximum(c.rows.sums[Present(self.row(c))], 1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LseSquared(StudentTerm):
+    """The square of the log-sum-exp."""
+
+    def value(self, of_all, known, sums):
+        del known, sums
+        lse = of_all.stats(self.row(of_all)).lse
+        return lse * lse
+
+    def d_z(self, c, model, q):
+        return weigh(weigh(2 * self.weight, q.lse)[:, None], q.prob)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Entropy(StudentTerm):
+    """`-Σ q log q`."""
+
+    def own_statistics(self, row):
+        return [Below(row), Shifted(row)]
+
+    def value(self, of_all, known, sums):
+        del known, sums
+        return _log_sum(self, of_all) + self._mean_below(of_all)
+
+    def d_z(self, c, model, q):
+        above = q.shifted + self._mean_below(c)[:, None]
         # Where q is 0, the other factor may be infinite.
         d_entropy = -q.prob * zero_unless(q.prob != 0, above)
-        parts.append(weigh(weights.entropy[:, None], d_entropy))
-    return sum(parts)
+        return weigh(self.weight[:, None], d_entropy)
+
+    def _mean_below(self, c: Columns) -> jax.Array:
+        """`M`: by how much a logit of the row is below the largest, on average."""
+        sums, row = c.rows.sums, self.row(c)
+        return -sums[Shifted(row)] / sums[SumExp(row)]
+
+
+def _log_sum(term: StudentTerm, of_all: Columns) -> jax.Array:
+    sums, row = of_all.rows.sums, term.row(of_all)
+    return log_of_sum(sums[SumExp(row)], sums[Below(row)])
 
 
 @jax.custom_jvp
@@ -137,19 +218,9 @@ def _has_certain(total: jax.Array) -> jax.Array:
     return (total > 0.5) & (total < 1 / CERTAIN)
 
 
-def _mean_below(sums: RowSums) -> jax.Array:
-    """`M`: by how much a logit of the row is below the largest, on average, `[B]`."""
-    return -sums.shifted / sums.student_only
-
-
 def _is_present(model: Model) -> jax.Array:
     """Whether a column is neither masked nor padding, `[B, V]`."""
     return model.logits != -jnp.inf
-
-
-def _share(sums: RowSums) -> jax.Array:
-    """What each column that is present gets of a label that is spread, `[B]`."""
-    return 1 / jnp.maximum(sums.present, 1)
 
 
 def _is_label(labels: jax.Array, like: jax.Array, vocab: Vocabulary) -> jax.Array:
@@ -163,37 +234,3 @@ def _softmax_at(at: tuple[jax.Array, jax.Array], model: Model) -> Softmax:
     """The softmax of the columns at `positions`, `[B, k]`; 0 for those elsewhere."""
     listed = model.logits.at[at].get(mode="fill", fill_value=-jnp.inf)
     return model.stats.softmax(listed)
-
-
-def _d_label(
-    weight: jax.Array,
-    label: jax.Array,
-    model: Model,
-    q: Softmax,
-    others: jax.Array,
-    vocab: Vocabulary,
-) -> jax.Array:
-    """`weight · (q - onehot)`, `[B, V]`; `others` are `1 - q` of the largest column."""
-    is_label = _is_label(label, model.logits, vocab)
-    less_than_one = jnp.where(q.prob > CERTAIN, others[:, None], 1 - q.prob)
-    return weigh(weight[:, None], jnp.where(is_label, -less_than_one, q.prob))
-
-
-def _d_labels(
-    weight: jax.Array,
-    labels: jax.Array,
-    model: Model,
-    q: Softmax,
-    others: jax.Array,
-    vocab: Vocabulary,
-) -> jax.Array:
-    """The sum of `_d_label` over the labels of each token, `[B, V]`."""
-    at = positions(labels, vocab)
-    # The device or block that holds a certain column holds all its labels.
-    is_certain = _softmax_at(at, model).prob > CERTAIN
-    of_certain = jnp.sum(zero_unless(is_certain, weight), axis=-1)
-    of_others = jnp.sum(zero_unless(~is_certain, weight), axis=-1)
-    certain = weigh(of_others[:, None], q.prob) - weigh(of_certain, others)[:, None]
-    total = (of_certain + of_others)[:, None]
-    d_z = jnp.where(q.prob > CERTAIN, certain, weigh(total, q.prob))
-    return d_z.at[at].add(-zero_unless(~is_certain, weight), mode="drop")

@@ -17,22 +17,22 @@ import jax.numpy as jnp
 from .._math.vocabulary import Vocabulary
 from .._util.compat import abstract_eval, zeros
 from .._util.trees import cast, keep, merge, split
-from .columns import (
-    Columns,
+from .columns import Columns, merged, rescaled, RowStats
+from .metrics import Top
+from .operands import Operands, Result, Spec
+from .pair import SlopeSums
+from .phases import (
+    columns_of,
     complete,
     finish,
-    listed_of,
+    is_top,
+    known,
     row_stats,
     slope_sums,
-    TermSums,
-    Top,
+    Sums,
 )
-from .comparison import PerModel
-from .list_comparison import ListComparison
-from .list_statistics import count_larger, find_number_among_top, number_among_top
-from .operands import LossTerms, Operands, Result, Spec, Statistics
 from .plan import Plan
-from .row_sums import merged, rescaled, RowStats
+from .student_terms import Entropy
 
 
 @ft.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
@@ -48,52 +48,27 @@ def run_tile(
     """
     x = masked(x)
     blocks = _Blocks.of(spec, x, plan.columns)
-    temperatures = x.student_temperature, spec.teacher_temperature(x)
     rows = x.rows
     if rows is None:
-        merge_rows = lambda x, y: merged(x, y, *temperatures)
-        rows = _over_devices(spec, x, blocks.fold(row_stats, merge_rows, _no_rows))
+        merge_rows = ft.partial(merged, temperatures=x.temperatures)
+        of_block = ft.partial(row_stats, spec, x)
+        rows = blocks.fold(of_block, merge_rows, _no_rows)
+        rows = _rows_over_devices(spec.vocab, x, rows)
     add = ft.partial(jax.tree.map, jnp.add)
-    slopes = blocks.fold(lambda c: slope_sums(c, rows), add, _zeros)
-    slopes = _slopes_over_devices(spec.vocab, slopes)
-    listed = listed_of(spec, x, rows)
-    number = None
+    slopes = blocks.fold(lambda c: slope_sums(x, c._replace(rows=rows)), add, _zeros)
+    of_all = Columns(spec.vocab, x.temperatures, {}, rows)
+    of_terms = known(x, of_all, _slopes_over_devices(spec.vocab, slopes))
     if blocks.whole is None:
         gradient_dtypes = asked[0].unflatten(asked[1])
-        done, gradients = _finished(
-            blocks, gradient_dtypes, rows, slopes, listed, counted
-        )
-        gradients = x._replace(**gradients)
-        if done.larger is not None:
-            (larger,) = spec.vocab.psum(done.larger)
-            number = number_among_top(x.teacher.columns, larger, spec.vocab)
+        sums, gradients = _finished(blocks, gradient_dtypes, rows, of_terms, counted)
     else:
-        c = blocks.whole
-        done = finish(c, rows, slopes, listed, counted, recompute=plan.recompute)
-        gradients, counted = done.gradients, done.counted
-        if spec.statistics and x.teacher.kind == "list":
-            of_list = x.teacher.columns, rows.sums.listed
-            number = find_number_among_top(*of_list, c.student, spec.vocab)
-    terms, statistics = _completed(spec, x, rows, done.sums, done.tops, number)
+        c = blocks.whole._replace(rows=rows)
+        done = finish(spec, x, c, of_terms, counted, recompute=plan.recompute)
+        sums, gradients, counted = done
+    sums = _sums_over_devices(spec.vocab, sums)
+    terms, statistics = complete(spec, x, of_all, of_terms, sums)
     kept = rows if x.rows is None and not spec.reduce else None
-    return Result(terms, statistics, gradients._replace(weights=terms), counted, kept)
-
-
-class _Done(NamedTuple):
-    """What the last pass adds up: sums of terms, and what is merged otherwise."""
-
-    sums: TermSums
-    tops: PerModel | None
-    larger: jax.Array | None  # see `count_larger`
-    gradients: Any  # those that are sums over columns
-
-    def plus(self, other: "_Done") -> "_Done":
-        is_top = lambda x: isinstance(x, Top)
-        tops = jax.tree.map(Top.of_both, self.tops, other.tops, is_leaf=is_top)
-        added = jax.tree.map(
-            jnp.add, self._replace(tops=None), other._replace(tops=None)
-        )
-        return added._replace(tops=tops)
+    return Result(terms, statistics, gradients.with_weights(terms), counted, kept)
 
 
 class _Blocks(NamedTuple):
@@ -108,14 +83,17 @@ class _Blocks(NamedTuple):
     def of(cls, spec: Spec, x: Operands, width: int | None) -> "_Blocks":
         if width is not None:
             return cls(spec, x, min(width, spec.vocab.width), None)
-        c = Columns.of(spec, x, spec.vocab)
-        if x.rows is not None and x.weights.entropy is not None:
-            c = c.materialized()  # the gradient of an entropy is long
-        return cls(spec, x, spec.vocab.width, c)
+        # The gradient of an entropy is long.
+        is_long = x.rows is not None and any(isinstance(t, Entropy) for t in x.terms)
+        whole = columns_of(spec, x, spec.vocab, materialized=is_long)
+        return cls(spec, x, spec.vocab.width, whole)
 
-    def at(self, start: jax.Array | int, width: int) -> Columns:
+    def at(
+        self, start: jax.Array | int, width: int, *, materialized: bool = False
+    ) -> tuple[Operands, Columns]:
         x = self.x.map_sources(lambda source: source.take_columns(start, width))
-        return Columns.of(self.spec, x, self.spec.vocab.block(start, width))
+        vocab = self.spec.vocab.block(start, width)
+        return x, columns_of(self.spec, x, vocab, materialized=materialized)
 
     def scan(self, step: Callable[[Any, Any, int], Any], carry: Any) -> Any:
         """The carry after `step(carry, start, width)` of each block; the last is a
@@ -139,10 +117,11 @@ class _Blocks(NamedTuple):
         """`f` of all blocks combined; `empty` makes that of none from its types."""
         if self.whole is not None:
             return f(self.whole)
-        start = empty(abstract_eval(lambda: f(self.at(0, self.width))))
+        of_block = lambda start, width: f(self.at(start, width)[1])
+        start = empty(abstract_eval(lambda: of_block(0, self.width)))
 
         def step(carry, start, width):
-            return combine(carry, f(self.at(start, width)))
+            return combine(carry, of_block(start, width))
 
         return self.scan(step, start)
 
@@ -151,49 +130,49 @@ def _finished(
     blocks: _Blocks,
     gradient_dtypes: Operands,
     rows: RowStats,
-    slopes: PerModel,
-    listed: ListComparison | None,
+    of_terms: tuple[Any, ...],
     counted: jax.Array,
-) -> tuple[_Done, dict[str, Any]]:
-    """The last pass, and its gradients of what columns contribute to."""
+) -> tuple[Sums, Operands]:
+    """The last pass, and its gradients of what columns contribute to: not of weights,
+    whose gradients are terms of the loss."""
     spec, x = blocks.spec, blocks.x
-    asked = _with_gradients(gradient_dtypes)
-    by_column = _with_gradients(x.by_column_flags())
+    without_weights = lambda x: x.with_weights([None] * len(x.terms))
+    asked, by_column = map(without_weights, (gradient_dtypes, x.by_column_flags()))
 
     def finished(start, width):
         """What is added up, and the gradients of the block's own columns."""
-        c = blocks.at(start, width).materialized()
-        done = finish(c, rows, slopes, listed, counted, recompute=False)
-        result = Result(None, None, done.gradients, done.counted)
-        pulled = pull_back(c.x, result, ("student", "teacher"))
-        summed, written = split(by_column, keep(asked, _with_gradients(pulled)))
-        larger = None
-        if spec.statistics and x.teacher.kind == "list":
-            columns, of_list = x.teacher.columns, rows.sums.listed
-            larger = count_larger(columns, of_list, c.student, c.vocab)
-        return _Done(done.sums, done.tops, larger, summed), cast(asked, written)
+        x, c = blocks.at(start, width, materialized=True)
+        c = c._replace(rows=rows)
+        done = finish(spec, x, c, of_terms, counted, recompute=False)
+        result = Result((), (), done.gradients, done.counted)
+        pulled = without_weights(pull_back(x, result, range(len(x.sources))))
+        summed, written = split(by_column, keep(asked, pulled))
+        return (done.sums, summed), cast(asked, written)
 
     def step(carry, start, width):
-        total, arrays = carry
-        done, written = finished(start, width)
+        (sums, total), arrays = carry
+        (of_block, summed), written = finished(start, width)
         write = lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, start, -1)
-        return total.plus(done), jax.tree.map(write, arrays, written)
+        added = sums.plus(of_block), jax.tree.map(jnp.add, total, summed)
+        return added, jax.tree.map(write, arrays, written)
 
-    types, arrays = abstract_eval(lambda: finished(0, blocks.width))
-    total = _zeros(types)
-    if total.tops is not None:
-        nothing = lambda x: Top(x.logit - jnp.inf, x.column + spec.vocab.size)
-        total = total._replace(tops=PerModel(*map(nothing, total.tops)))
-    _, whole = split(by_column, keep(asked, _with_gradients(x)))
+    (sums, summed), arrays = abstract_eval(lambda: finished(0, blocks.width))
+    start = jax.tree.map(
+        lambda x: (
+            Top(
+                zeros(x.logit, x.logit.shape) - jnp.inf,
+                zeros(x.column, x.column.shape) + spec.vocab.size,
+            )
+            if is_top(x)
+            else zeros(x, x.shape)
+        ),
+        sums,
+        is_leaf=is_top,
+    )
+    _, whole = split(by_column, keep(asked, without_weights(x)))
     arrays = jax.tree.map(lambda x, full: zeros(x, full.shape), arrays, whole)
-    done, arrays = blocks.scan(step, (total, arrays))
-    return done, merge(done.gradients, arrays)
-
-
-def _with_gradients(x: Operands) -> dict[str, Any]:
-    """What columns contribute to: the gradient of a weight is a term of the loss."""
-    names = "student", "teacher", "student_temperature", "teacher_temperature"
-    return {name: getattr(x, name) for name in names}
+    (sums, summed), arrays = blocks.scan(step, ((start, _zeros(summed)), arrays))
+    return sums, merge(summed, arrays)
 
 
 def _zeros(types: Any) -> Any:
@@ -205,19 +184,37 @@ def _no_rows(types: RowStats) -> RowStats:
     return RowStats(jax.tree.map(lambda x: x - jnp.inf, maxima), sums)
 
 
-def _over_devices(spec: Spec, x: Operands, here: RowStats) -> RowStats:
+def _rows_over_devices(vocab: Vocabulary, x: Operands, here: RowStats) -> RowStats:
     """The statistics of the columns of all devices."""
-    if spec.vocab.axis_name is None:
+    if vocab.axis_name is None:
         return here
-    maxima = _exchanged(spec.vocab.pmax, here.maxima)
-    temperatures = x.student_temperature, spec.teacher_temperature(x)
-    sums = rescaled(here, maxima, *temperatures)
-    return RowStats(maxima, _exchanged(spec.vocab.psum, sums))
+    maxima = _exchanged(vocab.pmax, here.maxima)
+    sums = rescaled(here, maxima, x.temperatures).sums
+    return RowStats(maxima, _exchanged(vocab.psum, sums))
 
 
-def _slopes_over_devices(vocab: Vocabulary, sums: PerModel) -> PerModel:
+def _slopes_over_devices(vocab: Vocabulary, sums: Any) -> Any:
     # Each model has an exchange of its own: most often only one is needed.
-    return PerModel(*(_exchanged(vocab.psum, of_model) for of_model in sums))
+    exchange = ft.partial(_exchanged, vocab.psum)
+    return jax.tree.map(exchange, sums, is_leaf=lambda x: isinstance(x, SlopeSums))
+
+
+def _sums_over_devices(vocab: Vocabulary, sums: Sums) -> Sums:
+    if vocab.axis_name is None:
+        return sums
+    leaves, structure = jax.tree.flatten(sums, is_leaf=is_top)
+    tops = [x for x in leaves if is_top(x)]
+    added = iter(vocab.psum(*(x for x in leaves if not is_top(x))))
+    largest = iter(vocab.pmax(*(x.logit for x in tops)) if tops else ())
+
+    def of_all(x):
+        if not is_top(x):
+            return next(added)
+        logit = next(largest)
+        first = jnp.where(x.logit == logit, x.column, vocab.size)
+        return Top(logit, vocab.pmin(first))
+
+    return structure.unflatten(map(of_all, leaves))
 
 
 def _exchanged(reduce: Any, tree: Any) -> Any:
@@ -226,33 +223,12 @@ def _exchanged(reduce: Any, tree: Any) -> Any:
     return structure.unflatten(reduce(*leaves)) if leaves else tree
 
 
-def _completed(
-    spec: Spec,
-    x: Operands,
-    rows: RowStats,
-    terms: TermSums,
-    tops: PerModel | None,
-    number: jax.Array | None,
-) -> tuple[LossTerms, Statistics | None]:
-    """The terms and statistics, from the last pass over the columns of this device."""
-    vocab = spec.vocab
-    terms = _exchanged(vocab.psum, terms)
-    if tops is not None and vocab.axis_name is not None:
-        logits = vocab.pmax(*(top.logit for top in tops))
-        first = lambda top, largest: Top(
-            largest, vocab.pmin(jnp.where(top.logit == largest, top.column, vocab.size))
-        )
-        tops = PerModel(*map(first, tops, logits))
-    return complete(spec, x, rows, terms, tops, number)
-
-
-def pull_back(x: Operands, result: Result, sources: Sequence[str]) -> Operands:
-    """The gradients of a result, with those of the named sources' arrays."""
-    x, gradients = masked(x), result.gradients
-    for name in sources:
-        pulled = getattr(x, name).vjp(getattr(gradients, name), result.counted)
-        gradients = gradients._replace(**{name: pulled})
-    return gradients
+def pull_back(x: Operands, result: Result, sources: Sequence[int]) -> Operands:
+    """The gradients of a result, with those of the arrays of these sources."""
+    x, pulled = masked(x), list(result.gradients.sources)
+    for i in sources:
+        pulled[i] = x.sources[i].vjp(pulled[i], result.counted)
+    return result.gradients.with_sources(pulled)
 
 
 def masked(x: Operands) -> Operands:

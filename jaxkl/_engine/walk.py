@@ -1,7 +1,7 @@
 """The walk over tokens, a tile at a time."""
 
 import functools as ft
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -13,9 +13,6 @@ from .operands import Operands, Result, Spec
 from .orders import ORDERS, Tiles
 from .plan import Plan
 from .tile import masked, pull_back, run_tile
-
-
-_SOURCES = ("student", "teacher")
 
 
 def walk(
@@ -30,7 +27,8 @@ def walk(
     waiting = _sources_with_sums(gradient_dtypes, is_shared)
     leaves, structure = jax.tree.flatten(gradient_dtypes)
     flags = structure, tuple(leaves)
-    overwrites_overlap = all(source.pulls_back_uncounted for source in operands[:2])
+    every = range(len(operands.sources))
+    overwrites_overlap = all(x.pulls_back_uncounted for x in operands.sources)
     order = ft.partial(ORDERS[plan.order], overwrites_overlap=overwrites_overlap)
 
     def finished(result, gradients):
@@ -39,11 +37,11 @@ def walk(
         return result._replace(gradients=cast(gradient_dtypes, rows)), totals
 
     def of_tile(x, counted):
-        x = _linearized(gradient_dtypes, _SOURCES, x)
+        x = _linearized(gradient_dtypes, every, x)
         result = run_tile(spec, flags, plan, x, counted)
         if plan.columns is not None:
             return finished(result, result.gradients)
-        return finished(result, pull_back(x, result, _SOURCES))
+        return finished(result, pull_back(x, result, every))
 
     def of_part(x, counted):
         assert plan.tile is not None
@@ -52,7 +50,7 @@ def walk(
             *_run_part(spec, gradient_dtypes, flags, plan, waiting, tiles, x, counted)
         )
 
-    all_counted = jnp.full_like(operands.weights.per_token, True, bool)
+    all_counted = jnp.full_like(operands.per_token, True, bool)
     if plan.tile is None:
         whole = operands.map_sources(lambda source: source.materialized())
         result, totals = of_tile(whole, all_counted)
@@ -71,25 +69,23 @@ def walk(
     return result._replace(gradients=gradients)
 
 
-def _sources_with_sums(gradient_dtypes: Operands, is_shared: Operands) -> list[str]:
+def _sources_with_sums(gradient_dtypes: Operands, is_shared: Operands) -> list[int]:
     """The sources of which a gradient that is asked for is a sum over tokens."""
-    sums = keep(is_shared, gradient_dtypes)
-    return [name for name in _SOURCES if any(jax.tree.leaves(getattr(sums, name)))]
+    sums = keep(is_shared, gradient_dtypes).sources
+    return [i for i, of_source in enumerate(sums) if any(jax.tree.leaves(of_source))]
 
 
 def _linearized(
-    gradient_dtypes: Operands, names: Sequence[str], x: Operands
+    gradient_dtypes: Operands, sources: Iterable[int], x: Operands
 ) -> Operands:
     """The operands, of which these sources are about to be pulled back."""
     x = masked(x)._replace(mask=None)
-    with_terms = any(jax.tree.leaves(gradient_dtypes.weights))  # they are its gradients
-    ready = {
-        name: getattr(x, name).linearized(
-            getattr(gradient_dtypes, name), with_terms=with_terms
-        )
-        for name in names
-    }
-    return x._replace(**ready)
+    with_terms = any(gradient_dtypes.weights)  # they are its gradients
+    ready = list(x.sources)
+    for i in sources:
+        asked = gradient_dtypes.sources[i]
+        ready[i] = ready[i].linearized(asked, with_terms=with_terms)
+    return x.with_sources(ready)
 
 
 def _run_part(
@@ -97,7 +93,7 @@ def _run_part(
     gradient_dtypes: Operands,
     flags: Any,
     plan: Plan,
-    waiting: list[str],
+    waiting: Sequence[int],
     tiles: Tiles,
     x: Operands,
     counted: jax.Array,
@@ -109,10 +105,14 @@ def _run_part(
     gradients of the part: one matrix product over many tokens, and not a sum of many
     products, which each tile would read and write.
     """
-    others = [name for name in _SOURCES if name not in waiting]
-    asked_later = {
-        name: jax.tree.map(lambda _: False, getattr(x, name)) for name in waiting
-    }
+    others = [i for i in range(len(x.sources)) if i not in waiting]
+    # What is asked for in each tile.
+    now = gradient_dtypes.with_sources(
+        [
+            jax.tree.map(lambda _: False, asked) if i in waiting else asked
+            for i, asked in enumerate(gradient_dtypes.sources)
+        ]
+    )
 
     def of_tile(x, counted):
         x = _linearized(gradient_dtypes, others, x)
@@ -120,31 +120,32 @@ def _run_part(
         counted = jnp.full_like(counted, True)
         result = run_tile(spec, flags, plan, x, counted)
         gradients = pull_back(x, result, others)
-        outputs = {
-            name: getattr(gradients, name).astype(
-                getattr(x, name).output_dtype(spec.dtype)
-            )
-            for name in waiting
-        }
+        sources = list(gradients.sources)
+        outputs = [
+            sources[i].astype(x.sources[i].output_dtype(spec.dtype)) for i in waiting
+        ]
         if plan.barrier_outputs:
             # Otherwise XLA fuses `outputs` with the update of the array, and not with
             # the sum of the terms, which reads all logits again.
             outputs = jax.lax.optimization_barrier(outputs)
-        gradients = gradients._replace(**{name: getattr(x, name) for name in waiting})
-        gradients = cast(gradient_dtypes._replace(**asked_later), gradients)
+        for i in waiting:
+            sources[i] = x.sources[i]
+        gradients = cast(now, gradients.with_sources(sources))
         return result._replace(gradients=gradients), (), outputs
 
     result, _, outputs = _scan(tiles, x, of_tile)
     # The products take the tokens in the order of the tiles.
-    unfinished = x._replace(**outputs)
+    unfinished = list(x.sources)
+    for i, output in zip(waiting, outputs, strict=True):
+        unfinished[i] = output
     counted = tiles.stacked(result.counted & counted)
-    stacked = Result(None, None, unfinished, counted)
+    stacked = Result((), (), x.with_sources(unfinished), counted)
     x = _linearized(gradient_dtypes, waiting, x.map_tokens(tiles.stacked))
-    pulled = pull_back(x, stacked, waiting)
-    restored = {
-        name: getattr(pulled, name).map_tokens(tiles.unstacked) for name in waiting
-    }
-    return result, result.gradients._replace(**restored)
+    pulled = pull_back(x, stacked, waiting).sources
+    sources = list(result.gradients.sources)
+    for i in waiting:
+        sources[i] = pulled[i].map_tokens(tiles.unstacked)
+    return result, result.gradients.with_sources(sources)
 
 
 def _scan(

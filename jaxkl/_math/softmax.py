@@ -99,20 +99,24 @@ class SoftmaxStats(NamedTuple):
         # One quotient in a row, not one in each column: a TPU takes ten instructions.
         return x if self.temperature is None else x * (1 / self.temperature)[:, None]
 
-    def softmax(self, logits: jax.Array) -> Softmax:
+    @property
+    def total(self) -> jax.Array:
+        """`Σ_v e^shifted`, once it is known."""
         assert self.sum_exp is not None
+        return self.sum_exp
+
+    def softmax(self, logits: jax.Array) -> Softmax:
         x = self.shifted(logits)
-        prob = jnp.exp(x) * (1 / self.sum_exp)[:, None]
+        prob = jnp.exp(x) * (1 / self.total)[:, None]
         x = jnp.where(logits == -jnp.inf, -jnp.inf, x)
-        return Softmax(x - jnp.log(self.sum_exp)[:, None], prob, self.lse, x)
+        return Softmax(x - jnp.log(self.total)[:, None], prob, self.lse, x)
 
     @property
     def lse(self) -> jax.Array:
-        assert self.sum_exp is not None
         largest = self._finite_max
         if self.temperature is not None:
             largest = largest / self.temperature
-        return largest + jnp.log(self.sum_exp)
+        return largest + jnp.log(self.total)
 
     @property
     def _finite_max(self):

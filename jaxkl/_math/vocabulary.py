@@ -45,6 +45,11 @@ class Vocabulary:
             )
         return cls(width * shards if size is None else size, width, axis_name, shards)
 
+    @property
+    def is_block(self) -> bool:
+        """Whether these are only a few of the columns that a device holds."""
+        return False
+
     def block(self, first: jax.Array | int, width: int) -> "Vocabulary":
         """The `width` columns from `first` on, of those that a device holds."""
         start, is_full = self.start + first, self.valid is None
@@ -116,6 +121,10 @@ class _Block(Vocabulary):
 
     first: Any = 0
     is_full: bool = True  # whether no column is padding
+
+    @property
+    def is_block(self):
+        return True
 
     @property
     def start(self):

@@ -20,9 +20,8 @@ from .._math.vocabulary import Vocabulary
 
 
 # "logits" are an argument, and so are in memory already. A "head" makes logits from
-# arrays that all tokens share. A "list" is a teacher's few columns, and "none" is no
-# teacher at all. Plans depend on it.
-Kind = Literal["logits", "head", "list", "none"]
+# arrays that all tokens share. A "list" is a teacher's few columns. Plans depend on it.
+Kind = Literal["logits", "head", "list"]
 
 
 class Given(abc.ABC):

@@ -74,7 +74,7 @@ class Logits(Source):
 class NoTeacher(Source):
     """What stands for the teacher where there is none: all terms are the student's."""
 
-    kind: ClassVar[Kind] = "none"
+    kind: ClassVar[Kind] = "logits"
     is_normalized: ClassVar[bool] = True  # it has no temperature
 
     def checked(self, name):

@@ -1,0 +1,184 @@
+"""What the metrics report beside a loss, of each teacher."""
+
+import abc
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .._divergence.catalogue import ForwardKL
+from .._math.softmax import entropy
+from .._math.vocabulary import Vocabulary
+from .columns import Columns, Statistic, SumExp
+from .comparison import Comparison
+from .list_comparison import (
+    compare_list,
+    ListComparison,
+    LISTED,
+    student_row,
+    UNLISTED,
+)
+from .list_statistics import (
+    count_larger,
+    find_number_among_top,
+    list_statistics,
+    ListStatistics,
+    number_among_top,
+)
+from .pair import PerModel, sum_terms
+from .row_sums import Listed, Shifted
+
+
+class Statistics(NamedTuple):
+    """What is reported beside the terms, `[B]` each: at temperature 1, or beside a list
+    as it is compared."""
+
+    kl: jax.Array
+    student_entropy: jax.Array
+    teacher_entropy: jax.Array
+    top1_agreement: jax.Array
+    of_list: ListStatistics | None  # None: the teacher has no list
+
+
+class Top(NamedTuple):
+    """The first column with the largest logit, and that logit, `[B]`."""
+
+    logit: jax.Array
+    column: jax.Array
+
+    @classmethod
+    def of(cls, logits: jax.Array, vocab: Vocabulary) -> "Top":
+        first = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return cls(jnp.max(logits, axis=-1), first + vocab.start)
+
+    def of_both(self, other: "Top") -> "Top":
+        """Of two sets of columns together."""
+        is_first = (other.logit == self.logit) & (other.column < self.column)
+        is_other = (other.logit > self.logit) | is_first
+        pairs = zip(self, other, strict=True)
+        return Top(*(jnp.where(is_other, y, x) for x, y in pairs))
+
+
+class MetricSums(NamedTuple):
+    """Sums over columns, `[B]` each, but for tops, of which there is the larger."""
+
+    kl: jax.Array
+    student_entropy: jax.Array
+    teacher_entropy: jax.Array
+    tops: PerModel  # Top
+    # Beside a list, how many of its columns are among the student's largest; or, from
+    # a block, `count_larger`, `[B, k]`.
+    among_top: Any = None
+
+
+class Metrics(abc.ABC):
+    """Those of a comparison: terms without weight or gradient, in the same phases."""
+
+    def __init__(self, comparison: Comparison):
+        self.comparison, self.teacher = comparison, comparison.teacher
+
+    @abc.abstractmethod
+    def statistics(self, c: Columns) -> Sequence[Statistic]: ...
+
+    @abc.abstractmethod
+    def sums(self, c: Columns, known: Any) -> MetricSums:
+        """Of the columns at hand; `known` is that of the comparison."""
+
+    def value(self, of_all: Columns, sums: MetricSums) -> Statistics:
+        agree = sums.tops.student.column == sums.tops.teacher.column
+        return Statistics(
+            kl=sums.kl,
+            student_entropy=sums.student_entropy,
+            teacher_entropy=sums.teacher_entropy,
+            top1_agreement=agree.astype(sums.kl.dtype),
+            of_list=None,
+        )
+
+
+class DenseMetrics(Metrics):
+    """At temperature 1; beside a list, at the temperatures of the loss."""
+
+    def _rows(self, c):
+        at_1 = self.teacher.kind != "list"
+        return [c.row(name, at_1=at_1) for name in ("teacher", "student")]
+
+    def statistics(self, c):
+        return list(map(SumExp, self._rows(c)))
+
+    def sums(self, c, known):
+        del known
+        p, q = (c.model(row).softmax() for row in self._rows(c))
+        return MetricSums(
+            sum_terms(ForwardKL(), p.outcomes, q.outcomes, c.vocab),
+            entropy(q.outcomes),
+            entropy(p.outcomes),
+            PerModel(*(Top.of(c.logits[x], c.vocab) for x in ("teacher", "student"))),
+        )
+
+
+class ListMetrics(Metrics):
+    """Of the outcomes of a list and the rest, as the loss compares them."""
+
+    def statistics(self, c):
+        return [Listed(LISTED), SumExp(UNLISTED), Shifted(UNLISTED)]
+
+    def sums(self, c, known):
+        student = c.logits["student"]
+        tops = PerModel(self._top(student.dtype), Top.of(student, c.vocab))
+        entropies = entropy(known.q.outcomes), entropy(known.p.outcomes)
+        of_list = map(c.vocab.on_first_shard, (known.kl, *entropies))
+        return MetricSums(*of_list, tops=tops, among_top=self._among_top(c))
+
+    def _among_top(self, c: Columns) -> jax.Array:
+        of_list = self.teacher.columns, c.rows.sums[Listed(LISTED)]
+        if c.vocab.is_block:
+            return count_larger(*of_list, c.logits["student"], c.vocab)
+        number = find_number_among_top(*of_list, c.logits["student"], c.vocab)
+        return c.vocab.on_first_shard(number)
+
+    def _top(self, dtype: jnp.dtype) -> Top:
+        """The first of the most likely columns of the list."""
+        log_probs = self.teacher.log_probs.astype(dtype)
+        at = jnp.argmax(log_probs, axis=-1)[:, None]
+        column = jnp.take_along_axis(self.teacher.columns, at, axis=-1)[:, 0]
+        return Top(jnp.max(log_probs, axis=-1), column.astype(jnp.int32))
+
+    def value(self, of_all, sums):
+        number, vocab = sums.among_top, of_all.vocab
+        if number.ndim > 1:
+            number = number_among_top(self.teacher.columns, number, vocab)
+        row = student_row(self.teacher, of_all)
+        of_list = list_statistics(self.teacher, row, number, vocab.size)
+        # They are the same on all devices, but JAX cannot know that.
+        of_list = vocab.psum(*map(vocab.on_first_shard, of_list))
+        return super().value(of_all, sums)._replace(of_list=ListStatistics(*of_list))
+
+
+class LumpedListMetrics(ListMetrics):
+    """The same of a list whose loss, of a user's function, is one of all columns."""
+
+    def sums(self, c, known):
+        del known
+        outcomes = compare_list(ForwardKL(), self.teacher, c.of_all())
+        return super().sums(c, outcomes)
+
+
+class SpreadListMetrics(ListMetrics):
+    """Of all columns, over which a list has spread its rest."""
+
+    def statistics(self, c):
+        return [*super().statistics(c), *DenseMetrics(self.comparison).statistics(c)]
+
+    def sums(self, c, known):
+        dense = DenseMetrics(self.comparison).sums(c, known)
+        return dense._replace(among_top=self._among_top(c))
+
+
+def metrics_of(comparison: Comparison) -> Metrics:
+    if isinstance(comparison, ListComparison):
+        return ListMetrics(comparison)
+    if comparison.teacher.kind != "list":
+        return DenseMetrics(comparison)
+    is_lumped = comparison.teacher.has_lumped_rest
+    return (LumpedListMetrics if is_lumped else SpreadListMetrics)(comparison)
