@@ -11,6 +11,7 @@ import jax
 
 from .._source.base import Kind, Source
 from .._util.compat import is_explicitly_sharded, many_devices, varying_axes
+from .._util.trees import partition, select
 from .operands import Operands, PlanName, Spec
 
 
@@ -77,7 +78,8 @@ class Workload:
         return 1 if self.teacher is None else 2
 
 
-def workload(spec: Spec, operands: Operands, gradient_dtypes: Operands) -> Workload:
+def workload(spec: Spec, operands: Operands, asked: Operands) -> Workload:
+    """That of a loss; `asked` is that of `walk`."""
     sources = operands.sources
     student, teacher, *_ = (*(x.kind for x in sources), None)
     logits = [x.vocab_array for x in sources if x.kind == "logits"]
@@ -93,8 +95,8 @@ def workload(spec: Spec, operands: Operands, gradient_dtypes: Operands) -> Workl
         teacher,
         itemsize=spec.dtype.itemsize,
         half_logits=any(x.dtype.itemsize == 2 for x in logits),
-        tokens_per_sum=_tokens_per_sum(spec, operands, gradient_dtypes),
-        sum_bytes=_sum_bytes(spec, operands, gradient_dtypes),
+        tokens_per_sum=_tokens_per_sum(spec, operands, asked),
+        sum_bytes=_sum_bytes(spec, operands, asked),
         makes_blocks=all(x.makes_blocks for x in sources),
         many_devices=many_devices(),
         sharding=sharding,
@@ -103,21 +105,21 @@ def workload(spec: Spec, operands: Operands, gradient_dtypes: Operands) -> Workl
     )
 
 
-def _tokens_per_sum(spec: Spec, operands: Operands, gradient_dtypes: Operands) -> int:
+def _tokens_per_sum(spec: Spec, operands: Operands, asked: Operands) -> int:
     """It is 0 where no sum is asked for, or tiles are better pulled back one by one."""
-    for source, asked in zip(operands.sources, gradient_dtypes.sources, strict=True):
-        sum_bytes = _sum_bytes(spec, source, asked)
+    for source, of_source in zip(operands.sources, asked.sources, strict=True):
+        sum_bytes = _sum_bytes(spec, source, of_source)
         if sum_bytes:
             row_bytes = spec.vocab.width * source.output_dtype(spec.dtype).itemsize
-            at_once = source.pulls_back_at_once(asked)
+            at_once = source.pulls_back_at_once(of_source)
             return sum_bytes // row_bytes if at_once else 0
     return 0
 
 
 def _sum_bytes(spec: Spec, x: Source | Operands, asked: Any) -> int:
-    size = lambda is_shared, asked, x: x.size if is_shared and asked else 0
-    sizes = jax.tree.map(size, x.shared_flags(), asked, x)
-    return sum(jax.tree.leaves(sizes)) * spec.dtype.itemsize
+    of_shared, _ = partition(x.shared_flags(), asked)
+    sizes = [x.size for x in jax.tree.leaves(select(of_shared, x))]
+    return sum(sizes) * spec.dtype.itemsize
 
 
 def plan(platform: Platform, work: Workload) -> Plan:

@@ -14,7 +14,7 @@ from jax.sharding import get_abstract_mesh, PartitionSpec as P
 from .._math.vocabulary import Vocabulary
 from .._source.base import Source
 from .._util.compat import abstract_eval, many_devices, varying_axes, zeros
-from .._util.trees import split
+from .._util.trees import partition
 from .evaluate import reshard
 from .layout import Layout
 from .orders import ORDERS
@@ -44,7 +44,7 @@ class Rows(NamedTuple):
         """
         words = jax.random.bits(key, (2,), jnp.uint32)
         key = jax.random.wrap_key_data(words, impl="threefry2x32")
-        own, _ = split(self.source.shared_flags(), self.source)
+        _, own = partition(self.source.shared_flags(), self.source)
         axes = frozenset[str]().union(*map(varying_axes, jax.tree.leaves(own)))
         device = 0
         for axis in get_abstract_mesh().axis_names:

@@ -20,6 +20,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from .._math.numerics import weigh
 from .._util.compat import varying_axes
+from .._util.trees import combine, select
 from .metrics import Statistics
 from .operands import Operands, Result, Spec
 from .plan import plan, Platform, workload
@@ -98,7 +99,7 @@ class _Residuals(NamedTuple):
     """Flags, and either the operands or their gradients.
 
     JAX keeps one residual structure for a rule, though it may trace the rule again for
-    other gradient_dtypes arguments, and silently mixes up the leaves if the structures
+    other differentiated arguments, and silently mixes up the leaves if the structures
     differ. So an absent array is an empty one, and the structure is always the same.
     """
 
@@ -118,16 +119,14 @@ def _weighted_loss_fwd(spec, dtypes, primals):
 @ft.partial(jax.jit, static_argnums=(0, 1))
 def _forward(spec, dtypes, flags, operands):
     operands = _with_dtypes(dtypes, operands)
-    gradient_dtypes = jax.tree.map(_flagged_dtype, flags)
-    absent = jax.tree.map(lambda _: _absent(), operands)
-    if _awaits_cotangent(spec, gradient_dtypes):
+    asked = jax.tree.map(_flagged_dtype, flags)
+    absent = jax.tree.map(lambda _: jnp.zeros(0), operands)
+    if _awaits_cotangent(spec, asked):
         result = _run(spec, operands, _no_gradients(operands))
         res = _Residuals(flags, operands, result.rows, absent)
     else:
-        result = _run(spec, operands, gradient_dtypes)
-        known = lambda dtype, d: d if dtype else _absent()
-        gradients = jax.tree.map(known, gradient_dtypes, result.gradients)
-        res = _Residuals(flags, absent, None, gradients)
+        result = _run(spec, operands, asked)
+        res = _Residuals(flags, absent, None, combine(result.gradients, absent))
     return _outputs(spec, operands, result), res
 
 
@@ -140,11 +139,10 @@ def _weighted_loss_bwd(spec, dtypes, res, cotangents):
 
 @ft.partial(jax.jit, static_argnums=0)
 def _backward(spec, res, g):
-    gradient_dtypes = jax.tree.map(_flagged_dtype, res.flags)
-    if not _awaits_cotangent(spec, gradient_dtypes):
+    asked = jax.tree.map(_flagged_dtype, res.flags)
+    if not _awaits_cotangent(spec, asked):
         times_g = lambda dtype, d: (d.astype(g.dtype) * g).astype(dtype)
-        scaled = lambda dtype, d: times_g(dtype, d) if dtype else None
-        return jax.tree.map(scaled, gradient_dtypes, res.gradients)
+        return jax.tree.map(times_g, asked, select(asked, res.gradients))
     operands, of_terms = res.operands, g
     if spec.reduce:
         of_terms = (g,) * len(operands.terms)
@@ -152,7 +150,7 @@ def _backward(spec, res, g):
     kept = [i for i, g in enumerate(of_terms) if g is not None]
     only = lambda x: x._replace(terms=tuple(x.terms[i] for i in kept))
     of_terms = [of_terms[i] for i in kept]
-    asked, x = only(gradient_dtypes), only(operands)
+    asked, x = only(asked), only(operands)
     x = x.with_weights(map(jnp.multiply, of_terms, x.weights))
     x = x._replace(rows=res.rows)
     asked = asked._replace(rows=_no_gradients(res.rows))
@@ -160,7 +158,7 @@ def _backward(spec, res, g):
     # The gradient of a weight is its term, which has not seen the cotangent.
     times = lambda x, g: None if x is None else x * g
     gradients = gradients.with_weights(map(times, gradients.weights, of_terms))
-    terms = [jax.tree.map(lambda _: None, term) for term in operands.terms]
+    terms = list(map(_no_gradients, operands.terms))
     for i, term in zip(kept, gradients.terms, strict=True):
         terms[i] = term
     return gradients._replace(terms=tuple(terms))
@@ -170,33 +168,29 @@ _weighted_loss.defvjp(_weighted_loss_fwd, _weighted_loss_bwd, symbolic_zeros=Tru
 _jitted_weighted_loss = jax.jit(_weighted_loss, static_argnums=(0, 1))
 
 
-def _absent() -> jax.Array:
-    return jnp.zeros(0)
-
-
-def _flag(value: bool, dtype: jnp.dtype) -> jax.Array:
+def _flag(is_differentiated: bool, dtype: jnp.dtype) -> jax.Array:
     """Residuals must be arrays. So whether an array is differentiated, and its dtype,
-    are the shape and the dtype of an empty one."""
-    return jnp.zeros((int(value), 0), dtype)
+    are the dtype of an empty one: bool if it is not."""
+    return jnp.zeros(0, dtype if is_differentiated else bool)
 
 
-def _flagged_dtype(flag: jax.Array) -> str | bool:
-    """The dtype of a gradient that is asked for, else False: see `walk`."""
-    return flag.shape[0] == 1 and flag.dtype.name
+def _flagged_dtype(flag: jax.Array) -> jnp.dtype | None:
+    """The dtype of a gradient that is asked for: see `walk`."""
+    return None if flag.dtype == bool else flag.dtype
 
 
-def _no_gradients(operands: Any) -> Any:
-    """Flags that ask for no gradient: see `walk`."""
-    return jax.tree.map(lambda _: False, operands)
+def _no_gradients(x: Any) -> Any:
+    """What asks for no gradient: see `walk`."""
+    return jax.tree.map(lambda _: None, x)
 
 
-def _awaits_cotangent(spec: Spec, gradient_dtypes: Operands) -> bool:
+def _awaits_cotangent(spec: Spec, asked: Operands) -> bool:
     """Whether gradients wait for the cotangent.
 
     They do if there is one for each part, and in float16, where the gradient of a mean
     may underflow without its loss scale.
     """
-    is_half = spec.passes_float16 or "float16" in jax.tree.leaves(gradient_dtypes)
+    is_half = spec.passes_float16 or jnp.float16 in jax.tree.leaves(asked)
     return is_half or not spec.reduce
 
 
@@ -232,12 +226,12 @@ def _outputs(spec: Spec, operands: Operands, result: Result) -> Any:
     return loss, result.terms, result.statistics
 
 
-def _run(spec: Spec, operands: Operands, gradient_dtypes: Operands) -> Result:
+def _run(spec: Spec, operands: Operands, asked: Operands) -> Result:
     """Walks over all tokens as planned for the platform; see `walk`."""
-    work = workload(spec, operands, gradient_dtypes)
+    work = workload(spec, operands, asked)
     if work.sharding == "explicit":
         _check_explicit(operands, work.is_dense, not operands.comparisons)
-    walk_by = lambda plan: ft.partial(walk, spec, gradient_dtypes, plan)
+    walk_by = lambda plan: ft.partial(walk, spec, asked, plan)
     first, *others = [plan(platform, work) for platform in PLATFORMS]
     if all(other == first for other in others):
         return walk_by(first)(operands)

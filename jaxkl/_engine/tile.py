@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from .._math.vocabulary import Vocabulary
 from .._util.compat import abstract_eval, zeros
-from .._util.trees import cast, keep, merge, split
+from .._util.trees import cast, combine, partition, select
 from .columns import Columns, merged, rescaled, RowStats
 from .metrics import Top
 from .operands import Operands, Result, Spec
@@ -42,7 +42,7 @@ def run_tile(
     """All there is to know of a tile: XLA drops what the caller does not use.
 
     `counted`, `[B]`, are the tokens that count in the gradients of shared arrays, and
-    `asked` is the `gradient_dtypes` of `walk`, as its structure and leaves. The sources
+    `asked` is that of `walk`, as its structure and leaves. The sources
     are pulled back here if the columns are in blocks, and else by the caller: see
     `Result`.
     """
@@ -59,8 +59,8 @@ def run_tile(
     of_all = Columns(spec.vocab, x.temperatures, {}, rows)
     of_terms = known(x, of_all, _slopes_over_devices(spec.vocab, slopes))
     if blocks.whole is None:
-        gradient_dtypes = asked[0].unflatten(asked[1])
-        sums, gradients = _finished(blocks, gradient_dtypes, rows, of_terms, counted)
+        of_blocks = asked[0].unflatten(asked[1])
+        sums, gradients = _finished(blocks, of_blocks, rows, of_terms, counted)
     else:
         c = blocks.whole._replace(rows=rows)
         done = finish(spec, x, c, of_terms, counted, recompute=plan.recompute)
@@ -111,24 +111,24 @@ class _Blocks(NamedTuple):
     def fold(
         self,
         f: Callable[[Columns], Any],
-        combine: Callable[[Any, Any], Any],
+        merge: Callable[[Any, Any], Any],
         empty: Callable[[Any], Any],
     ) -> Any:
-        """`f` of all blocks combined; `empty` makes that of none from its types."""
+        """`f` of all blocks, merged; `empty` makes that of none from its types."""
         if self.whole is not None:
             return f(self.whole)
         of_block = lambda start, width: f(self.at(start, width)[1])
         start = empty(abstract_eval(lambda: of_block(0, self.width)))
 
         def step(carry, start, width):
-            return combine(carry, of_block(start, width))
+            return merge(carry, of_block(start, width))
 
         return self.scan(step, start)
 
 
 def _finished(
     blocks: _Blocks,
-    gradient_dtypes: Operands,
+    asked: Operands,
     rows: RowStats,
     of_terms: tuple[Any, ...],
     counted: jax.Array,
@@ -136,8 +136,8 @@ def _finished(
     """The last pass, and its gradients of what columns contribute to: not of weights,
     whose gradients are terms of the loss."""
     spec, x = blocks.spec, blocks.x
-    without_weights = lambda x: x.with_weights([None] * len(x.terms))
-    asked, by_column = map(without_weights, (gradient_dtypes, x.by_column_flags()))
+    asked = asked.with_weights([None] * len(x.terms))
+    by_column, added = partition(x.by_column_flags(), asked)
 
     def finished(start, width):
         """What is added up, and the gradients of the block's own columns."""
@@ -145,9 +145,8 @@ def _finished(
         c = c._replace(rows=rows)
         done = finish(spec, x, c, of_terms, counted, recompute=False)
         result = Result((), (), done.gradients, done.counted)
-        pulled = without_weights(pull_back(x, result, range(len(x.sources))))
-        summed, written = split(by_column, keep(asked, pulled))
-        return (done.sums, summed), cast(asked, written)
+        pulled = pull_back(x, result, range(len(x.sources)))
+        return (done.sums, select(added, pulled)), cast(by_column, pulled)
 
     def step(carry, start, width):
         (sums, total), arrays = carry
@@ -157,22 +156,19 @@ def _finished(
         return added, jax.tree.map(write, arrays, written)
 
     (sums, summed), arrays = abstract_eval(lambda: finished(0, blocks.width))
-    start = jax.tree.map(
-        lambda x: (
-            Top(
-                zeros(x.logit, x.logit.shape) - jnp.inf,
-                zeros(x.column, x.column.shape) + spec.vocab.size,
-            )
-            if is_top(x)
-            else zeros(x, x.shape)
-        ),
-        sums,
-        is_leaf=is_top,
-    )
-    _, whole = split(by_column, keep(asked, without_weights(x)))
+    start = jax.tree.map(_nothing, sums, is_leaf=is_top)
+    whole = select(by_column, x)
     arrays = jax.tree.map(lambda x, full: zeros(x, full.shape), arrays, whole)
     (sums, summed), arrays = blocks.scan(step, ((start, _zeros(summed)), arrays))
-    return sums, merge(summed, arrays)
+    return sums, combine(summed, arrays)
+
+
+def _nothing(type_of: Any) -> Any:
+    """What adds nothing to a sum, or a `Top`, of that type."""
+    if not is_top(type_of):
+        return zeros(type_of, type_of.shape)
+    logit, column = _zeros(type_of)
+    return Top(logit - jnp.inf, column)
 
 
 def _zeros(types: Any) -> Any:

@@ -8,24 +8,23 @@ import jax
 import jax.numpy as jnp
 
 from .._util.compat import abstract_eval, zeros
-from .._util.trees import cast, keep, merge, split
+from .._util.trees import cast, combine, partition, select
 from .operands import Operands, Result, Spec
 from .orders import ORDERS, Tiles
 from .plan import Plan
 from .tile import masked, pull_back, run_tile
 
 
-def walk(
-    spec: Spec, gradient_dtypes: Operands, plan: Plan, operands: Operands
-) -> Result:
+def walk(spec: Spec, asked: Operands, plan: Plan, operands: Operands) -> Result:
     """What the tiles make of all tokens.
 
-    `gradient_dtypes` has the dtype of each gradient that is asked for, and False in the
-    place of the others, which are None in the result.
+    `asked` has the dtype of each gradient that is asked for, and None in the place of
+    the others, which are None in the result.
     """
-    is_shared = operands.shared_flags()  # before `with_max` adds an array
-    waiting = _sources_with_sums(gradient_dtypes, is_shared)
-    leaves, structure = jax.tree.flatten(gradient_dtypes)
+    sums, rows = partition(operands.shared_flags(), asked)
+    # The sources of which a gradient that is asked for is a sum over tokens.
+    waiting = [i for i, x in enumerate(sums.sources) if jax.tree.leaves(x)]
+    leaves, structure = jax.tree.flatten(asked)
     flags = structure, tuple(leaves)
     every = range(len(operands.sources))
     overwrites_overlap = all(x.pulls_back_uncounted for x in operands.sources)
@@ -33,11 +32,10 @@ def walk(
 
     def finished(result, gradients):
         """The rows of a result, and its part of the gradients of shared arrays."""
-        rows, totals = split(is_shared, keep(gradient_dtypes, gradients))
-        return result._replace(gradients=cast(gradient_dtypes, rows)), totals
+        return result._replace(gradients=cast(rows, gradients)), select(sums, gradients)
 
     def of_tile(x, counted):
-        x = _linearized(gradient_dtypes, every, x)
+        x = _linearized(asked, every, x)
         result = run_tile(spec, flags, plan, x, counted)
         if plan.columns is not None:
             return finished(result, result.gradients)
@@ -47,7 +45,7 @@ def walk(
         assert plan.tile is not None
         tiles = order(counted.shape[0], plan.tile)
         return finished(
-            *_run_part(spec, gradient_dtypes, flags, plan, waiting, tiles, x, counted)
+            *_run_part(spec, asked, flags, plan, waiting, tiles, x, counted)
         )
 
     all_counted = jnp.full_like(operands.per_token, True, bool)
@@ -65,32 +63,24 @@ def walk(
         else:
             without_outputs = lambda *x: (*f(*x), ())
             result, totals, _ = _scan(tiles, operands, without_outputs)
-    gradients = merge(result.gradients, cast(gradient_dtypes, totals))
+    gradients = combine(result.gradients, cast(sums, totals))
     return result._replace(gradients=gradients)
 
 
-def _sources_with_sums(gradient_dtypes: Operands, is_shared: Operands) -> list[int]:
-    """The sources of which a gradient that is asked for is a sum over tokens."""
-    sums = keep(is_shared, gradient_dtypes).sources
-    return [i for i, of_source in enumerate(sums) if any(jax.tree.leaves(of_source))]
-
-
-def _linearized(
-    gradient_dtypes: Operands, sources: Iterable[int], x: Operands
-) -> Operands:
+def _linearized(asked: Operands, sources: Iterable[int], x: Operands) -> Operands:
     """The operands, of which these sources are about to be pulled back."""
     x = masked(x)._replace(mask=None)
-    with_terms = any(gradient_dtypes.weights)  # they are its gradients
+    # Terms are the gradients of weights.
+    with_terms = any(dtype is not None for dtype in asked.weights)
     ready = list(x.sources)
     for i in sources:
-        asked = gradient_dtypes.sources[i]
-        ready[i] = ready[i].linearized(asked, with_terms=with_terms)
+        ready[i] = ready[i].linearized(asked.sources[i], with_terms=with_terms)
     return x.with_sources(ready)
 
 
 def _run_part(
     spec: Spec,
-    gradient_dtypes: Operands,
+    asked: Operands,
     flags: Any,
     plan: Plan,
     waiting: Sequence[int],
@@ -107,15 +97,12 @@ def _run_part(
     """
     others = [i for i in range(len(x.sources)) if i not in waiting]
     # What is asked for in each tile.
-    now = gradient_dtypes.with_sources(
-        [
-            jax.tree.map(lambda _: False, asked) if i in waiting else asked
-            for i, asked in enumerate(gradient_dtypes.sources)
-        ]
-    )
+    now = list(asked.sources)
+    for i in waiting:
+        now[i] = jax.tree.map(lambda _: None, now[i])
 
     def of_tile(x, counted):
-        x = _linearized(gradient_dtypes, others, x)
+        x = _linearized(asked, others, x)
         # A tile that takes a token again writes its row again: that is harmless here.
         counted = jnp.full_like(counted, True)
         result = run_tile(spec, flags, plan, x, counted)
@@ -129,8 +116,8 @@ def _run_part(
             # the sum of the terms, which reads all logits again.
             outputs = jax.lax.optimization_barrier(outputs)
         for i in waiting:
-            sources[i] = x.sources[i]
-        gradients = cast(now, gradients.with_sources(sources))
+            sources[i] = now[i]
+        gradients = cast(asked.with_sources(now), gradients.with_sources(sources))
         return result._replace(gradients=gradients), (), outputs
 
     result, _, outputs = _scan(tiles, x, of_tile)
@@ -140,7 +127,7 @@ def _run_part(
         unfinished[i] = output
     counted = tiles.stacked(result.counted & counted)
     stacked = Result((), (), x.with_sources(unfinished), counted)
-    x = _linearized(gradient_dtypes, waiting, x.map_tokens(tiles.stacked))
+    x = _linearized(asked, waiting, x.map_tokens(tiles.stacked))
     pulled = pull_back(x, stacked, waiting).sources
     sources = list(result.gradients.sources)
     for i in waiting:

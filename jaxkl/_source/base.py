@@ -107,7 +107,8 @@ class Source(Given):
     def linearized(self, asked: Self, *, with_terms: bool = False) -> Self:
         """The source, evaluated once if that keeps what a following `vjp` needs.
 
-        `asked` has a flag in the place of every array: whether its gradient is needed.
+        `asked` has a leaf in the place of each array whose gradient is needed, and None
+        in the place of the others.
         `with_terms` is whether the terms of tokens without weight are needed too.
         """
         del asked, with_terms

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from .._math.numerics import zero_unless
 from .._util.compat import abstract_eval, zeros
-from .._util.trees import keep, merge
+from .._util.trees import combine, select
 from .base import Kind, pad_to_width, Source
 
 
@@ -114,16 +114,16 @@ class FunctionSource(Source):
 
     def linearized(self, asked, *, with_terms=False):
         """With its logits made, as `apply` is to run once for them and the gradient."""
-        if not any(jax.tree.leaves(asked)):
+        if not jax.tree.leaves(asked):
             return self
         arrays = self.leaves, self.hidden
-        flags = asked.leaves, asked.hidden
+        chosen = select((asked.leaves, asked.hidden), arrays)
 
         def f(chosen):
-            leaves, hidden = merge(chosen, arrays)
+            leaves, hidden = combine(chosen, arrays)
             return self._rows(leaves, hidden, self.is_present & ~self.is_unsound)
 
-        logits, pull = jax.vjp(f, keep(flags, arrays))
+        logits, pull = jax.vjp(f, chosen)
         if with_terms:
             # The gradient of a weight of 0 is what `apply` makes of the token.
             logits = self._rows(*arrays, self.is_present)

@@ -1,35 +1,33 @@
-"""Trees of flags or dtypes beside trees of arrays."""
+"""Trees of which a part is at hand: the other leaves are None."""
 
 from typing import Any
 
 import jax
 
 
-def keep(flags: Any, tree: Any) -> Any:
-    """The leaves of `tree` whose flag holds, and None for the others."""
-    return jax.tree.map(lambda flag, x: x if flag else None, flags, tree)
+def partition(flags: Any, tree: Any) -> tuple[Any, Any]:
+    """The leaves of `tree` whose flag holds, and those whose flag does not."""
+    kept = jax.tree.map(lambda flag, x: x if flag else None, flags, tree)
+    rest = jax.tree.map(lambda flag, x: None if flag else x, flags, tree)
+    return kept, rest
 
 
-def split(flags: Any, tree: Any) -> tuple[Any, Any]:
-    """Two trees: the leaves whose flag does not hold, and those whose flag does."""
-    return keep(jax.tree.map(lambda flag: not flag, flags), tree), keep(flags, tree)
+def combine(tree: Any, other: Any) -> Any:
+    """The leaves of `tree`, and those of `other` where `tree` has none."""
+    return jax.tree.map(lambda x, y: y if x is None else x, tree, other, is_leaf=_none)
 
 
-def merge(tree: Any, other: Any) -> Any:
-    """The leaves of `tree`, and those of `other` where `tree` has None."""
-    pick = lambda x, y: y if x is None else x
-    return jax.tree.map(pick, tree, other, is_leaf=lambda x: x is None)
+def select(like: Any, tree: Any) -> Any:
+    """The leaves of `tree` where `like` has one."""
+    pick = lambda at, x: None if at is None else x
+    return jax.tree.map(pick, like, tree, is_leaf=_none)
 
 
 def cast(dtypes: Any, tree: Any) -> Any:
-    """Each leaf of `tree` in its dtype; None where it is None or its dtype is False.
+    """The leaves of `tree` that have a dtype, in this dtype."""
+    to = lambda dtype, x: None if dtype is None or x is None else x.astype(dtype)
+    return jax.tree.map(to, dtypes, tree, is_leaf=_none)
 
-    A dtype of True keeps the leaf as it is.
-    """
 
-    def of_dtype(dtype, x):
-        if x is None or not dtype:
-            return None
-        return x if dtype is True else x.astype(dtype)
-
-    return jax.tree.map(of_dtype, dtypes, tree)
+def _none(x: Any) -> bool:
+    return x is None
