@@ -1,19 +1,16 @@
 """From the arguments of a distillation loss to the operands of the engine: each is
 checked, in Python, and all are folded into weights, in one program."""
 
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
-from .._divergence.catalogue import Divergence
 from .._divergence.parameters import split
 from .._engine.evaluate import Prepared
 from .._engine.layout import as_layout, Layout
-from .._engine.operands import Operands, PlanName, Spec
+from .._engine.operands import Operands, Spec
 from .._math.numerics import loss_dtype
 from .._math.vocabulary import Vocabulary
 from .._source.base import flattened, Given, Source
@@ -30,82 +27,45 @@ from .arguments import (
 )
 from .fold import Arguments, fold, Folding
 from .list_teacher import ABSENT, as_teacher
+from .options import LossOptions, Options, Reduction
 from .swapped import as_constant
 
 
 REDUCTIONS = ("none", "sum", "mean")
 PLANS = ("fast", "lean")
 
-Reduction = Literal["none", "sum", "mean"]
 
-
-def prepare(
-    student: ArrayLike | Given,
-    teacher: ArrayLike | Given,
-    *,
-    divergence: Divergence | None,
-    temperature: ArrayLike,
-    teacher_temperature: ArrayLike | None,
-    t_squared: bool,
-    labels: ArrayLike | None,
-    alpha: ArrayLike | None,
-    label_smoothing: ArrayLike,
-    z_loss: ArrayLike,
-    where: ArrayLike | None,
-    weights: ArrayLike | None,
-    vocab_size: int | None,
-    differentiate_teacher: bool,
-    reduction: Reduction,
-    normalizer: ArrayLike | None,
-    axis_name: str | None,
-    mesh: Mesh | AbstractMesh | None,
-    token_axes: str | Sequence[str] | None,
-    vocab_axis: str | None,
-    tile: int | None,
-    plan: PlanName | None,
-    statistics: bool = False,
-) -> Prepared:
-    """Checks the arguments of `distillation_loss` and makes the engine's operands.
+def prepare(options: LossOptions, *, statistics: bool = False) -> Prepared:
+    """Checks the arguments of a loss and makes the engine's operands.
 
     `statistics` is whether the metrics are asked for too. With `NoTeacher()`, the loss
     is that of the student alone: then `divergence` is not looked at, and a token
     without a label does not count.
     """
-    check.one_of("reduction", reduction, REDUCTIONS)
-    t_squared = check.boolean("t_squared", t_squared)
+    check.one_of("reduction", options.reduction, REDUCTIONS)
+    t_squared = check.boolean("t_squared", options.t_squared)
     differentiate_teacher = check.boolean(
-        "differentiate_teacher", differentiate_teacher
+        "differentiate_teacher", options.differentiate_teacher
     )
-    models = checked_models(
-        student,
-        teacher,
-        where=where,
-        vocab_size=vocab_size,
-        axis_name=axis_name,
-        mesh=mesh,
-        token_axes=token_axes,
-        vocab_axis=vocab_axis,
-        tile=tile,
-        plan=plan,
-    )
+    models = checked_models(options, options.teacher)
     of_student, of_teacher, vocab, mask, layout, shape = models
     is_alone = isinstance(of_teacher, NoTeacher)
-    T = check.temperature("temperature", temperature, shape)
+    T = check.temperature("temperature", options.temperature, shape)
     T_teacher = ABSENT
-    if teacher_temperature is not None:
+    if options.teacher_temperature is not None:
         name = "teacher_temperature"
-        T_teacher = check.temperature(name, teacher_temperature, shape)
+        T_teacher = check.temperature(name, options.teacher_temperature, shape)
     static, parameters = None, []
     if not is_alone:
-        is_spread = not (axis_name is None and vocab_axis is None)
-        check_divergence(divergence, vocab, of_teacher, is_spread)
-        static, parameters = split(divergence)
+        is_spread = not (options.axis_name is None and options.vocab_axis is None)
+        check_divergence(options.divergence, vocab, of_teacher, is_spread)
+        static, parameters = split(options.divergence)
         if not differentiate_teacher:
             of_teacher = as_constant(of_student, of_teacher)
     if isinstance(of_teacher, ListSource):
-        assert isinstance(teacher, SparseTeacher) and static is not None
+        assert isinstance(options.teacher, SparseTeacher) and static is not None
         of_teacher = as_teacher(
-            teacher,
+            options.teacher,
             of_teacher,
             static,
             vocab.size,
@@ -117,12 +77,13 @@ def prepare(
     same_temperature = T_teacher is ABSENT and not of_teacher.is_normalized
     if T_teacher is ABSENT or of_teacher.is_normalized:
         T_teacher = None
+    weights = options.weights
     if weights is not None:
         weights = check.float_array("weights", weights)
         check.of_shape("weights", weights, shape, "the batch shape")
     columns = None
-    if is_alone or labels is not None:
-        columns = as_labels(labels, mask, shape, vocab.size)
+    if is_alone or options.labels is not None:
+        columns = as_labels(options.labels, mask, shape, vocab.size)
     parameter_arrays = tuple(x.checked(shape) for x in parameters)
     arrays = jax.tree.leaves((T, T_teacher, weights, of_student, of_teacher))
     arrays += [*parameter_arrays, of_student.vocab_array, of_teacher.vocab_array]
@@ -133,10 +94,10 @@ def prepare(
         columns,
         T,
         T_teacher,
-        _checked_normalizer(normalizer, reduction),
-        _alpha(alpha, columns, statistics),
-        check.scalar("label_smoothing", label_smoothing, 0, 1),
-        check.scalar("z_loss", z_loss, 0),
+        _checked_normalizer(options.normalizer, options.reduction),
+        _alpha(options.alpha, columns, statistics),
+        check.scalar("label_smoothing", options.label_smoothing, 0, 1),
+        check.scalar("z_loss", options.z_loss, 0),
         parameter_arrays,
     )
     mixing = arguments.alpha, arguments.label_smoothing, arguments.z_loss
@@ -145,7 +106,7 @@ def prepare(
         shape,
         dtype,
         vocab.size,
-        mean=reduction == "mean",
+        mean=options.reduction == "mean",
         t_squared=t_squared,
         has_divergence=not is_alone,
         has_label=columns is not None and is_labelled,
@@ -174,17 +135,23 @@ def prepare(
         static,
         vocab,
         dtype,
-        reduce=reduction != "none",
+        reduce=options.reduction != "none",
         statistics=statistics,
         same_temperature=same_temperature,
-        tile=tile,
-        plan=plan,
+        tile=options.tile,
+        plan=options.plan,
         passes_float16=passes_float16,
     )
-    if axis_name is not None:
-        check_slices(axis_name, operands)
+    if options.axis_name is not None:
+        check_slices(options.axis_name, operands)
     return Prepared(
-        spec, operands, layout, folded.weight, label_smoothing, shape, folded.factor
+        spec,
+        operands,
+        layout,
+        folded.weight,
+        options.label_smoothing,
+        shape,
+        folded.factor,
     )
 
 
@@ -199,19 +166,8 @@ class CheckedModels(NamedTuple):
     batch_shape: tuple[int, ...]
 
 
-def checked_models(
-    student: ArrayLike | Given,
-    teacher: ArrayLike | Given,
-    *,
-    where: ArrayLike | None,
-    vocab_size: int | None,
-    axis_name: str | None,
-    mesh: Mesh | AbstractMesh | None,
-    token_axes: str | Sequence[str] | None,
-    vocab_axis: str | None,
-    tile: int | None,
-    plan: PlanName | None,
-) -> CheckedModels:
+def checked_models(options: Options, teacher: ArrayLike | Given) -> CheckedModels:
+    tile, plan, axis_name = options.tile, options.plan, options.axis_name
     if tile is not None:
         tile = check.positive_int("tile", tile)
     if plan is not None:
@@ -220,8 +176,9 @@ def checked_models(
         raise ValueError(
             f'`tile` must be None with plan="lean", which has no tiles; got {tile}.'
         )
-    layout = as_layout(mesh, token_axes, vocab_axis, axis_name)
-    student, teacher = as_source("student", student), as_source("teacher", teacher)
+    layout = as_layout(options.mesh, options.token_axes, options.vocab_axis, axis_name)
+    student = as_source("student", options.student)
+    teacher = as_source("teacher", teacher)
     for name, source in (("student", student), ("teacher", teacher)):
         if plan == "lean" and not source.makes_blocks:
             raise ValueError(
@@ -237,8 +194,8 @@ def checked_models(
             f"{shape} and {teacher.batch_shape}."
         )
     student, teacher = flattened(student), flattened(teacher)
-    vocab = as_vocabulary(vocab_size, student, teacher, axis_name)
-    mask = None if where is None else as_mask(where, shape)
+    vocab = as_vocabulary(options.vocab_size, student, teacher, axis_name)
+    mask = None if options.where is None else as_mask(options.where, shape)
     return CheckedModels(student, teacher, vocab, mask, layout, shape)
 
 

@@ -12,13 +12,13 @@ from jax.typing import ArrayLike
 from .._engine.evaluate import Prepared, weighted_terms
 from .._engine.operands import LossTerms, Operands, PlanName, Spec
 from .._math.numerics import loss_dtype, zero_unless
-from .._source.base import Given
 from .._source.function_head import FunctionHead
 from .._source.linear_head import LinearHead
 from .._source.logits import NoTeacher
 from .._util import checks as check
 from .arguments import as_tokens, check_slices, per_token
 from .hints import suggest_keywords
+from .options import TokenOptions
 from .prepare import checked_models
 
 
@@ -131,40 +131,20 @@ def token_log_probs(
       >>> print(f"{entropy[1]:.4f}")
       0.6931
     """
-    prepared, shape = prepare_tokens(
-        student,
-        tokens,
-        temperature=temperature,
-        with_entropy=with_entropy,
-        where=where,
-        vocab_size=vocab_size,
-        axis_name=axis_name,
-        mesh=mesh,
-        token_axes=token_axes,
-        vocab_axis=vocab_axis,
-        tile=tile,
-        plan=plan,
-    )
+    prepared, shape = prepare_tokens(TokenOptions(**locals()))
     weighted, _, _ = weighted_terms(prepared)
     return log_probs_of(prepared, shape, weighted)
 
 
-def prepare_tokens(
-    student: ArrayLike | Given,
-    tokens: ArrayLike,
-    *,
-    temperature: ArrayLike,
-    with_entropy: bool,
-    **arguments,
-) -> tuple[Prepared, tuple[int, ...]]:
+def prepare_tokens(options: TokenOptions) -> tuple[Prepared, tuple[int, ...]]:
     """A loss whose terms are `token_log_probs`, but for the sign; the tokens' shape."""
-    with_entropy = check.boolean("with_entropy", with_entropy)
-    models = checked_models(student, NoTeacher(), **arguments)
+    with_entropy = check.boolean("with_entropy", options.with_entropy)
+    models = checked_models(options, NoTeacher())
     source, _, vocab, mask, layout, shape = models
-    checked = check.temperature("temperature", temperature, shape)
+    checked = check.temperature("temperature", options.temperature, shape)
     arrays = [*jax.tree.leaves((checked, source)), source.vocab_array]
     dtype = loss_dtype(*(x for x in arrays if not check.is_number(x)))
-    columns, tokens_shape = as_tokens(tokens, mask, shape, vocab.size)
+    columns, tokens_shape = as_tokens(options.tokens, mask, shape, vocab.size)
     T, weights, counted = _fold(shape, dtype, vocab.size, checked, columns, mask)
     if not with_entropy:
         weights = weights._replace(entropy=None)
@@ -183,11 +163,11 @@ def prepare_tokens(
         vocab,
         dtype,
         reduce=False,
-        tile=arguments["tile"],
-        plan=arguments["plan"],
+        tile=options.tile,
+        plan=options.plan,
     )
-    if arguments["axis_name"] is not None:
-        check_slices(arguments["axis_name"], operands, labels="tokens")
+    if options.axis_name is not None:
+        check_slices(options.axis_name, operands, labels="tokens")
     return Prepared(spec, operands, layout, counted, 0.0, shape), tokens_shape
 
 
