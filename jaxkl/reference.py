@@ -52,14 +52,6 @@ def kl_div(
     (PyTorch: 0). The second derivative $1 / t$ of `target` is formed from $t^{-2}$, so
     in float32 it is lost below about 1e-19. Autodiff also keeps more residuals.
 
-    Args:
-      input: See `jaxkl.kl_div`, as for every argument.
-      target: Probabilities, or their logarithms if `log_target`.
-      size_average: Deprecated.
-      reduce: Deprecated.
-      reduction: `"none"`, `"sum"`, `"mean"` or `"batchmean"`.
-      log_target: Whether `target` holds logarithms.
-
     Returns:
       The loss: a scalar, or of the broadcast shape for `"none"`.
 
