@@ -5,30 +5,29 @@ The specification that one can read, and the versions for forward mode (`jax.jvp
 """
 
 import functools as ft
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.scipy.special import xlogy
-from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
-from ._api.cross_entropy import prepare_labels
-from ._api.hints import suggest_keywords
-from ._api.prepare import prepare, Prepared, Reduction
-from ._api.token_log_probs import log_probs_of, prepare_tokens
-from ._divergence.catalogue import Divergence, evaluate, ForwardKL
+from ._api.cross_entropy import cross_entropy as fused_cross_entropy
+from ._api.distillation import distillation_loss as fused_distillation_loss
+from ._api.options import arguments_of, LabelOptions, LossOptions, TokenOptions
+from ._api.prepare import prepare, Prepared
+from ._api.token_log_probs import (
+    log_probs_of,
+    prepare_tokens,
+    token_log_probs as fused_token_log_probs,
+)
+from ._divergence.catalogue import evaluate
 from ._engine.comparison import Comparison
-from ._engine.operands import PlanName
 from ._engine.student_terms import Entropy, Label, LseSquared, Uniform
 from ._math.numerics import zero_unless
 from ._math.softmax import entropy, Outcomes
 from ._math.vocabulary import Vocabulary
-from ._source.function_head import FunctionHead
-from ._source.linear_head import LinearHead
 from ._source.lists import positions
-from ._source.sparse_teacher import SparseTeacher
 from ._torch.conventions import (
     check_arrays,
     check_reduction,
@@ -53,14 +52,6 @@ def kl_div(
     exceptions. A negative `target` has a NaN gradient even where the cotangent is 0
     (PyTorch: 0). The second derivative $1 / t$ of `target` is formed from $t^{-2}$, so
     in float32 it is lost below about 1e-19. Autodiff also keeps more residuals.
-
-    Args:
-      input: See `jaxkl.kl_div`, as for every argument.
-      target: Probabilities, or their logarithms if `log_target`.
-      size_average: Deprecated.
-      reduce: Deprecated.
-      reduction: `"none"`, `"sum"`, `"mean"` or `"batchmean"`.
-      log_target: Whether `target` holds logarithms.
 
     Returns:
       The loss: a scalar, or of the broadcast shape for `"none"`.
@@ -88,32 +79,8 @@ def kl_div(
     return loss.astype(result_dtype(input, target))
 
 
-@suggest_keywords
-def distillation_loss(
-    student: ArrayLike | LinearHead | FunctionHead,
-    teacher: ArrayLike | LinearHead | FunctionHead | SparseTeacher,
-    *,
-    divergence: Divergence = ForwardKL(),
-    temperature: ArrayLike = 1.0,
-    teacher_temperature: ArrayLike | None = None,
-    t_squared: bool = True,
-    labels: ArrayLike | None = None,
-    alpha: ArrayLike | None = None,
-    label_smoothing: ArrayLike = 0.0,
-    z_loss: ArrayLike = 0.0,
-    where: ArrayLike | None = None,
-    weights: ArrayLike | None = None,
-    vocab_size: int | None = None,
-    differentiate_teacher: bool = False,
-    reduction: Reduction = "mean",
-    normalizer: ArrayLike | None = None,
-    axis_name: str | None = None,
-    mesh: Mesh | AbstractMesh | None = None,
-    token_axes: str | Sequence[str] | None = None,
-    vocab_axis: str | None = None,
-    tile: int | None = None,
-    plan: PlanName | None = None,
-) -> Array:
+@arguments_of(fused_distillation_loss, LossOptions)
+def distillation_loss(options: LossOptions) -> Array:
     r"""`jaxkl.distillation_loss` in plain JAX: the same arguments and values.
 
     All logits are held at once. `tile` and `plan` are ignored, as is `mesh`: XLA
@@ -134,131 +101,25 @@ def distillation_loss(
       >>> print(f"{value:.4f} {slope:.4f}")
       0.1308 -0.2500
     """
-    prepared = prepare(
-        student,
-        teacher,
-        divergence=divergence,
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        t_squared=t_squared,
-        labels=labels,
-        alpha=alpha,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        where=where,
-        weights=weights,
-        vocab_size=vocab_size,
-        differentiate_teacher=differentiate_teacher,
-        reduction=reduction,
-        normalizer=normalizer,
-        axis_name=axis_name,
-        mesh=mesh,
-        token_axes=token_axes,
-        vocab_axis=vocab_axis,
-        tile=tile,
-        plan=plan,
-    )
-    return _loss(prepared)
+    return _loss(prepare(options))
 
 
-@suggest_keywords
-def cross_entropy(
-    student: ArrayLike | LinearHead | FunctionHead,
-    labels: ArrayLike,
-    *,
-    label_smoothing: ArrayLike = 0.0,
-    z_loss: ArrayLike = 0.0,
-    where: ArrayLike | None = None,
-    weights: ArrayLike | None = None,
-    vocab_size: int | None = None,
-    reduction: Reduction = "mean",
-    normalizer: ArrayLike | None = None,
-    axis_name: str | None = None,
-    mesh: Mesh | AbstractMesh | None = None,
-    token_axes: str | Sequence[str] | None = None,
-    vocab_axis: str | None = None,
-    tile: int | None = None,
-    plan: PlanName | None = None,
-) -> Array:
+@arguments_of(fused_cross_entropy, LabelOptions)
+def cross_entropy(options: LabelOptions) -> Array:
     r"""`jaxkl.cross_entropy` in plain JAX: the same arguments and values.
 
     What is said of `distillation_loss` holds here too.
-
-    Returns:
-      The loss: a scalar, or `[...]` for `reduction="none"`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> loss = lambda student: cross_entropy(student, jnp.array(1))
-      >>> value, slope = jax.jvp(loss, (jnp.zeros(2),), (jnp.array([0.0, 1.0]),))
-      >>> print(f"{value:.4f} {slope:.4f}")
-      0.6931 -0.5000
     """
-    prepared = prepare_labels(
-        student,
-        labels,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        where=where,
-        weights=weights,
-        vocab_size=vocab_size,
-        reduction=reduction,
-        normalizer=normalizer,
-        axis_name=axis_name,
-        mesh=mesh,
-        token_axes=token_axes,
-        vocab_axis=vocab_axis,
-        tile=tile,
-        plan=plan,
-    )
-    return _loss(prepared)
+    return _loss(prepare(options))
 
 
-@suggest_keywords
-def token_log_probs(
-    student: ArrayLike | LinearHead | FunctionHead,
-    tokens: ArrayLike,
-    *,
-    temperature: ArrayLike = 1.0,
-    with_entropy: bool = False,
-    where: ArrayLike | None = None,
-    vocab_size: int | None = None,
-    axis_name: str | None = None,
-    mesh: Mesh | AbstractMesh | None = None,
-    token_axes: str | Sequence[str] | None = None,
-    vocab_axis: str | None = None,
-    tile: int | None = None,
-    plan: PlanName | None = None,
-) -> Array | tuple[Array, Array]:
+@arguments_of(fused_token_log_probs, TokenOptions)
+def token_log_probs(options: TokenOptions) -> Array | tuple[Array, Array]:
     r"""`jaxkl.token_log_probs` in plain JAX: the same arguments and values.
 
     What is said of `distillation_loss` holds here too.
-
-    Returns:
-      The log-probabilities, of the shape of `tokens`; with `with_entropy` a pair of
-      these and of the entropies, `[...]`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> log_prob = lambda student: token_log_probs(student, jnp.array(1))
-      >>> value, slope = jax.jvp(log_prob, (jnp.zeros(2),), (jnp.array([0.0, 1.0]),))
-      >>> print(f"{value:.4f} {slope:.4f}")
-      -0.6931 0.5000
     """
-    prepared, shape = prepare_tokens(
-        student,
-        tokens,
-        temperature=temperature,
-        with_entropy=with_entropy,
-        where=where,
-        vocab_size=vocab_size,
-        axis_name=axis_name,
-        mesh=mesh,
-        token_axes=token_axes,
-        vocab_axis=vocab_axis,
-        tile=tile,
-        plan=plan,
-    )
+    prepared, shape = prepare_tokens(options)
     return log_probs_of(prepared, shape, _weighted_terms(prepared))
 
 

@@ -13,6 +13,15 @@ class Docstrings(griffe.Extension):
             text = re.sub(r"^( *)Example:$", r"\1Examples:", text, flags=re.MULTILINE)
             obj.docstring.value = _plain_references(text)
 
+    def on_package(self, *, pkg, **_):
+        """A function that is declared with `arguments_of` another has its arguments."""
+        for function in pkg["reference"].functions.values():
+            for decorator in function.decorators:
+                if decorator.callable_path.endswith(".arguments_of"):
+                    other = decorator.value.arguments[0].canonical_path
+                    other = pkg[other.removeprefix(f"{pkg.path}.")]
+                    function.parameters = other.parameters
+
 
 def _plain_references(text):
     """Makes the last section a paragraph, which griffe would fold into a box."""

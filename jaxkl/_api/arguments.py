@@ -1,5 +1,6 @@
 """The arguments of a distillation loss, each checked and made an array."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -21,48 +22,42 @@ IGNORED_LABEL = -100
 
 
 def as_vocabulary(
-    vocab_size: int | None,
-    student: Source,
-    teacher: Source,
-    axis_name: str | None,
-    name: str = "student",
+    vocab_size: int | None, sources: Mapping[str, Source], axis_name: str | None
 ) -> Vocabulary:
-    """The vocabulary of both. `name` is the argument that holds the first."""
+    """The vocabulary of the models, by the names of their arguments."""
     if vocab_size is not None:
         vocab_size = check.positive_int("vocab_size", vocab_size)
-    width = student.width
-    assert width is not None
-    other = width if teacher.width is None else teacher.width
-    if axis_name is None:
-        if vocab_size is None and width != other:
+    widths = {name: x.width for name, x in sources.items() if x.width is not None}
+    (first, width), *_ = widths.items()
+    differ = " and ".join(map(str, widths.values()))
+    if axis_name is not None:
+        if len(set(widths.values())) > 1:
             raise ValueError(
-                "`student` and `teacher` must have the same vocabulary, got "
-                f"{width} and {other} columns; with padding columns, pass "
-                f"`vocab_size`.{_as_hidden(student=student, teacher=teacher)}"
+                "`student` and `teacher` must hold slices of the same vocabulary on "
+                f"each device of axis {axis_name!r}, got {differ} columns."
             )
-        if vocab_size is not None and vocab_size > min(width, other):
-            also = "" if teacher.width is None else f", and of `teacher`, {other}"
+        vocab = Vocabulary.slice_of(axis_name, width, vocab_size)
+        if vocab.size > vocab.width * vocab.shards:
             raise ValueError(
-                f"`vocab_size` must be at most the columns of `{name}`, "
-                f"{width}{also}, got {vocab_size}."
-                f"{_as_hidden(student=student, teacher=teacher)}"
+                f"`vocab_size` must be at most the {vocab.width * vocab.shards} "
+                f"columns of all devices of axis {axis_name!r}, got {vocab_size}."
             )
-        return Vocabulary.whole(width if vocab_size is None else vocab_size)
-    if width != other:
+        return vocab
+    if vocab_size is None and len(set(widths.values())) > 1:
         raise ValueError(
-            "`student` and `teacher` must hold slices of the same vocabulary on each "
-            f"device of axis {axis_name!r}, got {width} and {other} columns."
+            f"`student` and `teacher` must have the same vocabulary, got {differ} "
+            f"columns; with padding columns, pass `vocab_size`.{_as_hidden(sources)}"
         )
-    vocab = Vocabulary.slice_of(axis_name, width, vocab_size)
-    if vocab.size > vocab.width * vocab.shards:
+    if vocab_size is not None and vocab_size > min(widths.values()):
+        others = (f", and of `{k}`, {v}" for k, v in widths.items() if k != first)
         raise ValueError(
-            f"`vocab_size` must be at most the {vocab.width * vocab.shards} columns of "
-            f"all devices of axis {axis_name!r}, got {vocab_size}."
+            f"`vocab_size` must be at most the columns of `{first}`, "
+            f"{width}{''.join(others)}, got {vocab_size}.{_as_hidden(sources)}"
         )
-    return vocab
+    return Vocabulary.whole(width if vocab_size is None else vocab_size)
 
 
-def _as_hidden(**models: Source) -> str:
+def _as_hidden(models: Mapping[str, Source]) -> str:
     """What to look for if a function makes as many columns as its argument has."""
     return "".join(
         f" `{name}.apply` makes as many columns as its hidden states have, {x.width}: "

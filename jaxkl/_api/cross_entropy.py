@@ -6,13 +6,13 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
-from .._engine.evaluate import evaluate, Prepared
+from .._engine.evaluate import evaluate
 from .._engine.operands import PlanName
 from .._source.function_head import FunctionHead
 from .._source.linear_head import LinearHead
-from .._source.logits import NoTeacher
 from .hints import suggest_keywords
-from .prepare import prepare, Reduction
+from .options import LabelOptions, Reduction
+from .prepare import prepare
 
 
 @suggest_keywords
@@ -95,40 +95,5 @@ def cross_entropy(
       Wijmans et al. [Cut Your Losses in Large-Vocabulary Language
       Models](https://arxiv.org/abs/2411.09009), 2024.
     """
-    prepared = prepare_labels(
-        student,
-        labels,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        where=where,
-        weights=weights,
-        vocab_size=vocab_size,
-        reduction=reduction,
-        normalizer=normalizer,
-        axis_name=axis_name,
-        mesh=mesh,
-        token_axes=token_axes,
-        vocab_axis=vocab_axis,
-        tile=tile,
-        plan=plan,
-    )
-    loss, _, _ = evaluate(prepared)
+    loss, _, _ = evaluate(prepare(LabelOptions(**locals())))
     return loss
-
-
-def prepare_labels(
-    student: ArrayLike | LinearHead | FunctionHead, labels: ArrayLike, **arguments
-) -> Prepared:
-    """The loss of `cross_entropy`: `alpha` is 0, and there is no teacher."""
-    return prepare(
-        student,
-        NoTeacher(),
-        labels=labels,
-        alpha=0.0,
-        divergence=None,
-        temperature=1.0,
-        teacher_temperature=None,
-        t_squared=False,
-        differentiate_teacher=False,
-        **arguments,
-    )

@@ -15,7 +15,8 @@ from .._source.sparse_teacher import SparseTeacher
 from .._util import checks as check
 from .hints import suggest_keywords
 from .metrics import DistillationMetrics, metrics_of
-from .prepare import prepare, Reduction
+from .options import LossOptions, MetricsOptions, Reduction
+from .prepare import prepare
 
 
 @suggest_keywords
@@ -158,31 +159,7 @@ def distillation_loss(
       Hinton, Vinyals, Dean. [Distilling the Knowledge in a Neural
       Network](https://arxiv.org/abs/1503.02531), 2015.
     """
-    prepared = prepare(
-        student,
-        teacher,
-        divergence=divergence,
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        t_squared=t_squared,
-        labels=labels,
-        alpha=alpha,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        where=where,
-        weights=weights,
-        vocab_size=vocab_size,
-        differentiate_teacher=differentiate_teacher,
-        reduction=reduction,
-        normalizer=normalizer,
-        axis_name=axis_name,
-        mesh=mesh,
-        token_axes=token_axes,
-        vocab_axis=vocab_axis,
-        tile=tile,
-        plan=plan,
-    )
-    loss, _, _ = evaluate(prepared)
+    loss, _, _ = evaluate(prepare(LossOptions(**locals())))
     return loss
 
 
@@ -246,31 +223,8 @@ def distillation_loss_with_metrics(
       >>> print(f"{metrics.student_entropy:.4f} {metrics.top1_agreement}")
       0.6931 0.0
     """
-    per_token = check.boolean("per_token_metrics", per_token_metrics)
-    prepared = prepare(
-        student,
-        teacher,
-        divergence=divergence,
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        t_squared=t_squared,
-        labels=labels,
-        alpha=alpha,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        where=where,
-        weights=weights,
-        vocab_size=vocab_size,
-        differentiate_teacher=differentiate_teacher,
-        reduction=reduction,
-        normalizer=normalizer,
-        axis_name=axis_name,
-        mesh=mesh,
-        token_axes=token_axes,
-        vocab_axis=vocab_axis,
-        tile=tile,
-        plan=plan,
-        statistics=True,
-    )
+    options = MetricsOptions(**locals())
+    per_token = check.boolean("per_token_metrics", options.per_token_metrics)
+    prepared = prepare(options, statistics=True)
     loss, terms, (statistics,) = evaluate(prepared)
     return loss, metrics_of(prepared, terms, statistics, per_token=per_token)

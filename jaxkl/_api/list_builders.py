@@ -17,7 +17,7 @@ from .._math.vocabulary import Vocabulary
 from .._source.base import flattened, Source
 from .._source.function_head import FunctionHead
 from .._source.linear_head import LinearHead
-from .._source.logits import as_source, NoTeacher
+from .._source.logits import as_source
 from .._source.sparse_teacher import SparseTeacher, Tail
 from .._util import checks as check
 from .._util.compat import is_explicitly_sharded, varying_axes
@@ -215,7 +215,7 @@ def _prepare(
         )
     if layout is not None and not source.splits_columns:
         layout = layout.without_vocab_axis()
-    vocab = as_vocabulary(vocab_size, source, NoTeacher(), axis_name, _NAME)
+    vocab = as_vocabulary(vocab_size, {_NAME: source}, axis_name)
     T = jax.lax.stop_gradient(check.temperature("temperature", temperature, shape))
     arrays = [*jax.tree.leaves((T, source)), source.vocab_array]
     dtype = loss_dtype(*(x for x in arrays if not check.is_number(x)))

@@ -1,132 +1,66 @@
 """From the arguments of a distillation loss to the operands of the engine: each is
 checked, in Python, and all are folded into weights, in one program."""
 
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
-from .._divergence.catalogue import Divergence
 from .._divergence.parameters import split
 from .._engine.evaluate import Prepared
-from .._engine.layout import as_layout, Layout
-from .._engine.operands import Operands, PlanName, Spec
+from .._engine.operands import Operands, Spec
 from .._math.numerics import loss_dtype
-from .._math.vocabulary import Vocabulary
-from .._source.base import flattened, Given, Source
 from .._source.list_source import ListSource
-from .._source.logits import as_source, NoTeacher
 from .._source.sparse_teacher import SparseTeacher
 from .._util import checks as check
 from .arguments import (
     as_labels,
-    as_mask,
-    as_vocabulary,
     check_divergence,
     check_slices,
 )
 from .fold import Arguments, fold, Folding
 from .list_teacher import ABSENT, as_teacher
+from .models import checked_models, CheckedModels
+from .options import LabelOptions, LossOptions, Reduction
 from .swapped import as_constant
-from .terms import comparison, student_terms
+from .terms import Compared, comparison, student_terms
 
 
 REDUCTIONS = ("none", "sum", "mean")
-PLANS = ("fast", "lean")
-
-Reduction = Literal["none", "sum", "mean"]
 
 
-def prepare(
-    student: ArrayLike | Given,
-    teacher: ArrayLike | Given,
-    *,
-    divergence: Divergence | None,
-    temperature: ArrayLike,
-    teacher_temperature: ArrayLike | None,
-    t_squared: bool,
-    labels: ArrayLike | None,
-    alpha: ArrayLike | None,
-    label_smoothing: ArrayLike,
-    z_loss: ArrayLike,
-    where: ArrayLike | None,
-    weights: ArrayLike | None,
-    vocab_size: int | None,
-    differentiate_teacher: bool,
-    reduction: Reduction,
-    normalizer: ArrayLike | None,
-    axis_name: str | None,
-    mesh: Mesh | AbstractMesh | None,
-    token_axes: str | Sequence[str] | None,
-    vocab_axis: str | None,
-    tile: int | None,
-    plan: PlanName | None,
-    statistics: bool = False,
-) -> Prepared:
-    """Checks the arguments of `distillation_loss` and makes the engine's operands.
+def prepare(options: LabelOptions, *, statistics: bool = False) -> Prepared:
+    """Checks the arguments of a loss and makes the engine's operands.
 
-    `statistics` is whether the metrics are asked for too. With `NoTeacher()`, the loss
-    is that of the student alone: then `divergence` is not looked at, and a token
-    without a label does not count.
+    `statistics` is whether the metrics are asked for too. Without a teacher, all terms
+    are the student's, and a token without a label does not count.
     """
-    check.one_of("reduction", reduction, REDUCTIONS)
-    t_squared = check.boolean("t_squared", t_squared)
-    differentiate_teacher = check.boolean(
-        "differentiate_teacher", differentiate_teacher
-    )
-    models = checked_models(
-        student,
-        teacher,
-        where=where,
-        vocab_size=vocab_size,
-        axis_name=axis_name,
-        mesh=mesh,
-        token_axes=token_axes,
-        vocab_axis=vocab_axis,
-        tile=tile,
-        plan=plan,
-    )
-    of_student, of_teacher, vocab, mask, layout, shape = models
-    is_alone = isinstance(of_teacher, NoTeacher)
-    T = check.temperature("temperature", temperature, shape)
-    T_teacher = ABSENT
-    if teacher_temperature is not None:
-        name = "teacher_temperature"
-        T_teacher = check.temperature(name, teacher_temperature, shape)
-    static, parameters = None, []
-    if not is_alone:
-        is_spread = not (axis_name is None and vocab_axis is None)
-        check_divergence(divergence, vocab, of_teacher, is_spread)
-        static, parameters = split(divergence)
-        if not differentiate_teacher:
-            of_teacher = as_constant(of_student, of_teacher)
-    if isinstance(of_teacher, ListSource):
-        assert isinstance(teacher, SparseTeacher) and static is not None
-        of_teacher = as_teacher(
-            teacher,
-            of_teacher,
-            static,
-            vocab.size,
-            mask,
-            temperature=T,
-            teacher_temperature=T_teacher,
-            differentiate=differentiate_teacher,
-        )
-    same_temperature = T_teacher is ABSENT and not of_teacher.is_normalized
-    if T_teacher is ABSENT or of_teacher.is_normalized:
-        T_teacher = None
+    check.one_of("reduction", options.reduction, REDUCTIONS)
+    teachers: list[Compared] = []
+    if isinstance(options, LossOptions):
+        t_squared = check.boolean("t_squared", options.t_squared)
+        models = checked_models(options, options.teacher)
+        T = check.temperature("temperature", options.temperature, models.batch_shape)
+        teachers, alpha = [_compared(options, models, T)], options.alpha
+    else:
+        models = checked_models(options)
+        t_squared, T, alpha = False, None, 0.0
+    (student, *_), vocab, mask, layout, shape = models
+    is_alone = not teachers
+    T_teacher = teachers[0].temperature if teachers else None
+    parameters = [parameter for x in teachers for parameter in x.parameters]
+    weights = options.weights
     if weights is not None:
         weights = check.float_array("weights", weights)
         check.of_shape("weights", weights, shape, "the batch shape")
     columns = None
-    if is_alone or labels is not None:
-        columns = as_labels(labels, mask, shape, vocab.size)
+    if is_alone or options.labels is not None:
+        columns = as_labels(options.labels, mask, shape, vocab.size)
     parameter_arrays = tuple(x.checked(shape) for x in parameters)
-    arrays = jax.tree.leaves((T, T_teacher, weights, of_student, of_teacher))
-    arrays += [*parameter_arrays, of_student.vocab_array, of_teacher.vocab_array]
+    sources = [student, *(x.teacher for x in teachers)]
+    arrays = [*jax.tree.leaves((T, T_teacher, weights, sources)), *parameter_arrays]
+    arrays += [source.vocab_array for source in sources]
     dtype = loss_dtype(*(x for x in arrays if not check.is_number(x)))
     arguments = Arguments(
         weights,
@@ -134,10 +68,10 @@ def prepare(
         columns,
         T,
         T_teacher,
-        _checked_normalizer(normalizer, reduction),
+        _checked_normalizer(options.normalizer, options.reduction),
         _alpha(alpha, columns, statistics),
-        check.scalar("label_smoothing", label_smoothing, 0, 1),
-        check.scalar("z_loss", z_loss, 0),
+        check.scalar("label_smoothing", options.label_smoothing, 0, 1),
+        check.scalar("z_loss", options.z_loss, 0),
         parameter_arrays,
     )
     mixing = arguments.alpha, arguments.label_smoothing, arguments.z_loss
@@ -146,7 +80,7 @@ def prepare(
         shape,
         dtype,
         vocab.size,
-        mean=reduction == "mean",
+        mean=options.reduction == "mean",
         t_squared=t_squared,
         has_divergence=not is_alone,
         has_label=columns is not None and is_labelled,
@@ -156,93 +90,77 @@ def prepare(
         intervals=tuple(x.interval for x in parameters),
     )
     folded = fold(how, arguments)
-    sources = (
-        source.with_weightless(folded.weightless, folded.dropped)
-        for source in (of_student, of_teacher)
-    )
-    of_student, of_teacher = sources
     terms: list[Any] = list(student_terms(folded, columns, at_1=not is_alone))
-    if static is not None:
-        of_teachers = comparison(
-            folded,
-            of_student,
-            of_teacher,
-            static,
-            same_temperature=same_temperature,
-            is_only_term=not terms,
-        )
-        terms = [of_teachers, *terms]
-    operands = Operands(of_student, tuple(terms), folded.temperature, mask)
-    passes_float16 = of_student.passes_float16
-    passes_float16 |= differentiate_teacher and of_teacher.passes_float16
+    rounded_to = None
+    if not terms and student.kind == "logits":
+        rounded_to = student.vocab_array.dtype
+    of_teachers = [comparison(folded, x, rounded_to) for x in teachers]
+    operands = Operands(student, (*of_teachers, *terms), folded.temperature, mask)
+    operands = operands.map_sources(
+        lambda source: source.with_weightless(folded.weightless, folded.dropped)
+    )
     spec = Spec(
         vocab,
         dtype,
-        reduce=reduction != "none",
+        reduce=options.reduction != "none",
         statistics=statistics,
-        tile=tile,
-        plan=plan,
-        passes_float16=passes_float16,
+        tile=options.tile,
+        plan=options.plan,
+        passes_float16=student.passes_float16
+        or any(x.is_differentiated and x.teacher.passes_float16 for x in teachers),
     )
-    if axis_name is not None:
-        check_slices(axis_name, operands)
+    if options.axis_name is not None:
+        check_slices(options.axis_name, operands)
     return Prepared(
-        spec, operands, layout, folded.weight, label_smoothing, shape, folded.factor
+        spec,
+        operands,
+        layout,
+        folded.weight,
+        options.label_smoothing,
+        shape,
+        folded.factor,
     )
 
 
-class CheckedModels(NamedTuple):
-    """What any walk over tokens is given, its tokens flattened to one axis."""
-
-    student: Source
-    teacher: Source
-    vocab: Vocabulary
-    mask: jax.Array | None  # [B], of `where`
-    layout: Layout | None
-    batch_shape: tuple[int, ...]
-
-
-def checked_models(
-    student: ArrayLike | Given,
-    teacher: ArrayLike | Given,
-    *,
-    where: ArrayLike | None,
-    vocab_size: int | None,
-    axis_name: str | None,
-    mesh: Mesh | AbstractMesh | None,
-    token_axes: str | Sequence[str] | None,
-    vocab_axis: str | None,
-    tile: int | None,
-    plan: PlanName | None,
-) -> CheckedModels:
-    if tile is not None:
-        tile = check.positive_int("tile", tile)
-    if plan is not None:
-        check.one_of("plan", plan, PLANS)
-    if plan == "lean" and tile is not None:
-        raise ValueError(
-            f'`tile` must be None with plan="lean", which has no tiles; got {tile}.'
+def _compared(options: LossOptions, models: CheckedModels, T: Any) -> Compared:
+    """The teacher, once all that concerns it is checked; `T` is the loss's."""
+    (student, teacher), vocab, mask, _, shape = models
+    differentiate = check.boolean(
+        "differentiate_teacher", options.differentiate_teacher
+    )
+    T_teacher = ABSENT
+    if options.teacher_temperature is not None:
+        name = "teacher_temperature"
+        T_teacher = check.temperature(name, options.teacher_temperature, shape)
+    is_spread = not (options.axis_name is None and options.vocab_axis is None)
+    check_divergence(options.divergence, vocab, teacher, is_spread)
+    divergence, parameters = split(options.divergence)
+    if not differentiate:
+        teacher = as_constant(student, teacher)
+    if isinstance(teacher, ListSource):
+        assert isinstance(options.teacher, SparseTeacher)
+        teacher = as_teacher(
+            options.teacher,
+            teacher,
+            divergence,
+            vocab.size,
+            mask,
+            temperature=T,
+            teacher_temperature=T_teacher,
+            differentiate=differentiate,
         )
-    layout = as_layout(mesh, token_axes, vocab_axis, axis_name)
-    student, teacher = as_source("student", student), as_source("teacher", teacher)
-    for name, source in (("student", student), ("teacher", teacher)):
-        if plan == "lean" and not source.makes_blocks:
-            raise ValueError(
-                f'`plan` must not be "lean" with a FunctionHead as `{name}`, whose '
-                "columns can be made together only; take a LinearHead or another plan."
-            )
-        if layout is not None and not source.splits_columns:
-            layout = layout.without_vocab_axis()
-    shape = student.batch_shape
-    if not isinstance(teacher, NoTeacher) and shape != teacher.batch_shape:
-        raise ValueError(
-            "`student` and `teacher` must have the same batch shape, got "
-            f"{shape} and {teacher.batch_shape}."
-        )
-    student, teacher = flattened(student), flattened(teacher)
-    vocab = as_vocabulary(vocab_size, student, teacher, axis_name)
-    mask = None if where is None else as_mask(where, shape)
-    return CheckedModels(student, teacher, vocab, mask, layout, shape)
+    # The log-probabilities of a list are at a temperature of their own.
+    same_temperature = T_teacher is ABSENT and not teacher.is_normalized
+    if T_teacher is ABSENT or teacher.is_normalized:
+        T_teacher = None
+    return Compared(
+        teacher,
+        differentiate,
+        divergence,
+        parameters,
+        T_teacher,
+        same_temperature,
+    )
 
 
 def _checked_normalizer(normalizer: ArrayLike | None, reduction: Reduction) -> Any:

@@ -1,8 +1,11 @@
 """The terms of a loss, each with its weights."""
 
-from typing import Any
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
 
 from .._divergence.catalogue import Divergence
+from .._divergence.parameters import Parameter
 from .._engine.comparison import Comparison, DenseComparison
 from .._engine.list_comparison import ListComparison
 from .._engine.student_terms import Label, LseSquared, StudentTerm, Uniform
@@ -24,26 +27,31 @@ def student_terms(folded: Folded, labels: Any, *, at_1: bool) -> list[StudentTer
     return terms
 
 
-def comparison(
-    folded: Folded,
-    student: Source,
-    teacher: Source,
-    divergence: Divergence,
-    *,
-    same_temperature: bool,
-    is_only_term: bool,
-) -> Comparison:
-    """The term of a teacher, whose divergence is given without its arrays."""
+class Compared(NamedTuple):
+    """A teacher, and how the student is compared with it."""
+
+    teacher: Source
+    is_differentiated: bool
+    divergence: Divergence  # without the arrays among its parameters
+    parameters: list[Parameter]
+    temperature: Any  # None: 1, or the student's
+    same_temperature: bool  # as the student's
+
+
+def comparison(folded: Folded, x: Compared, rounded_to: jnp.dtype | None) -> Comparison:
+    """The term of a teacher.
+
+    `rounded_to` is the dtype of the student's logits, if nothing else has a part in
+    their gradient.
+    """
     arguments: dict[str, Any] = dict(
         weight=folded.term_weights.divergence,
-        teacher=teacher,
+        teacher=x.teacher,
         parameters=folded.parameters,
         temperature=folded.teacher_temperature,
-        divergence=divergence,
-        same_temperature=same_temperature,
+        divergence=x.divergence,
+        same_temperature=x.same_temperature,
     )
-    if not (isinstance(teacher, ListSource) and teacher.is_row):
-        return DenseComparison(**arguments)
-    is_own = student.kind == "logits" and is_only_term
-    d_dtype = student.vocab_array.dtype if is_own else None
-    return ListComparison(**arguments, d_dtype=d_dtype)
+    if isinstance(x.teacher, ListSource) and x.teacher.is_row:
+        return ListComparison(**arguments, d_dtype=rounded_to)
+    return DenseComparison(**arguments)

@@ -13,14 +13,13 @@ from .._engine.evaluate import Prepared, weighted_terms
 from .._engine.operands import Operands, PlanName, Spec
 from .._engine.student_terms import Entropy, Label, Labels
 from .._math.numerics import loss_dtype, zero_unless
-from .._source.base import Given
 from .._source.function_head import FunctionHead
 from .._source.linear_head import LinearHead
-from .._source.logits import NoTeacher
 from .._util import checks as check
 from .arguments import as_tokens, check_slices, per_token
 from .hints import suggest_keywords
-from .prepare import checked_models
+from .models import checked_models
+from .options import TokenOptions
 
 
 LogProbs = jax.Array | tuple[jax.Array, jax.Array]
@@ -132,40 +131,19 @@ def token_log_probs(
       >>> print(f"{entropy[1]:.4f}")
       0.6931
     """
-    prepared, shape = prepare_tokens(
-        student,
-        tokens,
-        temperature=temperature,
-        with_entropy=with_entropy,
-        where=where,
-        vocab_size=vocab_size,
-        axis_name=axis_name,
-        mesh=mesh,
-        token_axes=token_axes,
-        vocab_axis=vocab_axis,
-        tile=tile,
-        plan=plan,
-    )
+    prepared, shape = prepare_tokens(TokenOptions(**locals()))
     weighted, _, _ = weighted_terms(prepared)
     return log_probs_of(prepared, shape, weighted)
 
 
-def prepare_tokens(
-    student: ArrayLike | Given,
-    tokens: ArrayLike,
-    *,
-    temperature: ArrayLike,
-    with_entropy: bool,
-    **arguments,
-) -> tuple[Prepared, tuple[int, ...]]:
+def prepare_tokens(options: TokenOptions) -> tuple[Prepared, tuple[int, ...]]:
     """A loss whose terms are `token_log_probs`, but for the sign; the tokens' shape."""
-    with_entropy = check.boolean("with_entropy", with_entropy)
-    models = checked_models(student, NoTeacher(), **arguments)
-    source, _, vocab, mask, layout, shape = models
-    checked = check.temperature("temperature", temperature, shape)
+    with_entropy = check.boolean("with_entropy", options.with_entropy)
+    (source,), vocab, mask, layout, shape = checked_models(options)
+    checked = check.temperature("temperature", options.temperature, shape)
     arrays = [*jax.tree.leaves((checked, source)), source.vocab_array]
     dtype = loss_dtype(*(x for x in arrays if not check.is_number(x)))
-    columns, tokens_shape = as_tokens(tokens, mask, shape, vocab.size)
+    columns, tokens_shape = as_tokens(options.tokens, mask, shape, vocab.size)
     T, weight, counted = _fold(shape, dtype, vocab.size, checked, columns, mask)
     of_tokens = (Label if columns.ndim == 1 else Labels)(weight, columns, at_1=False)
     terms = (of_tokens, Entropy(counted, at_1=False))[: 1 + with_entropy]
@@ -177,11 +155,11 @@ def prepare_tokens(
         vocab,
         dtype,
         reduce=False,
-        tile=arguments["tile"],
-        plan=arguments["plan"],
+        tile=options.tile,
+        plan=options.plan,
     )
-    if arguments["axis_name"] is not None:
-        check_slices(arguments["axis_name"], operands, labels="tokens")
+    if options.axis_name is not None:
+        check_slices(options.axis_name, operands, labels="tokens")
     return Prepared(spec, operands, layout, counted, 0.0, shape), tokens_shape
 
 

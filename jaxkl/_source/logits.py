@@ -1,4 +1,4 @@
-"""Logits that are an argument, and no teacher at all."""
+"""Logits that are an argument."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -67,43 +67,6 @@ class Logits(Source):
         if self.maxima is None:
             return super().max(logits)
         return self.maxima.astype(logits.dtype)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class NoTeacher(Source):
-    """What stands for the teacher where there is none: all terms are the student's."""
-
-    kind: ClassVar[Kind] = "logits"
-    is_normalized: ClassVar[bool] = True  # it has no temperature
-
-    def checked(self, name):
-        del name
-        return self
-
-    @property
-    def batch_shape(self):
-        raise NotImplementedError("There are no tokens without a teacher.")
-
-    @property
-    def vocab_array(self):
-        return None
-
-    def pad_columns(self, width):
-        del width
-        return self
-
-    def partition_specs(self, token_axes, vocab_axis):
-        del token_axes, vocab_axis
-        return self
-
-    def logits(self, dtype, vocab):
-        del dtype, vocab
-        return None
-
-    def vjp(self, d_outputs, counted):
-        del d_outputs, counted
-        return self
 
 
 def _widened(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
