@@ -12,7 +12,7 @@ import pytest
 import jaxkl
 from jaxkl import SparseTeacher
 from jaxkl._engine import rule
-from jaxkl._engine.evaluate import sharded_weighted_loss
+from jaxkl._engine.sharding import sharded_weighted_loss
 
 from . import oracle
 from .helpers import assert_close, TOLERANCE

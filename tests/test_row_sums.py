@@ -5,8 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkl._engine.columns import Columns, merged, Row, RowStats, SumExp
-from jaxkl._engine.row_sums import Below, CERTAIN, Paired, Present, Shifted
+from jaxkl._engine.row_stats import (
+    Below,
+    CERTAIN,
+    Columns,
+    merged,
+    Paired,
+    Present,
+    Row,
+    RowStats,
+    Shifted,
+    SumExp,
+)
 from jaxkl._math.vocabulary import Vocabulary
 
 from .helpers import assert_close

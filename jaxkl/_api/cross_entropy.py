@@ -6,12 +6,11 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
-from .._engine.evaluate import evaluate
 from .._engine.operands import PlanName
+from .._engine.sharding import evaluate
 from .._source.function_head import FunctionHead
 from .._source.linear_head import LinearHead
-from .hints import suggest_keywords
-from .options import LabelOptions, Reduction
+from .options import LabelOptions, Reduction, suggest_keywords
 from .prepare import prepare
 
 

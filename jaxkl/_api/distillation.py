@@ -7,15 +7,14 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
 from .._divergence.catalogue import Divergence, ForwardKL
-from .._engine.evaluate import evaluate
 from .._engine.operands import PlanName
+from .._engine.sharding import evaluate
 from .._source.function_head import FunctionHead
 from .._source.linear_head import LinearHead
 from .._source.sparse_teacher import SparseTeacher
 from .._util import checks as check
-from .hints import suggest_keywords
 from .metrics import DistillationMetrics, metrics_of
-from .options import LossOptions, MetricsOptions, Reduction
+from .options import LossOptions, MetricsOptions, Reduction, suggest_keywords
 from .prepare import prepare
 
 

@@ -9,20 +9,18 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
-from .._engine.layout import as_layout, Layout
-from .._engine.row_lists import Samples, TopK
-from .._engine.rows import map_rows, RowFunction, Rows
+from .._engine.row_lists import map_rows, RowFunction, Rows, Samples, TopK
+from .._engine.sharding import as_layout, Layout
 from .._math.numerics import loss_dtype
 from .._math.vocabulary import Vocabulary
-from .._source.base import flattened, Source
+from .._source.base import as_source, flattened, Source
 from .._source.function_head import FunctionHead
 from .._source.linear_head import LinearHead
-from .._source.logits import as_source
 from .._source.sparse_teacher import SparseTeacher, Tail
 from .._util import checks as check
 from .._util.compat import is_explicitly_sharded, varying_axes
 from .arguments import as_vocabulary, per_token
-from .hints import suggest_keywords
+from .options import suggest_keywords
 
 
 @suggest_keywords

@@ -9,8 +9,7 @@ import numpy as np
 
 from .._divergence.catalogue import Divergence, ForwardKL, is_catalogued
 from .._divergence.parameters import with_numbers
-from .._source.list_source import ListSource
-from .._source.sparse_teacher import SparseTeacher
+from .._source.sparse_teacher import ListSource, SparseTeacher
 from .._util import checks as check
 
 

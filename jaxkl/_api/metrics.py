@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from .._engine.evaluate import Prepared
 from .._engine.metrics import Statistics
+from .._engine.sharding import Prepared
 from .._engine.student_terms import Label, Uniform
 from .._math.numerics import weigh, zero_unless
 from .arguments import IGNORED_LABEL

@@ -8,23 +8,22 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from .._divergence.parameters import split
-from .._engine.evaluate import Prepared
 from .._engine.operands import Operands, Spec
+from .._engine.sharding import Prepared
 from .._math.numerics import loss_dtype
-from .._source.list_source import ListSource
-from .._source.sparse_teacher import SparseTeacher
+from .._source.sparse_teacher import ListSource, SparseTeacher
 from .._util import checks as check
 from .arguments import (
     as_labels,
     check_divergence,
     check_slices,
+    checked_models,
+    CheckedModels,
 )
-from .fold import Arguments, fold, Folding
+from .fold import Arguments, Compared, comparison, fold, Folding, student_terms
 from .list_teacher import ABSENT, as_teacher
-from .models import checked_models, CheckedModels
 from .options import LabelOptions, LossOptions, Reduction
 from .swapped import as_constant
-from .terms import Compared, comparison, student_terms
 
 
 REDUCTIONS = ("none", "sum", "mean")

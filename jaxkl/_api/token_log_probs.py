@@ -9,17 +9,15 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
-from .._engine.evaluate import Prepared, weighted_terms
 from .._engine.operands import Operands, PlanName, Spec
+from .._engine.sharding import Prepared, weighted_terms
 from .._engine.student_terms import Entropy, Label, Labels
 from .._math.numerics import loss_dtype, zero_unless
 from .._source.function_head import FunctionHead
 from .._source.linear_head import LinearHead
 from .._util import checks as check
-from .arguments import as_tokens, check_slices, per_token
-from .hints import suggest_keywords
-from .models import checked_models
-from .options import TokenOptions
+from .arguments import as_tokens, check_slices, checked_models, per_token
+from .options import suggest_keywords, TokenOptions
 
 
 LogProbs = jax.Array | tuple[jax.Array, jax.Array]

@@ -21,12 +21,16 @@ from .._divergence.catalogue import Divergence, ForwardKL
 from .._math.numerics import safe_log, weigh, zero_unless
 from .._math.softmax import Model, Softmax, SoftmaxStats
 from .._math.vocabulary import Vocabulary
-from .._source.list_source import ListSource
 from .._source.lists import plus_listed, positions, without_listed
-from .columns import Columns, Row, sum_exp, SumExp
-from .comparison import Comparison
-from .pair import compare_columns, needs_reverse_sums, Pair, sums_of_slopes
-from .row_sums import Listed, PairSums, Shifted
+from .._source.sparse_teacher import ListSource
+from .comparison import (
+    compare_columns,
+    Comparison,
+    needs_reverse_sums,
+    Pair,
+    sums_of_slopes,
+)
+from .row_stats import Columns, Listed, PairSums, Row, Shifted, sum_exp, SumExp
 from .term import Gradients, Part
 
 

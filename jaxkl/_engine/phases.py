@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 
 from .._math.vocabulary import Vocabulary
-from .columns import Columns, RowStats, Statistic
 from .list_comparison import LISTED, listed_logits, UNLISTED
 from .metrics import Metrics, metrics_of, MetricSums, Statistics, Top
 from .operands import Operands, Spec
+from .row_stats import Columns, RowStats, Statistic
 from .term import Gradients
 
 

@@ -24,8 +24,17 @@ from .._math.numerics import weigh, zero_unless
 from .._math.softmax import Model, Softmax
 from .._math.vocabulary import Vocabulary
 from .._source.lists import positions
-from .columns import Columns, Row, Statistic, SumExp
-from .row_sums import Below, CERTAIN, Present, Shifted, TOP
+from .row_stats import (
+    Below,
+    CERTAIN,
+    Columns,
+    Present,
+    Row,
+    Shifted,
+    Statistic,
+    SumExp,
+    TOP,
+)
 from .term import d_logits, Gradients, Part, Term
 
 
@@ -58,7 +67,8 @@ class StudentTerm(Term):
     def finish(self, c, known, *, recompute):
         del known, recompute
         model = c.model(self.row(c))
-        q, d_z = model.softmax(), self.d_z(c, model, model.softmax())
+        q = model.softmax()
+        d_z = self.d_z(c, model, q)
         gradients = Gradients({"student": d_z}, {})
         if (temperature := model.stats.temperature) is not None:
             is_weighted = self.is_weighted.astype(d_z.dtype)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from .._math.numerics import weigh, zero_unless
 from .._math.softmax import Softmax
-from .columns import Columns, Statistic
+from .row_stats import Columns, Statistic
 
 
 class Gradients(NamedTuple):

@@ -17,10 +17,9 @@ import jax.numpy as jnp
 from .._math.vocabulary import Vocabulary
 from .._util.compat import abstract_eval, zeros
 from .._util.trees import cast, combine, partition, select
-from .columns import Columns, merged, rescaled, RowStats
+from .comparison import SlopeSums
 from .metrics import Top
 from .operands import Operands, Result, Spec
-from .pair import SlopeSums
 from .phases import (
     columns_of,
     complete,
@@ -32,6 +31,7 @@ from .phases import (
     Sums,
 )
 from .plan import Plan
+from .row_stats import Columns, merged, rescaled, RowStats
 from .student_terms import Entropy
 
 
