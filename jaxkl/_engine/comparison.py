@@ -224,7 +224,7 @@ def _weighted(weight: Any, gradient: jax.Array) -> jax.Array:
 
 
 def _reverse_gradient(pair: Pair, q: jax.Array) -> jax.Array:
-    """`q (log q - log p - KL(q ‖ p))`, `[B, V]`; see `row_sums`."""
+    """`q (log q - log p - KL(q ‖ p))`, `[B, V]`; see `row_stats`."""
     reverse, total = pair.sums.reverse, pair.student.stats.total
     assert reverse is not None
     prob_below, below, mean = (
