@@ -1,7 +1,7 @@
 """The arguments of a loss, each checked and made an array or a source."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, get_args, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from .._divergence.catalogue import check_callable, foreign_members
-from .._engine.operands import Operands
+from .._engine.comparison import Comparison
+from .._engine.operands import Operands, PlanName
 from .._engine.sharding import as_layout, Layout
 from .._engine.student_terms import Label
 from .._math.vocabulary import Vocabulary
@@ -81,13 +82,14 @@ def check_slices(axis_name: str, operands: Operands, labels: str = "labels") -> 
                 f"`{name}` must hold a slice of the vocabulary on each device of axis "
                 f"{axis_name!r}, got the same columns on all of them."
             )
+    compared = [x for x in operands.terms if isinstance(x, Comparison)]
     replicated = {
         "where": operands.mask,
         labels: [x.labels for x in operands.terms if isinstance(x, Label)],
         "temperature": operands.student_temperature,
-        "teacher_temperature": [x.temperature for x in operands.comparisons],
+        "teacher_temperature": [x.temperature for x in compared],
         "weights": operands.weights,
-        "divergence": [x.parameters for x in operands.comparisons],
+        "divergence": [x.parameters for x in compared],
         "teacher": [x for x in operands.sources if x.width is None],
     }
     for name, arrays in replicated.items():
@@ -222,9 +224,6 @@ def _check_elementwise(divergence: Any, vocab_size: int, sees_any_width: bool) -
         )
 
 
-PLANS = ("fast", "lean")
-
-
 class CheckedModels(NamedTuple):
     """What any walk over tokens is given, its tokens flattened to one axis."""
 
@@ -240,7 +239,7 @@ def checked_models(options: Options, *teachers: ArrayLike | Given) -> CheckedMod
     if tile is not None:
         tile = check.positive_int("tile", tile)
     if plan is not None:
-        check.one_of("plan", plan, PLANS)
+        check.one_of("plan", plan, get_args(PlanName))
     if plan == "lean" and tile is not None:
         raise ValueError(
             f'`tile` must be None with plan="lean", which has no tiles; got {tile}.'

@@ -6,11 +6,10 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
-from .._engine.operands import PlanName
 from .._engine.sharding import evaluate
 from .._source.function_head import FunctionHead
 from .._source.linear_head import LinearHead
-from .options import LabelOptions, Reduction, suggest_keywords
+from .options import LabelOptions, PlanName, Reduction, suggest_keywords
 from .prepare import prepare
 
 
@@ -94,5 +93,5 @@ def cross_entropy(
       Wijmans et al. [Cut Your Losses in Large-Vocabulary Language
       Models](https://arxiv.org/abs/2411.09009), 2024.
     """
-    loss, _, _ = evaluate(prepare(LabelOptions(**locals())))
+    loss, _, _ = evaluate(prepare(LabelOptions(**locals())))  # see `options`
     return loss

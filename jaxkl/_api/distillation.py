@@ -7,14 +7,13 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
 from .._divergence.catalogue import Divergence, ForwardKL
-from .._engine.operands import PlanName
 from .._engine.sharding import evaluate
 from .._source.function_head import FunctionHead
 from .._source.linear_head import LinearHead
 from .._source.sparse_teacher import SparseTeacher
 from .._util import checks as check
 from .metrics import DistillationMetrics, metrics_of
-from .options import LossOptions, MetricsOptions, Reduction, suggest_keywords
+from .options import LossOptions, MetricsOptions, PlanName, Reduction, suggest_keywords
 from .prepare import prepare
 
 
@@ -158,7 +157,7 @@ def distillation_loss(
       Hinton, Vinyals, Dean. [Distilling the Knowledge in a Neural
       Network](https://arxiv.org/abs/1503.02531), 2015.
     """
-    loss, _, _ = evaluate(prepare(LossOptions(**locals())))
+    loss, _, _ = evaluate(prepare(LossOptions(**locals())))  # see `options`
     return loss
 
 
@@ -222,8 +221,8 @@ def distillation_loss_with_metrics(
       >>> print(f"{metrics.student_entropy:.4f} {metrics.top1_agreement}")
       0.6931 0.0
     """
-    options = MetricsOptions(**locals())
+    options = MetricsOptions(**locals())  # see `options`
     per_token = check.boolean("per_token_metrics", options.per_token_metrics)
-    prepared = prepare(options, statistics=True)
-    loss, terms, (statistics,) = evaluate(prepared)
-    return loss, metrics_of(prepared, terms, statistics, per_token=per_token)
+    prepared = prepare(options, metrics=True)
+    loss, terms, (values,) = evaluate(prepared)
+    return loss, metrics_of(prepared, terms, values, per_token=per_token)

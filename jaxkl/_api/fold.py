@@ -39,7 +39,7 @@ class Arguments(NamedTuple):
 
 
 class Folding(NamedTuple):
-    """How they are made of it."""
+    """The static part of how weights are made of `Arguments`."""
 
     shape: tuple[int, ...]
     dtype: jnp.dtype
@@ -223,14 +223,13 @@ def comparison(folded: Folded, x: Compared, rounded_to: jnp.dtype | None) -> Com
     `rounded_to` is the dtype of the student's logits, if nothing else has a part in
     their gradient.
     """
-    arguments: dict[str, Any] = dict(
-        weight=folded.term_weights.divergence,
-        teacher=x.teacher,
-        parameters=folded.parameters,
-        temperature=folded.teacher_temperature,
+    is_row = isinstance(x.teacher, ListSource) and x.teacher.is_row
+    of_rows = ft.partial(ListComparison, d_dtype=rounded_to)
+    return (of_rows if is_row else DenseComparison)(
+        folded.term_weights.divergence,
+        x.teacher,
+        folded.parameters,
+        folded.teacher_temperature,
         divergence=x.divergence,
         same_temperature=x.same_temperature,
     )
-    if isinstance(x.teacher, ListSource) and x.teacher.is_row:
-        return ListComparison(**arguments, d_dtype=rounded_to)
-    return DenseComparison(**arguments)

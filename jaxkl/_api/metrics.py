@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from .._engine.metrics import Statistics
+from .._engine.metrics import MetricValues
 from .._engine.sharding import Prepared
 from .._engine.student_terms import Label, Uniform
 from .._math.numerics import weigh, zero_unless
@@ -199,35 +199,36 @@ def _mean(total: jax.Array, weight: jax.Array) -> jax.Array:
 def metrics_of(
     prepared: Prepared,
     terms: tuple[jax.Array, ...],
-    statistics: Statistics,
+    values: MetricValues,
     *,
     per_token: bool,
 ) -> DistillationMetrics:
     """The sums of what the engine returns, `[B]` each, or its tokens, `[...]`."""
+    assert prepared.weight is not None
     weight = jax.lax.stop_gradient(prepared.weight)
     total: Callable[[jax.Array], jax.Array] = jnp.sum
     if per_token:
         total = lambda x: x.reshape(prepared.batch_shape)
     weighted = lambda x: total(weigh(weight, x))
-    of = dict(zip(map(type, prepared.operands.terms), terms, strict=True))
+    pairs = zip(prepared.operands.terms, terms, strict=True)
+    of = {type(term): (term, value) for term, value in pairs}
     cross_entropy = label_weight = None
-    for term in prepared.operands.terms:
-        if isinstance(term, Label):
-            of_labels = zero_unless(term.labels != IGNORED_LABEL, weight)
-            cross_entropy = of[Label]
-            if Uniform in of:
-                smoothing = jnp.asarray(prepared.label_smoothing, weight.dtype)
-                cross_entropy = weigh(1 - smoothing, cross_entropy)
-                cross_entropy += weigh(smoothing, of[Uniform])
-            cross_entropy = total(weigh(of_labels, cross_entropy))
-            label_weight = total(of_labels)
+    if Label in of:
+        label, cross_entropy = of[Label]
+        of_labels = zero_unless(label.labels != IGNORED_LABEL, weight)
+        if Uniform in of:
+            smoothing = jnp.asarray(prepared.label_smoothing, weight.dtype)
+            cross_entropy = weigh(1 - smoothing, cross_entropy)
+            cross_entropy += weigh(smoothing, of[Uniform][1])
+        cross_entropy = total(weigh(of_labels, cross_entropy))
+        label_weight = total(of_labels)
     sums = MetricSums(
         weighted(terms[0]),  # that of the teacher
-        weighted(statistics.kl),
+        weighted(values.kl),
         cross_entropy,
-        weighted(statistics.student_entropy),
-        weighted(statistics.teacher_entropy),
-        weighted(statistics.top1_agreement),
-        *(map(weighted, statistics.of_list) if statistics.of_list else (None,) * 3),
+        weighted(values.student_entropy),
+        weighted(values.teacher_entropy),
+        weighted(values.top1_agreement),
+        *(map(weighted, values.of_list) if values.of_list else (None,) * 3),
     )
     return DistillationMetrics(sums, total(weight), label_weight)

@@ -1,7 +1,7 @@
 """From the arguments of a distillation loss to the operands of the engine: each is
 checked, in Python, and all are folded into weights, in one program."""
 
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -26,16 +26,13 @@ from .options import LabelOptions, LossOptions, Reduction
 from .swapped import as_constant
 
 
-REDUCTIONS = ("none", "sum", "mean")
-
-
-def prepare(options: LabelOptions, *, statistics: bool = False) -> Prepared:
+def prepare(options: LabelOptions, *, metrics: bool = False) -> Prepared:
     """Checks the arguments of a loss and makes the engine's operands.
 
-    `statistics` is whether the metrics are asked for too. Without a teacher, all terms
+    `metrics` is whether they are asked for too. Without a teacher, all terms
     are the student's, and a token without a label does not count.
     """
-    check.one_of("reduction", options.reduction, REDUCTIONS)
+    check.one_of("reduction", options.reduction, get_args(Reduction))
     teachers: list[Compared] = []
     if isinstance(options, LossOptions):
         t_squared = check.boolean("t_squared", options.t_squared)
@@ -68,13 +65,13 @@ def prepare(options: LabelOptions, *, statistics: bool = False) -> Prepared:
         T,
         T_teacher,
         _checked_normalizer(options.normalizer, options.reduction),
-        _alpha(alpha, columns, statistics),
+        _alpha(alpha, columns, metrics),
         check.scalar("label_smoothing", options.label_smoothing, 0, 1),
         check.scalar("z_loss", options.z_loss, 0),
         parameter_arrays,
     )
     mixing = arguments.alpha, arguments.label_smoothing, arguments.z_loss
-    is_labelled = statistics or _may_differ(arguments.alpha, 1)
+    is_labelled = metrics or _may_differ(arguments.alpha, 1)
     how = Folding(
         shape,
         dtype,
@@ -102,7 +99,7 @@ def prepare(options: LabelOptions, *, statistics: bool = False) -> Prepared:
         vocab,
         dtype,
         reduce=options.reduction != "none",
-        statistics=statistics,
+        metrics=metrics,
         tile=options.tile,
         plan=options.plan,
         passes_float16=student.passes_float16
@@ -114,10 +111,10 @@ def prepare(options: LabelOptions, *, statistics: bool = False) -> Prepared:
         spec,
         operands,
         layout,
-        folded.weight,
-        options.label_smoothing,
         shape,
         folded.factor,
+        folded.weight,
+        options.label_smoothing,
     )
 
 

@@ -9,15 +9,15 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
-from .._engine.operands import Operands, PlanName, Spec
-from .._engine.sharding import Prepared, weighted_terms
+from .._engine.operands import Operands, Spec
+from .._engine.sharding import outputs_of, Prepared
 from .._engine.student_terms import Entropy, Label, Labels
 from .._math.numerics import loss_dtype, zero_unless
 from .._source.function_head import FunctionHead
 from .._source.linear_head import LinearHead
 from .._util import checks as check
 from .arguments import as_tokens, check_slices, checked_models, per_token
-from .options import suggest_keywords, TokenOptions
+from .options import PlanName, suggest_keywords, TokenOptions
 
 
 LogProbs = jax.Array | tuple[jax.Array, jax.Array]
@@ -129,8 +129,8 @@ def token_log_probs(
       >>> print(f"{entropy[1]:.4f}")
       0.6931
     """
-    prepared, shape = prepare_tokens(TokenOptions(**locals()))
-    weighted, _, _ = weighted_terms(prepared)
+    prepared, shape = prepare_tokens(TokenOptions(**locals()))  # see `options`
+    weighted, _, _ = outputs_of(prepared)
     return log_probs_of(prepared, shape, weighted)
 
 
@@ -158,7 +158,7 @@ def prepare_tokens(options: TokenOptions) -> tuple[Prepared, tuple[int, ...]]:
     )
     if options.axis_name is not None:
         check_slices(options.axis_name, operands, labels="tokens")
-    return Prepared(spec, operands, layout, counted, 0.0, shape), tokens_shape
+    return Prepared(spec, operands, layout, shape), tokens_shape
 
 
 @ft.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)

@@ -35,7 +35,7 @@ from .row_stats import (
     Row,
     SumExp,
 )
-from .term import d_logits, Gradients, Part, Term
+from .term import d_logits, Gradients, Term, TermResult
 
 
 class Pair(NamedTuple):
@@ -270,23 +270,25 @@ class Comparison(Term):
 class DenseComparison(Comparison):
     """One of two rows of all columns."""
 
-    def statistics(self, c):
+    @property
+    def _paired(self) -> Paired:
         reverse = needs_reverse_sums(self.whole_divergence)
-        paired = Paired(STUDENT, TEACHER, self.same_temperature, reverse)
-        return [SumExp(STUDENT), SumExp(TEACHER), paired]
+        return Paired(STUDENT, TEACHER, self.same_temperature, reverse)
+
+    def statistics(self, c):
+        return [SumExp(STUDENT), SumExp(TEACHER), self._paired]
 
     def pair(self, c: Columns) -> Pair:
-        _, _, paired = self.statistics(c)
         models = c.model(TEACHER), c.model(STUDENT)
-        return Pair(*models, c.rows.sums[paired], self.same_temperature)
+        return Pair(*models, c.rows.sums[self._paired], self.same_temperature)
 
     def slope_sums(self, c):
         return sums_of_slopes(self.whole_divergence, self.pair(c), c.vocab)
 
-    def finish(self, c, known, *, recompute):
+    def finish(self, c, combined, *, recompute):
         pair = self.pair(c)
         compared = compare_columns(
-            self.whole_divergence, pair, c.vocab, known, recompute=recompute
+            self.whole_divergence, pair, c.vocab, combined, recompute=recompute
         )
         p, q = pair.softmaxes()
         T, T_teacher = c.temperatures["student"], c.temperatures["teacher"]
@@ -297,8 +299,8 @@ class DenseComparison(Comparison):
         gradients = Gradients(
             {"student": d_s, "teacher": d_t}, {"student": d_T, "teacher": d_T_teacher}
         )
-        return Part(compared.divergence, gradients, p.lse + q.lse)
+        return TermResult(compared.divergence, gradients, p.lse + q.lse)
 
-    def value(self, of_all, known, sums):
-        del of_all, known
+    def value(self, of_all, combined, sums):
+        del of_all, combined
         return sums

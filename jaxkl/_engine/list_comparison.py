@@ -31,7 +31,7 @@ from .comparison import (
     sums_of_slopes,
 )
 from .row_stats import Columns, Listed, PairSums, Row, Shifted, sum_exp, SumExp
-from .term import Gradients, Part
+from .term import Gradients, TermResult
 
 
 LISTED, UNLISTED = Row("listed"), Row("unlisted")
@@ -63,33 +63,33 @@ class ListComparison(Comparison):
         of_list = [Listed(LISTED), SumExp(UNLISTED), Shifted(UNLISTED)]
         return of_list if self.teacher.has_rest else of_list[:1]
 
-    def known(self, of_all, slopes):
+    def combined(self, of_all, slopes):
         return compare_list(self.whole_divergence, self.teacher, of_all)
 
-    def finish(self, c, known, *, recompute):
+    def finish(self, c, combined, *, recompute):
         weight, T = self.weight, c.temperatures["student"]
         d_T = None
         if T is not None:
-            d_T = c.vocab.on_first_shard(weigh(weight, known.d_temperature))
+            d_T = c.vocab.on_first_shard(weigh(weight, combined.d_temperature))
             weight = weigh(weight, 1 / T)
-        d_listed = weigh(weight[:, None], known.d_listed)
+        d_listed = weigh(weight[:, None], combined.d_listed)
         d_student = jnp.zeros_like(c.logits["student"])
-        if known.d_rest is not None:
+        if combined.d_rest is not None:
             # Each column outside the list has its share of the rest.
             rest = c.model(UNLISTED)
             total = rest.stats.total
-            share = weigh(weight, known.d_rest) / jnp.where(total > 0, total, 1)
+            share = weigh(weight, combined.d_rest) / jnp.where(total > 0, total, 1)
             d_student = weigh(share[:, None], jnp.exp(rest.shifted()))
         if self.d_dtype is not None:
             # Nothing is added to these, and they are rounded once here or later.
             d_listed = d_listed.astype(self.d_dtype)
         d_student = plus_listed(d_student, d_listed, self.teacher.columns, c.vocab)
         gradients = Gradients({"student": d_student}, {"student": d_T})
-        value = c.vocab.on_first_shard(known.divergence)
-        return Part(value, gradients, known.q.lse)
+        value = c.vocab.on_first_shard(combined.divergence)
+        return TermResult(value, gradients, combined.q.lse)
 
-    def value(self, of_all, known, sums):
-        del of_all, known
+    def value(self, of_all, combined, sums):
+        del of_all, combined
         return sums
 
 

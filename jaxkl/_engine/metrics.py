@@ -1,4 +1,4 @@
-r"""What the metrics report beside a loss, of each teacher.
+r"""What the metrics report beside a loss.
 
 Of a list they say its masses, and its overlap with a top k. A token lists $n$ different
 columns. A column is among the student's $n$ largest if fewer than $n$ columns have a
@@ -18,6 +18,7 @@ from .._divergence.catalogue import ForwardKL
 from .._math.softmax import entropy
 from .._math.vocabulary import Vocabulary
 from .._source.sparse_teacher import ListSource
+from .._util.compat import zeros
 from .comparison import Comparison, PerModel, sum_terms
 from .list_comparison import (
     compare_list,
@@ -30,7 +31,7 @@ from .list_comparison import (
 from .row_stats import Columns, Listed, Shifted, Statistic, SumExp
 
 
-class ListStatistics(NamedTuple):
+class ListMetricValues(NamedTuple):
     """See `DistillationMetrics`, `[B]` each."""
 
     teacher_listed_mass: jax.Array
@@ -95,9 +96,9 @@ def find_number_among_top(
     return low.astype(student.dtype)
 
 
-def list_statistics(
+def list_metric_values(
     teacher: ListSource, row: StudentRow, number_among: jax.Array, vocab_size: int
-) -> ListStatistics:
+) -> ListMetricValues:
     """From what is known of all columns."""
     k = teacher.columns.shape[-1]
     number = jnp.sum(teacher.has_column(vocab_size), axis=-1)
@@ -106,10 +107,10 @@ def list_statistics(
     overlap = number_among / jnp.maximum(number, 1).astype(number_among.dtype)
     # No comparison is true of NaN.
     is_nan = jnp.isnan(p_mass) | jnp.isnan(q_mass)
-    return ListStatistics(p_mass, q_mass, jnp.where(is_nan, jnp.nan, overlap))
+    return ListMetricValues(p_mass, q_mass, jnp.where(is_nan, jnp.nan, overlap))
 
 
-class Statistics(NamedTuple):
+class MetricValues(NamedTuple):
     """What is reported beside the terms, `[B]` each: at temperature 1, or beside a list
     as it is compared."""
 
@@ -117,7 +118,7 @@ class Statistics(NamedTuple):
     student_entropy: jax.Array
     teacher_entropy: jax.Array
     top1_agreement: jax.Array
-    of_list: ListStatistics | None  # None: the teacher has no list
+    of_list: ListMetricValues | None  # None: the teacher has no list
 
 
 class Top(NamedTuple):
@@ -131,6 +132,12 @@ class Top(NamedTuple):
         first = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         return cls(jnp.max(logits, axis=-1), first + vocab.start)
 
+    @classmethod
+    def of_none(cls, types: "Top") -> "Top":
+        """Of no column, which is none of a row of -inf either."""
+        logit, column = (zeros(x, x.shape) for x in types)
+        return cls(logit - jnp.inf, column + jnp.iinfo(column.dtype).max)
+
     def of_both(self, other: "Top") -> "Top":
         """Of two sets of columns together."""
         is_first = (other.logit == self.logit) & (other.column < self.column)
@@ -138,21 +145,26 @@ class Top(NamedTuple):
         pairs = zip(self, other, strict=True)
         return Top(*(jnp.where(is_other, y, x) for x, y in pairs))
 
+    def of_devices(self, logit: jax.Array, vocab: Vocabulary) -> "Top":
+        """Of the columns of all devices, of which `logit` is the largest."""
+        column = jnp.where(self.logit == logit, self.column, vocab.size)
+        return Top(logit, vocab.pmin(column))
 
-class MetricSums(NamedTuple):
+
+class ColumnSums(NamedTuple):
     """Sums over columns, `[B]` each, but for tops, of which there is the larger."""
 
     kl: jax.Array
     student_entropy: jax.Array
     teacher_entropy: jax.Array
     tops: PerModel  # Top
-    # Beside a list, how many of its columns are among the student's largest; or, from
-    # a block, `count_larger`, `[B, k]`.
-    among_top: Any = None
+    # `count_larger`, `[B, k]`; None: not needed, or all columns are at hand together.
+    larger: jax.Array | None = None
 
 
 class Metrics(abc.ABC):
-    """Those of a comparison: terms without weight or gradient, in the same phases."""
+    """Those of a comparison. They go through the phases of terms, and have neither a
+    weight nor a gradient."""
 
     def __init__(self, comparison: Comparison):
         self.comparison, self.teacher = comparison, comparison.teacher
@@ -161,12 +173,12 @@ class Metrics(abc.ABC):
     def statistics(self, c: Columns) -> Sequence[Statistic]: ...
 
     @abc.abstractmethod
-    def sums(self, c: Columns, known: Any) -> MetricSums:
+    def sums(self, c: Columns, combined: Any) -> ColumnSums:
         """Of the columns at hand; `known` is that of the comparison."""
 
-    def value(self, of_all: Columns, sums: MetricSums) -> Statistics:
+    def value(self, of_all: Columns, sums: ColumnSums) -> MetricValues:
         agree = sums.tops.student.column == sums.tops.teacher.column
-        return Statistics(
+        return MetricValues(
             kl=sums.kl,
             student_entropy=sums.student_entropy,
             teacher_entropy=sums.teacher_entropy,
@@ -185,10 +197,10 @@ class DenseMetrics(Metrics):
     def statistics(self, c):
         return list(map(SumExp, self._rows(c)))
 
-    def sums(self, c, known):
-        del known
+    def sums(self, c, combined):
+        del combined
         p, q = (c.model(row).softmax() for row in self._rows(c))
-        return MetricSums(
+        return ColumnSums(
             sum_terms(ForwardKL(), p.outcomes, q.outcomes, c.vocab),
             entropy(q.outcomes),
             entropy(p.outcomes),
@@ -202,19 +214,18 @@ class ListMetrics(Metrics):
     def statistics(self, c):
         return [Listed(LISTED), SumExp(UNLISTED), Shifted(UNLISTED)]
 
-    def sums(self, c, known):
+    def sums(self, c, combined):
         student = c.logits["student"]
         tops = PerModel(self._top(student.dtype), Top.of(student, c.vocab))
-        entropies = entropy(known.q.outcomes), entropy(known.p.outcomes)
-        of_list = map(c.vocab.on_first_shard, (known.kl, *entropies))
-        return MetricSums(*of_list, tops=tops, among_top=self._among_top(c))
+        entropies = entropy(combined.q.outcomes), entropy(combined.p.outcomes)
+        of_list = map(c.vocab.on_first_shard, (combined.kl, *entropies))
+        return ColumnSums(*of_list, tops=tops, larger=self._larger(c))
 
-    def _among_top(self, c: Columns) -> jax.Array:
+    def _larger(self, c: Columns) -> jax.Array | None:
+        if not c.vocab.is_block:
+            return None  # see `value`
         of_list = self.teacher.columns, c.rows.sums[Listed(LISTED)]
-        if c.vocab.is_block:
-            return count_larger(*of_list, c.logits["student"], c.vocab)
-        number = find_number_among_top(*of_list, c.logits["student"], c.vocab)
-        return c.vocab.on_first_shard(number)
+        return count_larger(*of_list, c.logits["student"], c.vocab)
 
     def _top(self, dtype: jnp.dtype) -> Top:
         """The first of the most likely columns of the list."""
@@ -224,22 +235,25 @@ class ListMetrics(Metrics):
         return Top(jnp.max(log_probs, axis=-1), column.astype(jnp.int32))
 
     def value(self, of_all, sums):
-        number, vocab = sums.among_top, of_all.vocab
-        if number.ndim > 1:
-            number = number_among_top(self.teacher.columns, number, vocab)
+        columns, vocab = self.teacher.columns, of_all.vocab
+        if sums.larger is not None:
+            number = number_among_top(columns, sums.larger, vocab)
+        else:
+            listed, student = of_all.rows.sums[Listed(LISTED)], of_all.logits["student"]
+            number = find_number_among_top(columns, listed, student, vocab)
         row = student_row(self.teacher, of_all)
-        of_list = list_statistics(self.teacher, row, number, vocab.size)
+        of_list = list_metric_values(self.teacher, row, number, vocab.size)
         # They are the same on all devices, but JAX cannot know that.
         of_list = vocab.psum(*map(vocab.on_first_shard, of_list))
-        return super().value(of_all, sums)._replace(of_list=ListStatistics(*of_list))
+        return super().value(of_all, sums)._replace(of_list=ListMetricValues(*of_list))
 
 
 class LumpedListMetrics(ListMetrics):
     """The same of a list whose loss, of a user's function, is one of all columns."""
 
-    def sums(self, c, known):
-        del known
-        outcomes = compare_list(ForwardKL(), self.teacher, c.of_all())
+    def sums(self, c, combined):
+        del combined
+        outcomes = compare_list(ForwardKL(), self.teacher, c)
         return super().sums(c, outcomes)
 
 
@@ -249,12 +263,12 @@ class SpreadListMetrics(ListMetrics):
     def statistics(self, c):
         return [*super().statistics(c), *DenseMetrics(self.comparison).statistics(c)]
 
-    def sums(self, c, known):
-        dense = DenseMetrics(self.comparison).sums(c, known)
-        return dense._replace(among_top=self._among_top(c))
+    def sums(self, c, combined):
+        dense = DenseMetrics(self.comparison).sums(c, combined)
+        return dense._replace(larger=self._larger(c))
 
 
-def metrics_of(comparison: Comparison) -> Metrics:
+def metrics_for(comparison: Comparison) -> Metrics:
     if isinstance(comparison, ListComparison):
         return ListMetrics(comparison)
     if comparison.teacher.kind != "list":

@@ -13,7 +13,7 @@ from .._math.vocabulary import Vocabulary
 from .._source.base import Source
 from .._util.compat import to_varying, varying_axes
 from .comparison import Comparison
-from .metrics import Statistics
+from .metrics import MetricValues
 from .term import Gradients
 
 
@@ -27,27 +27,32 @@ class Operands(NamedTuple):
     """
 
     student: Any  # Source
-    terms: tuple[Any, ...]  # Term: those with a teacher come first
+    terms: tuple[Any, ...]  # Term
     student_temperature: Any = None  # [B]; None: 1
     mask: Any = None  # [B]: the tokens that `where` keeps; None: all
     rows: Any = None  # RowStats, if a walk has made them before
 
     @property
-    def comparisons(self) -> tuple[Comparison, ...]:
-        """The terms that have a teacher."""
-        return tuple(x for x in self.terms if isinstance(x, Comparison))
+    def comparison(self) -> Comparison | None:
+        """The term of a teacher, of which there is at most one."""
+        found = [x for x in self.terms if isinstance(x, Comparison)]
+        assert len(found) < 2
+        return found[0] if found else None
+
+    def _map_comparison(self, f: Callable[[Comparison], Comparison]) -> Self:
+        terms = (f(x) if isinstance(x, Comparison) else x for x in self.terms)
+        return self._replace(terms=tuple(terms))
 
     @property
     def sources(self) -> tuple[Any, ...]:
-        """The student, and the teacher of each comparison."""
-        return self.student, *(x.teacher for x in self.comparisons)
+        """The student, and the teacher if there is one."""
+        x = self.comparison
+        return (self.student,) if x is None else (self.student, x.teacher)
 
     def with_sources(self, sources: Sequence[Any]) -> Self:
         student, *teachers = sources
-        pairs = zip(self.comparisons, teachers, strict=True)
-        terms = (dataclasses.replace(x, teacher=teacher) for x, teacher in pairs)
-        own_terms = self.terms[len(teachers) :]
-        return self._replace(student=student, terms=(*terms, *own_terms))
+        with_teacher = lambda x: dataclasses.replace(x, teacher=teachers[0])
+        return self._replace(student=student)._map_comparison(with_teacher)
 
     @property
     def weights(self) -> tuple[Any, ...]:
@@ -78,7 +83,7 @@ class Operands(NamedTuple):
         """That of each kind of logits: see `Columns`."""
         T = self.student_temperature
         temperatures = dict(student=T, listed=T, unlisted=T)
-        for x in self.comparisons:
+        if (x := self.comparison) is not None:
             temperatures["teacher"] = T if x.same_temperature else x.temperature
         return temperatures
 
@@ -117,20 +122,16 @@ class Operands(NamedTuple):
 
         `logits` are those of whose gradients the `d_outputs` are made.
         """
-        of = lambda source, name: source.d_outputs(
-            logits.get(name), gradients.logits.get(name)
-        )
-        of_teachers = [of(source, "teacher") for source in self.sources[1:]]
-        x = self.with_sources([of(self.student, "student"), *of_teachers])
+
+        def of(source, name):
+            return source.d_outputs(logits.get(name), gradients.logits.get(name))
+
+        sources = zip(self.sources, ("student", "teacher"), strict=False)
         d_T = gradients.temperatures
-        terms = (
-            dataclasses.replace(term, temperature=d_T.get("teacher"))
-            for term in x.comparisons
-        )
-        own_terms = x.terms[len(of_teachers) :]
-        return x._replace(
-            terms=(*terms, *own_terms), student_temperature=d_T.get("student")
-        )
+        of_teacher = lambda x: dataclasses.replace(x, temperature=d_T.get("teacher"))
+        x = self.with_sources([of(*source) for source in sources])
+        x = x._map_comparison(of_teacher)
+        return x._replace(student_temperature=d_T.get("student"))
 
     def match_varying(self, vocab_axis: str | None = None) -> Self:
         """Inside `shard_map`, casts all arrays to vary over the same mesh axes.
@@ -158,7 +159,7 @@ class Spec:
     vocab: Vocabulary
     dtype: jnp.dtype
     reduce: bool = True  # whether the loss is summed over tokens
-    statistics: bool = False
+    metrics: bool = False  # whether they are asked for
     tile: int | None = None  # the user's choice
     plan: PlanName | None = None  # likewise
     passes_float16: bool = False  # whether a gradient does: see `Source`
@@ -168,9 +169,13 @@ class Result(NamedTuple):
     """What the engine returns of some tokens: of a tile, or of all of them."""
 
     terms: tuple[jax.Array, ...]  # the value of each
-    statistics: tuple[Statistics, ...]  # of each teacher, if they are asked for
+    metrics: tuple[MetricValues, ...]  # of the teacher, if they are asked for
     # Gradients of Σ weight · term. `run_tile` has the `d_outputs` of a source in place
     # of the source, and `pull_back` makes them the gradients of its arrays.
     gradients: Operands
     counted: jax.Array  # [B]: the tokens that count in gradients of shared arrays
     rows: Any = None  # RowStats, if the loss is not summed over tokens and they are new
+
+
+# The loss, the terms and the metrics.
+Outputs = tuple[Any, tuple[jax.Array, ...], tuple[MetricValues, ...]]

@@ -18,20 +18,24 @@ import jax
 import jax.numpy as jnp
 
 from .._math.vocabulary import Vocabulary
+from .comparison import Comparison
 from .list_comparison import LISTED, listed_logits, UNLISTED
-from .metrics import Metrics, metrics_of, MetricSums, Statistics, Top
+from .metrics import ColumnSums, Metrics, metrics_for, MetricValues, Top
 from .operands import Operands, Spec
 from .row_stats import Columns, RowStats, Statistic
 from .term import Gradients
 
 
-def _metrics(spec: Spec, x: Operands) -> list[Metrics]:
-    return list(map(metrics_of, x.comparisons)) if spec.statistics else []
+def _metrics(spec: Spec, x: Operands) -> tuple[Metrics, ...]:
+    """Those of the teacher, if they are asked for."""
+    if not spec.metrics or x.comparison is None:
+        return ()
+    return (metrics_for(x.comparison),)
 
 
 def _needed(spec: Spec, x: Operands) -> list[Statistic]:
     """What all terms and metrics must know of all columns, without repetition."""
-    c = Columns(spec.vocab, x.temperatures, {}, RowStats({}, {}))
+    c = Columns(spec.vocab, x.temperatures)
     asking = [*x.terms, *_metrics(spec, x)]
     return list(dict.fromkeys(s for x in asking for s in x.statistics(c)))
 
@@ -46,21 +50,21 @@ def columns_of(
     several times as long as product and gradient do one after the other.
     """
     logits = {"student": x.student.logits(spec.dtype, vocab)}
-    needed = {s.row for s in _needed(spec, x)}
-    for term in x.comparisons:
-        if term.has_columns:
-            logits["teacher"] = term.teacher.logits(spec.dtype, vocab)
-    if materialized:
-        logits = jax.lax.optimization_barrier(logits)
-    for term in x.comparisons:
+    listed = {}
+    if (comparison := x.comparison) is not None:
+        teacher = comparison.teacher
+        if comparison.has_columns:
+            logits["teacher"] = teacher.logits(spec.dtype, vocab)
+        of_student, needed = logits["student"], {s.row for s in _needed(spec, x)}
         for row in (LISTED, UNLISTED):
             if row in needed:
-                of_row = listed_logits(row, term.teacher, logits["student"], vocab)
-                logits[row.logits] = of_row
-    return Columns(vocab, x.temperatures, logits, RowStats({}, {}))
+                listed[row.logits] = listed_logits(row, teacher, of_student, vocab)
+    if materialized:
+        logits = jax.lax.optimization_barrier(logits)
+    return Columns(vocab, x.temperatures, logits | listed)
 
 
-def row_stats(spec: Spec, x: Operands, c: Columns) -> RowStats:
+def local_stats(spec: Spec, x: Operands, c: Columns) -> RowStats:
     """The maxima of the columns at hand, and the sums relative to them."""
     needed = _needed(spec, x)
     sources = dict(zip(("student", "teacher"), x.sources, strict=False))
@@ -78,17 +82,17 @@ def slope_sums(x: Operands, c: Columns) -> tuple[Any, ...]:
     return tuple(term.slope_sums(c) for term in x.terms)
 
 
-def known(x: Operands, of_all: Columns, slopes: tuple[Any, ...]) -> tuple[Any, ...]:
+def combined(x: Operands, of_all: Columns, slopes: tuple[Any, ...]) -> tuple[Any, ...]:
     """What each term makes of all columns at once, before the last phase."""
     pairs = zip(x.terms, slopes, strict=True)
-    return tuple(term.known(of_all, sums) for term, sums in pairs)
+    return tuple(term.combined(of_all, sums) for term, sums in pairs)
 
 
 class Sums(NamedTuple):
-    """Sums over columns, of each term and of each teacher's metrics."""
+    """Sums over columns, of each term and of the metrics."""
 
     terms: tuple[Any, ...]
-    metrics: tuple[MetricSums, ...]
+    metrics: tuple[ColumnSums, ...]
 
     def plus(self, other: "Sums") -> "Sums":
         """Of two sets of columns together."""
@@ -110,7 +114,7 @@ def finish(
     spec: Spec,
     x: Operands,
     c: Columns,
-    known: tuple[Any, ...],
+    combined: tuple[Any, ...],
     counted: jax.Array,
     *,
     recompute: bool,
@@ -120,16 +124,14 @@ def finish(
     `counted`, `[B]`, are the tokens that count in the gradients of shared arrays;
     `recompute` is that of a `Plan`.
     """
-    pairs = list(zip(x.terms, known, strict=True))
+    pairs = list(zip(x.terms, combined, strict=True))
     parts = [term.finish(c, of_term, recompute=recompute) for term, of_term in pairs]
     gradients = Gradients({}, {})
     for part in parts:
         gradients = gradients.plus(part.gradients)
-    metrics = zip(_metrics(spec, x), known, strict=False)  # teachers come first
-    sums = Sums(
-        tuple(part.sums for part in parts),
-        tuple(metric.sums(c, of_term) for metric, of_term in metrics),
-    )
+    of_teacher = [y for x, y in pairs if isinstance(x, Comparison)]
+    metrics = [metric.sums(c, *of_teacher) for metric in _metrics(spec, x)]
+    sums = Sums(tuple(part.sums for part in parts), tuple(metrics))
     # 0 · NaN is NaN in the product for `d kernel`: a token without weight does not
     # count if its hidden states may not be finite.
     is_finite = jnp.isfinite(sum(part.lse for part in parts))
@@ -138,10 +140,10 @@ def finish(
 
 
 def complete(
-    spec: Spec, x: Operands, of_all: Columns, known: tuple[Any, ...], sums: Sums
-) -> tuple[tuple[jax.Array, ...], tuple[Statistics, ...]]:
-    """The terms and the statistics, from sums over all columns."""
-    each = zip(x.terms, known, sums.terms, strict=True)
+    spec: Spec, x: Operands, of_all: Columns, combined: tuple[Any, ...], sums: Sums
+) -> tuple[tuple[jax.Array, ...], tuple[MetricValues, ...]]:
+    """The terms and the metrics, from sums over all columns."""
+    each = zip(x.terms, combined, sums.terms, strict=True)
     metrics = zip(_metrics(spec, x), sums.metrics, strict=True)
     return (
         tuple(term.value(of_all, of_term, total) for term, of_term, total in each),

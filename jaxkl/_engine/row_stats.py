@@ -23,6 +23,7 @@ rounds in one fusion and not in another, or may have been made again.
 import abc
 import dataclasses
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -58,8 +59,8 @@ class Columns(NamedTuple):
     temperatures: Mapping[str, jax.Array | None]  # of each kind of logits; None: 1
     # "student", "teacher" and, beside a teacher's list, the student's "listed" logits,
     # `[B, k]`, and "unlisted", with -inf in the columns of the list.
-    logits: dict[str, jax.Array]
-    rows: RowStats
+    logits: Mapping[str, jax.Array] = MappingProxyType({})
+    rows: RowStats = RowStats({}, {})
 
     def row(self, logits: str, *, at_1: bool) -> Row:
         """The row: the same one at both temperatures if that of the loss is 1."""
@@ -73,22 +74,19 @@ class Columns(NamedTuple):
     def model(self, row: Row) -> Model:
         return Model(self.logits[row.logits], self.stats(row))
 
-    def of_all(self) -> "Columns":
-        """What is known of all columns."""
-        return self._replace(logits={})
-
 
 @dataclasses.dataclass(frozen=True)
 class Statistic(abc.ABC):
     """A sum over the columns of a row, relative to its maximum, `[B]`.
 
-    Its name is itself, so that terms which need the same one share it.
+    It is the key of its sum in a dict: equal ones are made once and shared.
     """
 
     row: Row
 
     def __lt__(self, other: "Statistic") -> bool:
-        return repr(self) < repr(other)  # JAX sorts the keys of a dict
+        # JAX sorts the keys of a dict: this order is the same in all processes.
+        return repr(self) < repr(other)
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -204,7 +202,7 @@ class Listed(Statistic):
 
     @property
     def rows(self):
-        return ()
+        return ()  # it is relative to no maximum
 
     def of(self, c):
         return c.logits[self.row.logits]

@@ -11,6 +11,7 @@ incoming cotangent. If there is a cotangent for each part, or a float16 gradient
 backward rule runs the tiles again instead.
 """
 
+import dataclasses
 import functools as ft
 from typing import Any, NamedTuple
 
@@ -21,15 +22,10 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from .._math.numerics import weigh
 from .._util.compat import varying_axes
 from .._util.trees import combine, select
-from .metrics import Statistics
-from .operands import Operands, Result, Spec
+from .operands import Operands, Outputs, Result, Spec
 from .plan import plan, Platform, workload
-from .student_terms import Labels
 from .walk import walk
 
-
-# The loss, the terms and the statistics.
-Outputs = tuple[Any, tuple[jax.Array, ...], tuple[Statistics, ...]]
 
 # What a program is traced for. The tests leave out accelerators, which they do not run.
 PLATFORMS: tuple[Platform, ...] = ("cpu", "accelerator")
@@ -38,9 +34,9 @@ PLATFORMS: tuple[Platform, ...] = ("cpu", "accelerator")
 def weighted_loss(spec: Spec, operands: Operands) -> Outputs:
     """`Σ weight · term`, a scalar, or each `weight · term`, a tuple.
 
-    With it come the terms and statistics, `[B]` each.
+    With it come the terms and metrics, `[B]` each.
 
-    Terms and statistics are constants to differentiation.
+    Terms and metrics are constants to differentiation.
     """
     ready = lambda source: source.ready(spec.dtype, spec.vocab)
     operands = operands.map_sources(ready)
@@ -64,8 +60,8 @@ def weighted_loss(spec: Spec, operands: Operands) -> Outputs:
             "the function of the same name in `jaxkl.reference`, which has the same "
             "values; this one makes gradients with the loss, for reverse mode alone."
         ) from error
-    loss, terms, statistics = outputs
-    return loss, jax.lax.stop_gradient(terms), jax.lax.stop_gradient(statistics)
+    loss, terms, metrics = outputs
+    return loss, jax.lax.stop_gradient(terms), jax.lax.stop_gradient(metrics)
 
 
 def _widen_shared(vocab_axis: str, x: jax.Array) -> jax.Array:
@@ -154,6 +150,7 @@ def _backward(spec, res, g):
     x = x.with_weights(map(jnp.multiply, of_terms, x.weights))
     x = x._replace(rows=res.rows)
     asked = asked._replace(rows=_no_gradients(res.rows))
+    spec = dataclasses.replace(spec, metrics=False)
     gradients = _run(spec, x, asked).gradients._replace(rows=None)
     # The gradient of a weight is its term, which has not seen the cotangent.
     times = lambda x, g: None if x is None else x * g
@@ -211,11 +208,11 @@ def _check_explicit(operands: Operands, is_dense: bool, is_alone: bool) -> None:
             f"{names} must be logits if mesh axes are Explicit: for a head{sparse} "
             f"pass {what}."
         )
-    for term in operands.terms:
-        if isinstance(term, Labels):
+    for weight in operands.weights:
+        if weight.ndim > 1:
             raise ValueError(
                 "`tokens` must be one in each place if mesh axes are Explicit, got "
-                f"{term.labels.shape[1]}: for several pass {what}."
+                f"{weight.shape[1]}: for several pass {what}."
             )
 
 
@@ -223,14 +220,14 @@ def _outputs(spec: Spec, operands: Operands, result: Result) -> Any:
     loss = jax.tree.map(weigh, operands.weights, result.terms)
     if spec.reduce:
         loss = jnp.sum(sum(jax.tree.leaves(loss)))
-    return loss, result.terms, result.statistics
+    return loss, result.terms, result.metrics
 
 
 def _run(spec: Spec, operands: Operands, asked: Operands) -> Result:
     """Walks over all tokens as planned for the platform; see `walk`."""
     work = workload(spec, operands, asked)
     if work.sharding == "explicit":
-        _check_explicit(operands, work.is_dense, not operands.comparisons)
+        _check_explicit(operands, work.is_dense, operands.comparison is None)
     walk_by = lambda plan: ft.partial(walk, spec, asked, plan)
     first, *others = [plan(platform, work) for platform in PLATFORMS]
     if all(other == first for other in others):

@@ -12,13 +12,14 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec as P
 
 from .._math.vocabulary import Vocabulary
 from .._util.compat import has_explicit_axes
-from .metrics import Statistics
-from .operands import Operands, Spec
-from .rule import Outputs, weighted_loss
+from .operands import Operands, Outputs, Spec
+from .rule import weighted_loss
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
+    """How tokens and vocabulary are spread over a mesh."""
+
     mesh: Mesh | AbstractMesh
     token_axes: tuple[str, ...]  # the mesh axes of the tokens
     vocab_axis: str | None  # that of the vocabulary; None: each device has all of it
@@ -93,25 +94,24 @@ class Prepared(NamedTuple):
     spec: Spec
     operands: Operands
     layout: Layout | None  # None: not on a mesh
-    weight: jax.Array  # [B], before the normaliser
-    label_smoothing: Any
     batch_shape: tuple[int, ...]
     factor: jax.Array | None = None  # of the loss, see `Folded`; None: 1
+    # Of metrics: the weights before the normaliser, `[B]`, and how labels are smoothed.
+    weight: jax.Array | None = None
+    label_smoothing: Any = 0.0
 
 
-def evaluate(
-    prepared: Prepared,
-) -> tuple[jax.Array, tuple[jax.Array, ...], tuple[Statistics, ...]]:
-    """The loss, a scalar or `[...]`, and the engine's terms and statistics."""
-    loss, terms, statistics = weighted_terms(prepared)
+def evaluate(prepared: Prepared) -> Outputs:
+    """The loss, a scalar or `[...]`, and the engine's terms and metrics."""
+    loss, terms, metrics = outputs_of(prepared)
     if prepared.factor is not None:
         loss = loss * prepared.factor
     if not prepared.spec.reduce:
         loss = ft.reduce(jnp.add, loss).reshape(prepared.batch_shape)
-    return loss, terms, statistics
+    return loss, terms, metrics
 
 
-def weighted_terms(prepared: Prepared) -> Outputs:
+def outputs_of(prepared: Prepared) -> Outputs:
     """What `weighted_loss` returns, of tokens that may be spread over a mesh."""
     spec, operands, layout, *_ = prepared
     if layout is None:
@@ -134,10 +134,10 @@ def sharded_weighted_loss(spec: Spec, layout: Layout, operands: Operands) -> Out
     local_spec = dataclasses.replace(spec, vocab=vocab)
 
     def on_device(operands):
-        loss, terms, statistics = weighted_loss(local_spec, operands)
+        loss, terms, metrics = weighted_loss(local_spec, operands)
         if spec.reduce and layout.token_axes:
             loss = jax.lax.psum(loss, layout.token_axes)
-        return loss, terms, statistics
+        return loss, terms, metrics
 
     specs = operands.partition_specs(layout.token_axes, layout.vocab_axis)
     operands = jax.tree.map(ft.partial(reshard, layout), operands, specs)

@@ -35,7 +35,7 @@ from .row_stats import (
     SumExp,
     TOP,
 )
-from .term import d_logits, Gradients, Part, Term
+from .term import d_logits, Gradients, Term, TermResult
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +64,8 @@ class StudentTerm(Term):
     def d_z(self, c: Columns, model: Model, q: Softmax) -> jax.Array:
         """The gradient of `weight · value` by `z`, `[B, V]`."""
 
-    def finish(self, c, known, *, recompute):
-        del known, recompute
+    def finish(self, c, combined, *, recompute):
+        del combined, recompute
         model = c.model(self.row(c))
         q = model.softmax()
         d_z = self.d_z(c, model, q)
@@ -74,7 +74,7 @@ class StudentTerm(Term):
             is_weighted = self.is_weighted.astype(d_z.dtype)
             of_logits, of_T = d_logits(is_weighted, d_z, q, temperature)
             gradients = Gradients({"student": of_logits}, {"student": of_T})
-        return Part(self.sums(c, model, q), gradients, q.lse)
+        return TermResult(self.sums(c, model, q), gradients, q.lse)
 
 
 @jax.tree_util.register_dataclass
@@ -92,8 +92,8 @@ class Label(StudentTerm):
         is_label = _is_label(self.labels, model.logits, c.vocab)
         return -jnp.sum(zero_unless(is_label, q.shifted), axis=-1)
 
-    def value(self, of_all, known, sums):
-        del known
+    def value(self, of_all, combined, sums):
+        del combined
         of_row = lambda x: jnp.expand_dims(x, range(1, sums.ndim))
         total = of_all.stats(self.row(of_all)).total
         is_certain = of_row(_has_certain(total)) & (sums < TOP)
@@ -152,8 +152,8 @@ class Uniform(StudentTerm):
         """`-Σ z`."""
         return -jnp.sum(zero_unless(_is_present(model), q.shifted), axis=-1)
 
-    def value(self, of_all, known, sums):
-        del known
+    def value(self, of_all, combined, sums):
+        del combined
         return _log_sum(self, of_all) + sums * self._share(of_all)
 
     def d_z(self, c, model, q):
@@ -170,8 +170,8 @@ class Uniform(StudentTerm):
 class LseSquared(StudentTerm):
     """The square of the log-sum-exp."""
 
-    def value(self, of_all, known, sums):
-        del known, sums
+    def value(self, of_all, combined, sums):
+        del combined, sums
         lse = of_all.stats(self.row(of_all)).lse
         return lse * lse
 
@@ -184,11 +184,13 @@ class LseSquared(StudentTerm):
 class Entropy(StudentTerm):
     """`-Σ q log q`."""
 
+    has_long_gradient = True
+
     def own_statistics(self, row):
         return [Below(row), Shifted(row)]
 
-    def value(self, of_all, known, sums):
-        del known, sums
+    def value(self, of_all, combined, sums):
+        del combined, sums
         return _log_sum(self, of_all) + self._mean_below(of_all)
 
     def d_z(self, c, model, q):

@@ -8,7 +8,7 @@ is registered as a pytree: `student_terms` has the shortest.
 import abc
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,8 @@ from .row_stats import Columns, Statistic
 
 
 class Gradients(NamedTuple):
-    """Of weighted terms to logits, `[B, V]`, and temperatures, `[B]`, by their names.
+    """Those of weighted terms with respect to logits, `[B, V]`, and temperatures,
+    `[B]`, by their names.
 
     Those of temperatures are sums over the columns at hand.
     """
@@ -35,12 +36,12 @@ def _added(x: dict[str, Any], y: dict[str, Any]) -> dict[str, Any]:
     return x | {name: x[name] + d if name in x else d for name, d in y.items()}
 
 
-class Part(NamedTuple):
+class TermResult(NamedTuple):
     """What a term makes of the columns at hand, once it knows of all others."""
 
     sums: Any  # over the columns, of which `value` is made
     gradients: Gradients
-    lse: jax.Array  # [B], of which it is only asked whether it is finite
+    lse: jax.Array  # [B]; only its finiteness is used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,10 @@ class Term(abc.ABC):
     column learns of the others in phases, each of which makes sums over the columns at
     hand. The caller adds up those of all columns, and gives them to the next phase.
     """
+
+    # Whether a backward pass that has the statistics of a row already should make the
+    # logits one array first.
+    has_long_gradient: ClassVar[bool] = False
 
     weight: Any  # [B], or several a token, [B, k]
 
@@ -73,24 +78,24 @@ class Term(abc.ABC):
         del c
         return ()
 
-    def known(self, of_all: Columns, slopes: Any) -> Any:
+    def combined(self, of_all: Columns, slopes: Any) -> Any:
         """What it makes of all columns at once, before the last phase."""
         del of_all
         return slopes
 
     @abc.abstractmethod
-    def finish(self, c: Columns, known: Any, *, recompute: bool) -> Part:
+    def finish(self, c: Columns, combined: Any, *, recompute: bool) -> TermResult:
         """The last phase; `recompute` is that of a `Plan`."""
 
     @abc.abstractmethod
-    def value(self, of_all: Columns, known: Any, sums: Any) -> jax.Array:
+    def value(self, of_all: Columns, combined: Any, sums: Any) -> jax.Array:
         """The value of each token, of the shape of its weight."""
 
 
 def d_logits(
     weight: jax.Array, d_z: jax.Array, model: Softmax, temperature: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Gradients of `weight · D` to the logits, `[B, V]`, and temperature, `[B]`.
+    """Gradients of `weight · D`: by the logits, `[B, V]`, and the temperature, `[B]`.
 
     The second is a sum over this device's columns. It is summed over devices once,
     outside, as is the gradient of hidden states.

@@ -22,17 +22,16 @@ from .metrics import Top
 from .operands import Operands, Result, Spec
 from .phases import (
     columns_of,
+    combined,
     complete,
     finish,
     is_top,
-    known,
-    row_stats,
+    local_stats,
     slope_sums,
     Sums,
 )
 from .plan import Plan
 from .row_stats import Columns, merged, rescaled, RowStats
-from .student_terms import Entropy
 
 
 @ft.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
@@ -42,33 +41,34 @@ def run_tile(
     """All there is to know of a tile: XLA drops what the caller does not use.
 
     `counted`, `[B]`, are the tokens that count in the gradients of shared arrays, and
-    `asked` is that of `walk`, as its structure and leaves. The sources
-    are pulled back here if the columns are in blocks, and else by the caller: see
-    `Result`.
+    `asked` is that of `walk`, as its structure and leaves. The sources are pulled back
+    here if the columns are in blocks, and else by the caller: see `Result`.
     """
     x = masked(x)
     blocks = _Blocks.of(spec, x, plan.columns)
     rows = x.rows
     if rows is None:
         merge_rows = ft.partial(merged, temperatures=x.temperatures)
-        of_block = ft.partial(row_stats, spec, x)
+        of_block = ft.partial(local_stats, spec, x)
         rows = blocks.fold(of_block, merge_rows, _no_rows)
         rows = _rows_over_devices(spec.vocab, x, rows)
     add = ft.partial(jax.tree.map, jnp.add)
     slopes = blocks.fold(lambda c: slope_sums(x, c._replace(rows=rows)), add, _zeros)
-    of_all = Columns(spec.vocab, x.temperatures, {}, rows)
-    of_terms = known(x, of_all, _slopes_over_devices(spec.vocab, slopes))
+    slopes = _slopes_over_devices(spec.vocab, slopes)
     if blocks.whole is None:
+        of_all = Columns(spec.vocab, x.temperatures, rows=rows)
+        of_terms = combined(x, of_all, slopes)
         of_blocks = asked[0].unflatten(asked[1])
         sums, gradients = _finished(blocks, of_blocks, rows, of_terms, counted)
     else:
-        c = blocks.whole._replace(rows=rows)
-        done = finish(spec, x, c, of_terms, counted, recompute=plan.recompute)
+        of_all = blocks.whole._replace(rows=rows)
+        of_terms = combined(x, of_all, slopes)
+        done = finish(spec, x, of_all, of_terms, counted, recompute=plan.recompute)
         sums, gradients, counted = done
     sums = _sums_over_devices(spec.vocab, sums)
-    terms, statistics = complete(spec, x, of_all, of_terms, sums)
+    terms, metrics = complete(spec, x, of_all, of_terms, sums)
     kept = rows if x.rows is None and not spec.reduce else None
-    return Result(terms, statistics, gradients.with_weights(terms), counted, kept)
+    return Result(terms, metrics, gradients.with_weights(terms), counted, kept)
 
 
 class _Blocks(NamedTuple):
@@ -83,8 +83,7 @@ class _Blocks(NamedTuple):
     def of(cls, spec: Spec, x: Operands, width: int | None) -> "_Blocks":
         if width is not None:
             return cls(spec, x, min(width, spec.vocab.width), None)
-        # The gradient of an entropy is long.
-        is_long = x.rows is not None and any(isinstance(t, Entropy) for t in x.terms)
+        is_long = x.rows is not None and any(term.has_long_gradient for term in x.terms)
         whole = columns_of(spec, x, spec.vocab, materialized=is_long)
         return cls(spec, x, spec.vocab.width, whole)
 
@@ -165,10 +164,7 @@ def _finished(
 
 def _nothing(type_of: Any) -> Any:
     """What adds nothing to a sum, or a `Top`, of that type."""
-    if not is_top(type_of):
-        return zeros(type_of, type_of.shape)
-    logit, column = _zeros(type_of)
-    return Top(logit - jnp.inf, column)
+    return Top.of_none(type_of) if is_top(type_of) else _zeros(type_of)
 
 
 def _zeros(types: Any) -> Any:
@@ -199,24 +195,16 @@ def _sums_over_devices(vocab: Vocabulary, sums: Sums) -> Sums:
     if vocab.axis_name is None:
         return sums
     leaves, structure = jax.tree.flatten(sums, is_leaf=is_top)
-    tops = [x for x in leaves if is_top(x)]
     added = iter(vocab.psum(*(x for x in leaves if not is_top(x))))
-    largest = iter(vocab.pmax(*(x.logit for x in tops)) if tops else ())
-
-    def of_all(x):
-        if not is_top(x):
-            return next(added)
-        logit = next(largest)
-        first = jnp.where(x.logit == logit, x.column, vocab.size)
-        return Top(logit, vocab.pmin(first))
-
+    largest = iter(vocab.pmax(*(x.logit for x in leaves if is_top(x))))
+    of_all = lambda x: x.of_devices(next(largest), vocab) if is_top(x) else next(added)
     return structure.unflatten(map(of_all, leaves))
 
 
 def _exchanged(reduce: Any, tree: Any) -> Any:
     """The tree of sums or maxima over the devices, in one exchange."""
     leaves, structure = jax.tree.flatten(tree)
-    return structure.unflatten(reduce(*leaves)) if leaves else tree
+    return structure.unflatten(reduce(*leaves))
 
 
 def pull_back(x: Operands, result: Result, sources: Sequence[int]) -> Operands:

@@ -92,7 +92,7 @@ class Vocabulary:
         They are `[B]` or `[B, any]`. Likewise `pmax`, of arrays `[B]`, which is a
         constant to differentiation, and `pmin`.
         """
-        if self.axis_name is None:
+        if self.axis_name is None or not arrays:
             return arrays
         rows = [x[None] if x.ndim == 1 else x.T for x in arrays]
         summed = jax.lax.psum(jnp.concatenate(rows), self.axis_name)
@@ -102,7 +102,7 @@ class Vocabulary:
 
     def pmax(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         arrays = jax.lax.stop_gradient(arrays)
-        if self.axis_name is None:
+        if self.axis_name is None or not arrays:
             return arrays
         return tuple(jax.lax.pmax(jnp.stack(arrays), self.axis_name))
 

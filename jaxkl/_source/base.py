@@ -79,11 +79,8 @@ class Source(Given):
         """How each array is spread over a mesh: a `PartitionSpec` in its place."""
 
     @abc.abstractmethod
-    def logits(self, dtype: jnp.dtype, vocab: Vocabulary) -> Any:
-        """The logits, `[B, vocab.width]` in `dtype`, with `-inf` in padding columns.
-
-        None, of a teacher: it has none, or a row of few outcomes.
-        """
+    def logits(self, dtype: jnp.dtype, vocab: Vocabulary) -> jax.Array:
+        """The logits, `[B, vocab.width]` in `dtype`, with `-inf` in padding columns."""
 
     def d_outputs(self, logits: jax.Array, d_logits: jax.Array) -> jax.Array:
         """What `vjp` needs of the gradient of the logits, `[B, any]`.

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools as ft
-from typing import Any, ClassVar, Literal, NamedTuple, TYPE_CHECKING
+from typing import Any, ClassVar, get_args, Literal, NamedTuple, TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,6 @@ from .lists import merge_repeated, positions, unlisted_mass
 
 
 Tail = Literal["renormalize", "drop", "bucket", "uniform", "conditional"]
-TAILS = ("renormalize", "drop", "bucket", "uniform", "conditional")
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -98,7 +97,7 @@ class SparseTeacher(Given):
         ) -> None: ...
 
     def __post_init__(self):
-        check.one_of("tail", self.tail, TAILS)
+        check.one_of("tail", self.tail, get_args(Tail))
         if check.is_number(self.temperature):
             check.temperature("temperature", self.temperature, ())
 
@@ -249,12 +248,7 @@ class ListSource(Source):
         return self.columns < vocab_size
 
     def logits(self, dtype, vocab):
-        """Log-probabilities: those of the list and, elsewhere, what the tail says.
-
-        None: its rows are of outcomes.
-        """
-        if self.is_row:
-            return None
+        """Log-probabilities: those of the list and, elsewhere, what the tail says."""
         number = jnp.sum(self.has_column(vocab.size), axis=-1, keepdims=True)
         outside = jnp.maximum(vocab.size - number, 1).astype(dtype)
         others = self.log_rest.astype(dtype) - jnp.log(outside)
