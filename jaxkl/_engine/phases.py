@@ -129,7 +129,7 @@ def finish(
     gradients = Gradients({}, {})
     for part in parts:
         gradients = gradients.plus(part.gradients)
-    of_teacher = [y for x, y in pairs if isinstance(x, Comparison)]
+    of_teacher = [y for term, y in pairs if isinstance(term, Comparison)]
     metrics = [metric.sums(c, *of_teacher) for metric in _metrics(spec, x)]
     sums = Sums(tuple(part.sums for part in parts), tuple(metrics))
     # 0 · NaN is NaN in the product for `d kernel`: a token without weight does not
