@@ -55,8 +55,9 @@ def value_and_vjp(name, args, g, axis=-1, where=None):
 
 @pytest.mark.parametrize(
     "shape, dtype",
-    [((3, 5, 11), dtype) for dtype in TOLERANCE]
-    + [(shape, "float32") for shape in ((7, 129), (1, 1), (2, 0), (6,))],
+    [((3, 5, 11), "bfloat16"), ((7, 129), "float32"), ((2, 0), "float32")]
+    + rarely(((3, 5, 11), "float32"), ((3, 5, 11), "float16"))
+    + rarely(((1, 1), "float32"), ((6,), "float32")),
 )
 @pytest.mark.parametrize("name", PLAIN)
 def test_value_and_grads_match_oracle(rng, name, shape, dtype):
@@ -213,7 +214,7 @@ SINGULAR = [
 ]
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", ["float32", *rarely("bfloat16", "float16")])
 @pytest.mark.parametrize("name, x, y, value, dx, dy", SINGULAR)
 def test_singular_points(name, x, y, value, dx, dy, dtype):
     # The ordinary element beside it must stay as it is.
