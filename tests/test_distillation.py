@@ -66,13 +66,13 @@ def test_value_and_gradients_match_the_oracle(
     "renormalize user",
     "bucket reverse",
     "uniform reverse",
+    "drop forward",
     slow=(
         *each("logits", ("forward", *OTHERS)),
         *each("head", ("js_normalized", "forward", *OTHERS)),
         *each("renormalize", ("forward", "js", "alpha_half", "skew_reverse")),
         "renormalize total_variation",
         *each("bucket", ("js_normalized", "forward", "user")),
-        "drop forward",
         *each("uniform", ("forward", "total_variation")),
         *each("conditional", ALL),
     ),
@@ -196,7 +196,7 @@ def test_loss_is_float64_iff_a_float_argument_is(rng, wide):
         )
 
 
-@pytest.mark.parametrize("temperature", [2, 2.0, np.float32(2), np.float64(2)])
+@pytest.mark.parametrize("temperature", [2, np.float64(2), *rarely(2.0, np.float32(2))])
 def test_numpy_inputs_and_scalars(rng, temperature):
     s, t = rng.normal(size=(2, 4, 7)).astype(np.float32)
     value = jaxkl.distillation_loss(s, t, temperature=temperature)
@@ -299,6 +299,7 @@ def test_labels(rng, alpha, label_smoothing):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 @pytest.mark.parametrize("dtype", ["bfloat16", *rarely("float32", "float16")])
 @pytest.mark.parametrize("label_smoothing", [0.2, *rarely(0.0)])
@@ -458,7 +459,6 @@ def test_padding_columns_may_hold_anything(rng, source, divergence, junk):
 def test_vocab_size_may_equal_a_width(rng):
     s, t = rounded(rng, (4, 7)), rounded(rng, (4, 9))
     assert_matches(s, t, FORWARD, vocab_size=7)
-    assert_matches(s, t[:, :7], FORWARD, vocab_size=7)
 
 
 @over("reverse", "js_normalized", slow=("forward", "symmetric", "skew_reverse"))

@@ -144,6 +144,7 @@ def test_shapes_of_tokens(rng, shape):
     beta = jnp.asarray(rng.uniform(size=shape), jnp.float32)
     got, _ = evaluate(s, t, divergence=JensenShannon(beta), reduction="none")
     assert got.shape == shape
+    got, s, t, beta = (np.asarray(x) for x in (got, s, t, beta))
     for i in np.ndindex(shape):
         one = oracle.jensen_shannon(float(beta[i]))
         want = oracle.distillation_loss(s[i][None], t[i][None], divergence=one).loss
@@ -168,6 +169,7 @@ def test_dtypes(rng, name, dtype):
         assert_matches(student, teacher, MOVING[name].pair(9, dtype), temperature=2.0)
 
 
+@pytest.mark.slow
 def test_a_float64_parameter_makes_a_float64_loss(rng):
     with jax.enable_x64(True):
         s, t = rounded(rng, (2, 7)), rounded(rng, (2, 7))
@@ -423,7 +425,7 @@ def test_arrays_are_constants(rng, name, loss):
 
 
 @pytest.mark.parametrize("layout", ["2x4", *rarely("1x8", "8x1", "2x2x2")])
-@pytest.mark.parametrize("form", ["head", *rarely("logits")])
+@pytest.mark.parametrize("form", ["logits", *rarely("head")])
 @pytest.mark.parametrize("name", ["kls", *rarely("mixture", "js")])
 def test_meshes(rng, name, form, layout):
     student, teacher = make_models(rng, form, (13,), 37)
@@ -602,6 +604,7 @@ def test_mixtures_are_hashable_and_equal_by_value():
     assert "0.5" in repr(make(0.5)) and "ForwardKL()" in repr(make(0.5))
 
 
+@pytest.mark.slow
 def test_a_direct_call_takes_parameters_of_leading_axes(rng):
     log_p, log_q = (jax.nn.log_softmax(rounded(rng, (2, 3, 5))) for _ in range(2))
     x = jnp.asarray(rng.uniform(size=(2, 3)), jnp.float32)

@@ -75,7 +75,7 @@ def test_the_rest_beside_a_nearly_certain_column(rng, gap, name):
 
 
 @over_tails
-@pytest.mark.parametrize("name", ["reverse", *rarely("forward", "js")])
+@pytest.mark.parametrize("name", ["forward", "reverse", *rarely("js")])
 def test_every_column_listed_is_the_dense_loss(rng, name, tail):
     # In float32, 1 - Σp is mere rounding, and must not become an outcome.
     s, t = rounded(rng, (5, 700)), rounded(rng, (5, 700), scale=2.0)
@@ -461,6 +461,7 @@ def test_a_column_without_mass_is_never_drawn(rng, vocab):
     assert (few.indices == 3).all()
 
 
+@pytest.mark.slow
 def test_rare_columns_are_not_lost_to_float32(rng):
     # Half of the columns have 2e-8 each, which is below the spacing of float32 uniforms
     # and of a float32 sum near 1.
