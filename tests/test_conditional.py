@@ -101,6 +101,7 @@ def test_columns_outside_the_list_have_no_part(rng, name):
     np.testing.assert_allclose(values, values[0], rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", [1e-4, *rarely(1e-1)])
 @over("forward", slow=["reverse", "js"])
 def test_near_student_and_teacher_keep_their_digits(rng, noise, divergence, reference):
@@ -199,6 +200,7 @@ def test_half_precision(rng, dtype):
     assert_matches(*models, FORWARD, temperature=2.0, tile=4)
 
 
+@pytest.mark.slow
 def test_float64(rng):
     with jax.enable_x64(True):
         models = make_models(rng, "conditional", (9,), 37, "float64")

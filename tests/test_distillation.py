@@ -150,7 +150,7 @@ def test_models_of_different_dtypes(rng, source, dtypes):
     assert_matches(student, teacher, FORWARD, temperature=2.0, weights=weights)
 
 
-@over_sources("logits forward", "head forward", slow=each("logits", KINDS))
+@over_sources("head forward", slow=("logits forward", *each("logits", KINDS)))
 def test_float64_under_x64(rng, source, divergence):
     with jax.enable_x64(True):
         student, teacher = make_models(rng, source, (3, 5), 11, "float64")
@@ -456,6 +456,7 @@ def test_padding_columns_may_hold_anything(rng, source, divergence, junk):
     assert not any(x[..., 11:].any() for x in wide)
 
 
+@pytest.mark.slow
 def test_vocab_size_may_equal_a_width(rng):
     s, t = rounded(rng, (4, 7)), rounded(rng, (4, 9))
     assert_matches(s, t, FORWARD, vocab_size=7)
@@ -492,6 +493,7 @@ def test_equal_models_have_exactly_no_loss_and_no_gradient(rng, divergence, refe
     assert not grads["student"].any() and not grads["teacher"].any()
 
 
+@pytest.mark.slow
 @over("js_normalized", slow=[x for x in ALL if x != "js_normalized"])
 def test_never_negative(rng, divergence, reference):
     t = rounded(rng, (64, 50), scale=2.0)

@@ -66,6 +66,7 @@ def test_finite_wherever_the_mathematics_is(divergence, reference):
     _assert_singular(divergence, reference, "float32")
 
 
+@pytest.mark.slow
 @over("forward", slow=["js"])
 @pytest.mark.parametrize("dtype", ["bfloat16", *rarely("float16")])
 def test_finite_in_half_precision_too(divergence, reference, dtype):
@@ -342,6 +343,7 @@ def test_relatively_accurate_near_the_teacher(rng, divergence, reference):
             assert_close(grads["teacher"][i, j], expected.teacher[i, j], grad_tol)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", *rarely("float16")])
 @over("forward", slow=["js"])
 def test_half_precision_logits_lose_nothing_more(rng, divergence, reference, dtype):

@@ -79,12 +79,14 @@ def test_vmap(rng, source):
     assert_source_gradient(student, d_student, shared, "student")
 
 
+@pytest.mark.slow
 def test_vmap_over_the_tokens_of_the_loss(rng):
     s, t = rounded(rng, (5, 7)), rounded(rng, (5, 7))
     value = jax.jit(jax.vmap(jaxkl.distillation_loss))(s, t)
     assert_close(value, oracle.distillation_loss(s, t, reduction="none").loss, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["head", *rarely("logits")])
 def test_scan_of_grad(rng, source):
     student, teacher = make_models(rng, source, (5,), 11)
@@ -134,6 +136,7 @@ def test_grad_of_scan(rng, source, wrap):
     assert_source_gradient(student, grad(student), expected.student, "student")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tail", ["bucket", *rarely("renormalize", "conditional")])
 def test_vmap_over_lists(rng, tail):
     s, teacher = make_models(rng, tail, (3, 4), 11)
@@ -142,6 +145,7 @@ def test_vmap_over_lists(rng, tail):
     assert_close(jax.jit(jax.vmap(jax.grad(f)))(s, teacher), expected, 1e-5)
 
 
+@pytest.mark.slow
 def test_checkpoint(rng):
     s, t = rounded(rng, (4, 7)), rounded(rng, (4, 7))
     f = lambda s: jaxkl.distillation_loss(2 * s, t, reduction="none").sum()
@@ -362,6 +366,7 @@ def test_shard_map_with_per_token_losses(rng, divergence, reference):
     assert_close(vjp(g)[0], expected.student, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", *rarely("none")])
 def test_jit_with_a_sharded_batch(rng, reduction):
     mesh = _mesh(data=8)

@@ -223,6 +223,7 @@ def test_singular_points(student, teacher, value, ds, dt):
         np.testing.assert_allclose(grads[1], [dt, np.zeros(3)], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_no_cancellation_near_the_teacher(rng):
     t = rng.normal(size=(4, 1000)).astype(np.float32)
     s = (t + 1e-4 * rng.normal(size=t.shape)).astype(np.float32)

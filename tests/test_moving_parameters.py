@@ -181,7 +181,7 @@ def test_a_float64_parameter_makes_a_float64_loss(rng):
 # Digits: near the teacher, in confident rows, and at infinite terms.
 
 
-@pytest.mark.parametrize("noise", [1e-2, 1e-4])
+@pytest.mark.parametrize("noise", [1e-4, *rarely(1e-2)])
 @over_moving("symmetric", without=("mixture",))
 def test_near_the_teacher(rng, name, noise):
     t = rounded(rng, (9, 500))
@@ -208,7 +208,7 @@ CONFIDENT = {
 
 
 @pytest.mark.parametrize("rows", CONFIDENT.values(), ids=CONFIDENT)
-@over_moving("symmetric", "js_normalized", without=("mixture",))
+@over_moving("js_normalized", without=("mixture",))
 def test_digits_of_confident_rows(name, rows):
     moving = MOVING[name]
     s, t = (jnp.tile(jnp.asarray(row, jnp.float32), (9, 1)) for row in rows)
@@ -332,6 +332,7 @@ def test_a_mixture_is_one_pass(rng):
     assert dots(MOVING["mixture"].make(x)) == dots(JensenShannon())
 
 
+@pytest.mark.slow
 def test_a_mixture_of_numbers_is_the_program_of_a_symmetric_kl(rng):
     s, t = rounded(rng, (4, 7)), rounded(rng, (4, 7))
     f = lambda d: jax.jit(jax.grad(ft.partial(distillation_loss, divergence=d)))
@@ -340,6 +341,7 @@ def test_a_mixture_of_numbers_is_the_program_of_a_symmetric_kl(rng):
     assert text(mixture) == text(SymmetricKL(0.25))
 
 
+@pytest.mark.slow
 @over_moving("skew_forward")
 def test_vmap_over_values(rng, name):
     moving = MOVING[name]
@@ -533,6 +535,7 @@ def test_metrics(rng, name):
     assert_close(got.kl, want.kl, 2e-6)
 
 
+@pytest.mark.slow
 @over_moving("symmetric")
 def test_the_reference(rng, name):
     s, t = rounded(rng, (9, 7)), rounded(rng, (9, 7))

@@ -78,6 +78,7 @@ def test_every_divergence(rng, form, divergence, reference):
     assert_matches(student, teacher, pair, loss=sharded("2x4"), temperature=2.0)
 
 
+@pytest.mark.slow
 @over_forms
 @over_layouts
 def test_every_layout(rng, form, layout):
@@ -235,6 +236,7 @@ def test_no_token_at_all(rng, form, reduction, shape):
         assert d.shape == x.shape and not np.any(d)
 
 
+@pytest.mark.slow
 def test_columns_that_are_masked_in_both(rng):
     """A whole device's slice of the vocabulary may be `-inf`."""
     student, teacher = (
@@ -452,6 +454,7 @@ def test_axis_name(rng, grad_inside, tile):
     assert_expected(student, teacher, *jax.jit(g)(student, teacher))
 
 
+@pytest.mark.slow
 def test_axis_name_in_the_reference(rng):
     student, teacher = (make_head(rng, (12,), n, 20) for n in (5, 3))
     mesh = mesh_of("2x4")
@@ -648,6 +651,7 @@ def test_no_token_axis_is_that_of_none(rng):
     assert_close(value, distillation_loss(s, t), 1e-6)
 
 
+@pytest.mark.slow
 def test_the_reference_takes_a_mesh(rng):
     student, teacher = sources(rng, "heads", (6,), 24)
     mesh = mesh_of("2x4")

@@ -95,6 +95,7 @@ def test_every_column_listed_is_the_dense_loss(rng, name, tail):
     assert_close(grads["student"], expected.student, 1e-5)
 
 
+@pytest.mark.slow
 @over_tails
 def test_one_column(rng, tail):
     # A column that has all the mass is a label, and its loss a cross-entropy.
@@ -180,6 +181,7 @@ def test_any_integer_dtype(rng, dtype, tail):
     assert_close(distillation_loss(s, teacher, tile=3), expected, 1e-7)
 
 
+@pytest.mark.slow
 def test_temperature_divides_the_student_only(rng):
     s, t = rounded(rng, (5, 11)), rounded(rng, (5, 11))
     T = jnp.asarray(rng.uniform(0.5, 3, size=5), jnp.float32)
@@ -236,6 +238,7 @@ def test_drop_refuses_a_subclass_that_may_have_another_formula(rng):
         distillation_loss(rounded(rng, (3, 11)), teacher, divergence=Half())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["js", *rarely(*(x for x in ANYWHERE if x != "js"))])
 def test_renormalize_takes_what_is_finite_without_mass(rng, name):
     s, teacher = make_models(rng, "renormalize", (2,), 5)
