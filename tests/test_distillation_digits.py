@@ -88,7 +88,7 @@ def test_confident_rows(divergence, dtype):
 
 
 @in_dtypes
-@each(SMALL, "skew_reverse 1e-05", "js_normalized 1e-08")
+@each(SMALL, "skew_forward 1e-08", "skew_reverse 1e-05", "js_normalized 1e-08")
 def test_mixtures_of_a_small_weight(divergence, dtype):
     assert_digits(divergence, dtype)
 
