@@ -9,13 +9,16 @@ from importlib.metadata import version
 # Unless it is said: else JAX, where libtpu is installed, seeks a TPU, for up to a
 # minute, and libtpu prints errors.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Where compilation is to be quick, this takes half of the rest. Newer versions of XLA
-# have no such flag, and XLA ends a program that gives it an unknown one.
+# Where compilation is to be quick, the first takes half of the rest, and the second a
+# tenth more: a small program is not worth its parts. Newer versions of XLA lack the
+# first, and XLA ends a program that gives it an unknown flag.
 if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1" and tuple(
     map(int, version("jaxlib").split(".")[:2])
 ) < (0, 11):
     os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+        os.environ.get("XLA_FLAGS", "")
+        + " --xla_cpu_use_fusion_emitters=false"
+        + " --xla_cpu_parallel_codegen_split_count=1"
     )
 
 import pytest

@@ -216,7 +216,8 @@ def _gradient_tolerance(dtype, x64=False):
 
 
 def assert_dropped_rows_may_hold_nan(student, teacher, *, by, reduction, tile):
-    """Checks two heads of five tokens, of which `where` or `weights` drops two."""
+    """Checks two heads of five tokens, of which `where` or `weights` drops two, and
+    then all."""
     spoil = lambda head, junk: dataclasses.replace(
         head, hidden=head.hidden.at[1].set(junk).at[4, 0].set(junk)
     )
@@ -234,6 +235,10 @@ def assert_dropped_rows_may_hold_nan(student, teacher, *, by, reduction, tile):
     for name, head in (("student", student), ("teacher", teacher)):
         assert_source_gradient(head, grads[name], getattr(expected, name), name)
         assert not grads[name].hidden[~keep].any()
+    nothing = arguments | {by: jnp.zeros_like(drop)}
+    value, grads = evaluate(spoil(student, np.nan), spoil(teacher, np.inf), **nothing)
+    of_models = grads["student"], grads["teacher"]
+    assert not value.any() and not any(x.any() for x in jax.tree.leaves(of_models))
 
 
 def assert_source_gradient(

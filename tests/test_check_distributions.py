@@ -9,6 +9,7 @@ from scipy.special import log_softmax
 
 import jaxkl
 
+from .cases import rarely
 from .helpers import assert_close
 
 
@@ -76,16 +77,18 @@ def test_transforms():
         return jaxkl.kl_div(x, t, reduction="sum")
 
     x, t = jnp.asarray(LOG_PROBS, jnp.float32), jnp.asarray(PROBS, jnp.float32)
-    assert_close(jax.grad(loss)(x, t), -t, 1e-6)
-    assert jax.vmap(loss)(x, t).shape == (2,)
-    error, _ = checkify.checkify(jax.vmap(jax.grad(loss)))(x, t)
+    assert_close(jax.jit(jax.grad(loss))(x, t), -t, 1e-6)
+    assert jax.jit(jax.vmap(loss))(x, t).shape == (2,)
+    error, _ = jax.jit(checkify.checkify(jax.vmap(jax.grad(loss))))(x, t)
     error.throw()
-    error, _ = checkify.checkify(jax.vmap(loss))(x, 2 * t)
+    error, _ = jax.jit(checkify.checkify(jax.vmap(loss)))(x, 2 * t)
     assert "`target` must hold probabilities" in error.get()
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-@pytest.mark.parametrize("size", [7, 131072])
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", "float32", *rarely("float16", "float64")]
+)
+@pytest.mark.parametrize("size", [131072, *rarely(7)])
 def test_takes_a_softmax_of_any_dtype(rng, dtype, size):
     with jax.enable_x64(True):
         uniform = np.full(size, -np.log(size))

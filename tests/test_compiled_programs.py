@@ -320,9 +320,13 @@ KNOWS_EMITTERS = tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11)
 OPTIONS = {"xla_cpu_use_fusion_emitters": True} if KNOWS_EMITTERS else {}
 
 
-def over_programs(*often, rare):
-    others = [x for x in rare if x not in often]
-    return pytest.mark.parametrize("way, family", [*often, *rarely(*others)])
+def over_programs(*quick, newest, rare):
+    """Parametrises a test over ways and families. All optimisations take their time:
+    few are `quick`, and on the newest JAX, which users have, there are more."""
+    marks = pytest.mark.slow, pytest.mark.newest
+    often = [pytest.param(*x, marks=marks) for x in newest]
+    others = [x for x in rare if x not in (*quick, *newest)]
+    return pytest.mark.parametrize("way, family", [*quick, *often, *rarely(*others)])
 
 
 @pytest.mark.parametrize("way", ["quotient", *rarely("tanh", "bfloat16", "masked")])
@@ -335,10 +339,12 @@ HEADS = "softcap", "scale", "all of a head", "function", "function, cap"
 
 @over_programs(
     ("softcap", "alone"),
-    ("scale", "compared"),
-    ("function", "alone"),
-    ("quotient", "compared"),
-    ("tanh", "alone"),
+    newest=[
+        ("scale", "compared"),
+        ("function", "alone"),
+        ("quotient", "compared"),
+        ("tanh", "alone"),
+    ],
     rare=[(way, family) for way in WAYS for family in FAMILIES],
 )
 def test_tokens_at_once(way, family):
@@ -348,8 +354,7 @@ def test_tokens_at_once(way, family):
 
 
 @over_programs(
-    ("scale", "alone"),
-    ("softcap", "compared"),
+    newest=[("scale", "alone"), ("softcap", "compared")],
     rare=[(way, family) for way in HEADS[:3] for family in FAMILIES],
 )
 def test_blocks_of_columns(monkeypatch, way, family):

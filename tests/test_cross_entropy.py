@@ -137,6 +137,7 @@ def test_a_nearly_certain_label(plan):
         assert_close(gradients["student"].hidden[i], expected.student[i], 1e-6)
 
 
+@pytest.mark.slow
 def test_a_distillation_loss_that_is_all_cross_entropy_is_the_same(rng):
     student = make_student(rng, "head", (6,), VOCAB)
     labels = jnp.asarray(rng.integers(0, VOCAB, 6))
@@ -149,7 +150,8 @@ def test_a_distillation_loss_that_is_all_cross_entropy_is_the_same(rng):
         temperature=2.0,
         **MORE,
     )
-    one, other = (jax.jit(jax.value_and_grad(f))(student) for f in (alone, beside))
+    run = jax.jit(lambda s: [jax.value_and_grad(f)(s) for f in (alone, beside)])
+    one, other = run(student)
     for x, y in zip(*map(jax.tree.leaves, (one, other)), strict=True):
         assert_close(x, y, 1e-6)
 
@@ -160,8 +162,9 @@ def test_optax_has_the_same(rng):
     mean = lambda s: jnp.mean(
         optax.softmax_cross_entropy_with_integer_labels(s, labels)
     )
-    ours = jax.value_and_grad(lambda s: cross_entropy(s, labels))(s)
-    for x, y in zip(ours, jax.value_and_grad(mean)(s), strict=True):
+    losses = lambda s: cross_entropy(s, labels), mean
+    run = jax.jit(lambda s: [jax.value_and_grad(f)(s) for f in losses])
+    for x, y in zip(*run(s), strict=True):
         assert_close(x, y, 1e-6)
 
 
@@ -169,33 +172,22 @@ def test_a_token_without_a_label_does_not_count(rng):
     s = make_student(rng, "head", (4,), VOCAB)
     s = jaxkl.LinearHead(s.hidden.at[1].set(jnp.nan), s.kernel)
     labels = jnp.array([3, -100, 0, 36])
-    step = jax.value_and_grad(lambda s, labels: cross_entropy(s, labels, z_loss=0.1))
-    value, grad = jax.jit(step)(s, labels)
-    kept = jnp.array([0, 2, 3])
-    value_, grad_ = step(jaxkl.LinearHead(s.hidden[kept], s.kernel), labels[kept])
-    assert_close(value, value_, 1e-6)
-    assert_close(grad.hidden[kept], grad_.hidden, 1e-6)
-    assert_close(grad.kernel, grad_.kernel, 1e-6)
+    f = lambda s, labels: cross_entropy(s, labels, z_loss=0.1)
+    step = jax.jit(jax.value_and_grad(f))
+    value, grad = step(s, labels)
+    kept = np.array([0, 2, 3])
+    expected = expected_cross_entropy(
+        jaxkl.LinearHead(s.hidden[kept], s.kernel), labels[kept], z_loss=0.1
+    )
+    assert_close(value, expected.loss, 5e-6)
+    assert_close(grad.hidden[kept], expected.student.hidden, 1e-5)
+    assert_close(grad.kernel, expected.student.kernel, 1e-5)
     assert not grad.hidden[1].any()
-    value, grad = jax.jit(step)(s, jnp.full(4, -100))
+    value, grad = step(s, jnp.full(4, -100))
     assert value == 0 and not any(x.any() for x in jax.tree.leaves(grad))
 
 
-@pytest.mark.parametrize("source", ["logits", *rarely("head")])
-def test_second_order(rng, source):
-    student = make_student(rng, source, (3,), 7)
-    labels = jnp.array([1, -100, 6])
-
-    def hessian(loss):
-        f = lambda x: jnp.sum(jnp.sin(loss(x, labels, reduction="none", **MORE)))
-        leaf = lambda x: x if source == "logits" else x.hidden
-        return jax.jit(jax.jacfwd(lambda x: leaf(jax.grad(f)(x))))(student)
-
-    mine, plain = hessian(cross_entropy), hessian(jaxkl.reference.cross_entropy)
-    for x, y in zip(*map(jax.tree.leaves, (mine, plain)), strict=True):
-        assert_close(x, y, 1e-5)
-
-
+@pytest.mark.slow
 def test_transforms(rng):
     """vmap over batches, in a scan, with remat, compared with one call."""
     student = make_student(rng, "logits", (2, 4), 7)

@@ -22,13 +22,12 @@ from .cases import (
     over_all,
     over_kinds,
     over_sources,
-    QUICK,
     rarely,
     rounded,
     USER,
 )
 from .helpers import assert_close, TOLERANCE
-from .sources import make_models, per_token, TAILS
+from .sources import expected_of, make_models, per_token, TAILS
 
 
 VOCABULARIES = (1, 2, 700, 1001)
@@ -63,21 +62,19 @@ def test_value_and_gradients_match_the_oracle(
 
 
 @over_sources(
-    *each("logits", QUICK),
-    "head js_normalized",
+    "logits js_normalized",
     "renormalize user",
     "bucket reverse",
     "uniform reverse",
-    "conditional js_normalized",
+    "drop forward",
     slow=(
-        *each("logits", OTHERS),
-        *each("head", ("forward", *OTHERS)),
+        *each("logits", ("forward", *OTHERS)),
+        *each("head", ("js_normalized", "forward", *OTHERS)),
         *each("renormalize", ("forward", "js", "alpha_half", "skew_reverse")),
         "renormalize total_variation",
         *each("bucket", ("js_normalized", "forward", "user")),
-        "drop forward",
         *each("uniform", ("forward", "total_variation")),
-        *each("conditional", [x for x in ALL if x != "js_normalized"]),
+        *each("conditional", ALL),
     ),
 )
 def test_every_divergence(rng, source, divergence):
@@ -91,8 +88,7 @@ def test_every_divergence(rng, source, divergence):
 
 @over_sources(
     "head, logits reverse",
-    "logits, head reverse",
-    slow=("head, logits user", "logits, head user"),
+    slow=("logits, head reverse", "head, logits user", "logits, head user"),
 )
 def test_two_sources(rng, source, divergence):
     assert_matches(*make_models(rng, source, (2, 5), 11), divergence, tile=3)
@@ -107,7 +103,7 @@ def test_a_head_beside_a_list_in_bfloat16(rng, tail):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", *rarely("float32", "float16")])
-@pytest.mark.parametrize("arguments", [{}, dict(teacher_temperature=1.25)])
+@pytest.mark.parametrize("arguments", [dict(teacher_temperature=1.25), *rarely({})])
 def test_temperature_as_a_python_number(rng, dtype, arguments):
     s, t = rounded(rng, (3, 5, 11), dtype), rounded(rng, (3, 5, 11), dtype)
     assert_matches(s, t, FORWARD, temperature=0.5, **arguments)
@@ -139,8 +135,8 @@ def test_every_argument_at_once(rng, source, divergence):
 @pytest.mark.parametrize(
     "source, dtypes",
     [
-        ("logits", ("bfloat16", "float32")),
         ("head", ("float32", "float16")),
+        *rarely(*(("logits", (x, "float32")) for x in ("bfloat16", "float16"))),
         *rarely(("logits", ("float32", "float16"))),
     ],
 )
@@ -154,7 +150,7 @@ def test_models_of_different_dtypes(rng, source, dtypes):
     assert_matches(student, teacher, FORWARD, temperature=2.0, weights=weights)
 
 
-@over_sources("logits forward", "head forward", slow=each("logits", KINDS))
+@over_sources("head forward", slow=("logits forward", *each("logits", KINDS)))
 def test_float64_under_x64(rng, source, divergence):
     with jax.enable_x64(True):
         student, teacher = make_models(rng, source, (3, 5), 11, "float64")
@@ -200,7 +196,7 @@ def test_loss_is_float64_iff_a_float_argument_is(rng, wide):
         )
 
 
-@pytest.mark.parametrize("temperature", [2, 2.0, np.float32(2), np.float64(2)])
+@pytest.mark.parametrize("temperature", [2, np.float64(2), *rarely(2.0, np.float32(2))])
 def test_numpy_inputs_and_scalars(rng, temperature):
     s, t = rng.normal(size=(2, 4, 7)).astype(np.float32)
     value = jaxkl.distillation_loss(s, t, temperature=temperature)
@@ -215,9 +211,8 @@ def test_numpy_inputs_and_scalars(rng, temperature):
     "source, tokens, vocab",
     [
         ("logits", 7, 1),
-        ("logits", 7, 1001),
         ("head", 7, 1001),
-        *rarely(("logits", 7, 2), ("logits", 7, 700)),
+        *rarely(("logits", 7, 2), ("logits", 7, 700), ("logits", 7, 1001)),
         *rarely(*(("logits", n, vocab) for n in (1, 130) for vocab in VOCABULARIES)),
         *rarely(("head", 1, 1), ("head", 1, 1001), ("head", 7, 1), ("head", 130, 700)),
     ],
@@ -231,8 +226,8 @@ def test_odd_sizes(rng, source, tokens, vocab):
     "source, tile, reduction",
     [
         ("logits", 3, "none"),
-        ("logits", 64, "mean"),
         ("head", 3, "none"),
+        *rarely(("logits", 64, "mean")),
         *rarely(("logits", 3, "mean"), ("logits", 64, "none")),
         *rarely(("head, logits", 3, "mean")),
         *rarely(*(("logits", n, x) for n in (1, 16, 200) for x in ("none", "mean"))),
@@ -254,7 +249,7 @@ def test_any_tile_gives_the_same_answer(rng, source, tile, reduction):
     [
         ("logits", (), "mean"),
         ("logits", (2, 1, 3), "none"),
-        ("head", (2, 3), "none"),
+        *rarely(("head", (2, 3), "none")),
         *rarely(("logits", (), "none"), ("logits", (2, 1, 3), "mean")),
         *rarely(*(("head", shape, "none") for shape in ((), (6,)))),
         *rarely(("head", (), "mean"), ("bucket", (2, 3), "none")),
@@ -280,16 +275,16 @@ def test_t_squared_is_the_students_and_optional(rng, divergence, reference):
     divergence = divergence, reference
     s, t = rounded(rng, (4, 7)), rounded(rng, (4, 7))
     arguments = dict(temperature=jnp.float32(3), teacher_temperature=jnp.float32(2))
-    with_square, _ = assert_matches(s, t, divergence, **arguments)
-    without, _ = assert_matches(s, t, divergence, t_squared=False, **arguments)
-    assert_close(with_square, 9 * np.float64(without), 1e-6)
+    value, _ = assert_matches(s, t, divergence, t_squared=False, **arguments)
+    with_square = expected_of(s, t, divergence=reference, **arguments).loss
+    assert_close(9 * np.float64(value), with_square, 1e-6)
 
 
 # Labels, label smoothing and z-loss.
 
 
 @pytest.mark.parametrize("alpha", [0.3, *rarely(0.0, 1.0)])
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, *rarely(1.0)])
+@pytest.mark.parametrize("label_smoothing", [0.1, *rarely(0.0, 1.0)])
 def test_labels(rng, alpha, label_smoothing):
     s, t = rounded(rng, (6, 7)), rounded(rng, (6, 7))
     assert_matches(
@@ -304,6 +299,7 @@ def test_labels(rng, alpha, label_smoothing):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 @pytest.mark.parametrize("dtype", ["bfloat16", *rarely("float32", "float16")])
 @pytest.mark.parametrize("label_smoothing", [0.2, *rarely(0.0)])
@@ -334,6 +330,7 @@ def test_cross_entropy_matches_torch(rng, dtype, label_smoothing):
     assert not grads["teacher"].any()
 
 
+@pytest.mark.slow
 def test_a_label_of_minus_100_drops_only_its_cross_entropy(rng):
     s, t = rounded(rng, (3, 7)), rounded(rng, (3, 7))
     f = lambda **kw: evaluate(s, t, reduction="none", z_loss=0.1, **kw)[0]
@@ -351,10 +348,12 @@ def test_z_loss_is_of_the_student_at_temperature_one(rng):
         s, s, temperature=3.0, z_loss=0.5, reduction="sum"
     )
     plain = lambda s: 0.5 * jnp.sum(jax.nn.logsumexp(s, -1) ** 2)
-    value, grad = jax.value_and_grad(f)(s)
-    assert_close(value, plain(s), 1e-6)
+    (value, grad), (want, want_grad) = jax.jit(
+        lambda s: [jax.value_and_grad(x)(s) for x in (f, plain)]
+    )(s)
+    assert_close(value, want, 1e-6)
     # The teacher is the same array, and its own gradient must not leak in.
-    assert_close(grad, jax.grad(plain)(s), 1e-5)
+    assert_close(grad, want_grad, 1e-5)
 
 
 def test_traced_alpha_smoothing_and_z_loss(rng):
@@ -391,7 +390,7 @@ def test_reductions(rng, reduction, masked, weighted):
 
 
 @pytest.mark.parametrize(
-    "normalizer", [10, 2.5, jnp.float32(2.5), np.int64(10), jnp.int32(10)]
+    "normalizer", [10, jnp.float32(2.5), *rarely(2.5, np.int64(10), jnp.int32(10))]
 )
 def test_normalizer_replaces_the_weight(rng, normalizer):
     s, t = rounded(rng, (6, 7)), rounded(rng, (6, 7))
@@ -415,8 +414,8 @@ def test_the_number_of_tokens_in_a_traced_mask_is_a_normalizer(rng):
         ]
         return sum(parts)
 
-    whole = jaxkl.distillation_loss(s, t, where=where)
-    np.testing.assert_allclose(in_halves(where), whole, rtol=1e-6)
+    whole = oracle.distillation_loss(s, t, where=where).loss
+    assert_close(in_halves(where), whole, 1e-6)
 
 
 JUNK = (np.nan, np.inf, -np.inf, 1e30, 0.0, 50.0)
@@ -457,10 +456,10 @@ def test_padding_columns_may_hold_anything(rng, source, divergence, junk):
     assert not any(x[..., 11:].any() for x in wide)
 
 
+@pytest.mark.slow
 def test_vocab_size_may_equal_a_width(rng):
     s, t = rounded(rng, (4, 7)), rounded(rng, (4, 9))
     assert_matches(s, t, FORWARD, vocab_size=7)
-    assert_matches(s, t[:, :7], FORWARD, vocab_size=7)
 
 
 @over("reverse", "js_normalized", slow=("forward", "symmetric", "skew_reverse"))
@@ -494,7 +493,8 @@ def test_equal_models_have_exactly_no_loss_and_no_gradient(rng, divergence, refe
     assert not grads["student"].any() and not grads["teacher"].any()
 
 
-@over_all
+@pytest.mark.slow
+@over("js_normalized", slow=[x for x in ALL if x != "js_normalized"])
 def test_never_negative(rng, divergence, reference):
     t = rounded(rng, (64, 50), scale=2.0)
     noise = 10 ** rng.uniform(-7, 0, size=(64, 1))
@@ -537,7 +537,7 @@ def test_a_shift_of_the_logits_changes_nothing(rng, divergence, reference):
     assert_close(grads["student"][1:], grads["student"][:1].repeat(2, 0), 1e-5)
 
 
-@over_all
+@over("forward", slow=[x for x in ALL if x != "forward"])
 def test_gradients_sum_to_zero_over_the_vocabulary(rng, divergence, reference):
     s, t = rounded(rng, (7, 1001)), rounded(rng, (7, 1001))
     temperatures = _temperatures("separate", rng, (7,))

@@ -12,7 +12,15 @@ import pytest
 import jaxkl
 
 from . import oracle
-from .cases import assert_matches, CATALOGUE, evaluate, FORWARD, over, REVERSE
+from .cases import (
+    assert_matches,
+    CATALOGUE,
+    evaluate,
+    FORWARD,
+    over,
+    rarely,
+    REVERSE,
+)
 from .helpers import assert_close
 
 
@@ -74,7 +82,7 @@ def assert_digits(divergence, dtype, rows=ROWS, floats=("student",), **arguments
 
 
 @in_dtypes
-@each(CATALOGUE, "reverse", "js", "skew_reverse", "total_variation")
+@each(CATALOGUE, "reverse", "js", "total_variation")
 def test_confident_rows(divergence, dtype):
     assert_digits(divergence, dtype)
 
@@ -103,6 +111,7 @@ def test_high_temperatures(rng, divergence, reference, temperature):
     )
 
 
+@pytest.mark.slow
 @over("reverse", slow=["forward", "js"])
 def test_a_temperature_of_each_model(rng, divergence, reference):
     s, t = 3 * rng.normal(size=(2, 4, 9))
@@ -139,7 +148,9 @@ def test_cross_entropy_of_an_infinite_logit_is_nan():
         assert np.isnan(value) and np.isnan(grads["student"][0, 0])
 
 
-@pytest.mark.parametrize("divergence", [FORWARD, REVERSE], ids=["forward", "reverse"])
+@pytest.mark.parametrize(
+    "divergence", [REVERSE, *rarely((FORWARD,))], ids=["reverse", "forward"]
+)
 def test_a_list_that_has_all_columns(divergence):
     # With all columns listed the tails are empty, and the loss is the dense one.
     mine, theirs = divergence
@@ -155,7 +166,7 @@ def test_a_list_that_has_all_columns(divergence):
         assert_close(grad, expected.student, 1e-5, tail)
 
 
-@pytest.mark.parametrize("outside", [False, True])
+@pytest.mark.parametrize("outside", [True, *rarely(False)])
 def test_a_list_beside_a_confident_student(outside):
     # The nearly certain column may be on the list or not.
     s = jnp.array([[14, 0, 0.3, 0.1, -0.2]])
@@ -176,7 +187,8 @@ def test_a_list_beside_a_confident_student(outside):
     assert_close(grad[0], np.append(expected.student[0, :3], rest), 1e-4)
 
 
-def test_a_vocabulary_over_devices():
+@over("reverse", slow=["forward"])
+def test_a_vocabulary_over_devices(divergence, reference):
     mesh = jax.make_mesh((4,), ("model",))
     s, t = (jnp.asarray([x + [-1.0]]) for x in ROWS["confident student"])
     labels = jnp.array([0])
@@ -186,13 +198,12 @@ def test_a_vocabulary_over_devices():
         where = dict(mesh=mesh, token_axes=(), vocab_axis="model")
         return jaxkl.distillation_loss(s, t, **options, **where)
 
-    for mine, theirs in (FORWARD, REVERSE):
-        step = jax.jit(jax.value_and_grad(loss), static_argnums=3)
-        value, grad = step(s, t, labels, mine)
-        options = dict(labels=labels, alpha=0.5, divergence=theirs)
-        expected = oracle.distillation_loss(s, t, **options)
-        assert_close(value, expected.loss, 1e-6)
-        assert_close(grad, expected.student, 1e-6)
+    step = jax.jit(jax.value_and_grad(loss), static_argnums=3)
+    value, grad = step(s, t, labels, divergence)
+    options = dict(labels=labels, alpha=0.5, divergence=reference)
+    expected = oracle.distillation_loss(s, t, **options)
+    assert_close(value, expected.loss, 1e-6)
+    assert_close(grad, expected.student, 1e-6)
 
 
 def test_logits_far_apart():
@@ -202,7 +213,8 @@ def test_logits_far_apart():
     assert_close(grads["student"], [[0.5, -0.5]], 1e-6)
 
 
-@pytest.mark.parametrize("alpha", [1e-40, -1e-40, 1e-25])
+@pytest.mark.slow
+@pytest.mark.parametrize("alpha", [1e-40, *rarely(-1e-40, 1e-25)])
 def test_alpha_that_hardly_differs_from_its_limit(rng, alpha):
     s, t = jnp.float32(rng.normal(size=(2, 3, 7)))
     mine = jaxkl.AlphaDivergence(alpha), oracle.reverse_kl

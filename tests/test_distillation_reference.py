@@ -44,11 +44,11 @@ REDUCTIONS = ("none", "sum", "mean")
 @pytest.mark.parametrize(
     "source, divergence, reduction",
     [
-        *(("logits", FORWARD, x) for x in REDUCTIONS),
+        *(("logits", FORWARD, x) for x in ("none", "mean")),
         ("head", JENSEN_SHANNON, "mean"),
         ("bucket", FORWARD, "mean"),
         *rarely(*(("logits", ALL[x], y) for x in KINDS for y in REDUCTIONS)),
-        *rarely(("head", FORWARD, "mean")),
+        *rarely(("logits", FORWARD, "sum"), ("head", FORWARD, "mean")),
         *rarely(*((x, FORWARD, "mean") for x in TAILS if x != "bucket")),
     ],
 )
@@ -64,13 +64,14 @@ def test_matches_the_oracle(rng, source, divergence, reduction):
     assert_matches(*models, divergence, **arrays, **numbers, **options)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("dtype", ["float64", *rarely("bfloat16", "float16")])
 def test_dtypes(rng, dtype):
     with jax.enable_x64(dtype == "float64"):
         s, t = rounded(rng, (4, 7), dtype), rounded(rng, (4, 7), dtype)
         assert_matches(s, t, FORWARD, loss=reference_loss, temperature=2.0)
 
 
+@pytest.mark.slow
 @over_kinds
 def test_agrees_with_the_custom_rule_in_float64(rng, divergence, reference):
     with jax.enable_x64(True):
@@ -108,7 +109,12 @@ def test_forward_mode(rng, divergence, reference):
             divergence=divergence,
             differentiate_teacher=True,
         )
-        value, tangent = jax.jvp(f, primals, tangents)
+
+        @jax.jit
+        def both(primals, tangents):
+            value, linear = jax.linearize(f, *primals)
+            return jax.jvp(f, primals, tangents), (value, linear(*tangents))
+
         grads = oracle.distillation_loss(
             **dict(zip(names, primals, strict=True)), divergence=reference
         )
@@ -116,11 +122,9 @@ def test_forward_mode(rng, divergence, reference):
             np.sum(getattr(grads, name) * np.asarray(x))
             for name, x in zip(names, tangents, strict=True)
         )
-        assert_close(value, grads.loss, 1e-12)
-        assert_close(tangent, expected, 1e-11)
-        value, linear = jax.linearize(f, *primals)
-        assert_close(value, grads.loss, 1e-12)
-        assert_close(linear(*tangents), expected, 1e-11)
+        for value, tangent in both(primals, tangents):
+            assert_close(value, grads.loss, 1e-12)
+            assert_close(tangent, expected, 1e-11)
 
 
 def test_a_constant_teacher_has_no_tangent(rng):
@@ -129,16 +133,6 @@ def test_a_constant_teacher_has_no_tangent(rng):
     with pytest.warns(UserWarning, match="`teacher` is differentiated"):
         _, tangent = jax.jvp(f, (t,), (t,))
     assert tangent == 0
-
-
-@pytest.mark.slow
-def test_hessian(rng):
-    s, t = rounded(rng, (2, 3)), rounded(rng, (2, 3))
-    with jax.enable_x64(True):
-        hessian = jax.hessian(lambda s: reference_loss(s, t, temperature=2.0))
-        actual = hessian(jnp.asarray(s, jnp.float64))
-    gradient = lambda s: oracle.distillation_loss(s, t, temperature=2.0).student
-    assert_close(actual, oracle.jacobian(gradient, s), 1e-8)
 
 
 @over_kinds
@@ -157,12 +151,18 @@ def test_masks_and_dropped_rows(rng, divergence, reference):
     )
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-@pytest.mark.parametrize("tokens", [0, 3])
-def test_no_token_gives_zero(rng, reduction, tokens):
+@pytest.mark.parametrize(
+    "tokens, reduction",
+    [
+        (0, "mean"),
+        (3, "none"),
+        *rarely((0, "none"), (0, "sum"), (3, "mean"), (3, "sum")),
+    ],
+)
+def test_no_token_gives_zero(rng, tokens, reduction):
     s, t = rounded(rng, (tokens, 5)), rounded(rng, (tokens, 5))
     f = lambda s: reference_loss(
         s, t, where=jnp.zeros(tokens, bool), reduction=reduction
     )
-    value, vjp = jax.vjp(f, s)
+    value, vjp = jax.vjp(jax.jit(f), s)
     assert not value.any() and not vjp(jnp.ones_like(value))[0].any()

@@ -9,16 +9,16 @@ import jaxkl
 
 from . import oracle
 from .cases import (
+    assert_gradient,
     assert_matches,
     CATALOGUE,
     evaluate,
+    FLOATS,
     FORWARD,
-    JENSEN_SHANNON,
     over,
     over_all,
     over_kinds,
     rarely,
-    REVERSE,
     rounded,
     USER,
 )
@@ -66,6 +66,7 @@ def test_finite_wherever_the_mathematics_is(divergence, reference):
     _assert_singular(divergence, reference, "float32")
 
 
+@pytest.mark.slow
 @over("forward", slow=["js"])
 @pytest.mark.parametrize("dtype", ["bfloat16", *rarely("float16")])
 def test_finite_in_half_precision_too(divergence, reference, dtype):
@@ -154,14 +155,16 @@ def test_columns_masked_in_both_models_are_as_if_absent(rng, divergence, referen
     value, grads = evaluate(
         hide(s), hide(t), labels=jnp.array([0, 2, 8, -100]), **arguments
     )
-    value_, grads_ = evaluate(
-        s[:, kept], t[:, kept], labels=jnp.array([0, 1, 4, -100]), **arguments
-    )
-    assert_close(value, value_, 1e-6)
-    assert_close(grads["temperature"], grads_["temperature"], 1e-5)
+    # Without these columns the labels have other numbers.
+    expected = oracle.distillation_loss(
+        s[:, kept], t[:, kept], labels=np.array([0, 1, 4, -100]),
+        **arguments | dict(divergence=reference),
+    )  # fmt: skip
+    assert_close(value, expected.loss, 1e-6)
+    assert_gradient("temperature", grads["temperature"], expected, 1e-5)
     hidden = np.setdiff1d(np.arange(9), kept)
     for name in ("student", "teacher"):
-        assert_close(grads[name][:, kept], grads_[name], 1e-5)
+        assert_close(grads[name][:, kept], getattr(expected, name), 1e-5)
         assert not grads[name][:, hidden].any()
 
 
@@ -230,12 +233,17 @@ def test_where_drops_a_token_whatever_it_holds(rng, divergence, reference, reduc
 
 
 @pytest.mark.parametrize("reduction", ["mean", *rarely("none")])
-@pytest.mark.parametrize("name", ["temperature", "teacher_temperature", "weights"])
-def test_where_drops_a_token_of_which_another_argument_is_nan(rng, name, reduction):
+@pytest.mark.parametrize(
+    "names",
+    [FLOATS, *rarely(*(((name,),) for name in FLOATS))],
+    ids=["all", *FLOATS],
+)
+def test_where_drops_a_token_of_which_another_argument_is_nan(rng, names, reduction):
     s, t = rounded(rng, (4, 7)), rounded(rng, (4, 7))
     where = jnp.array([True, False, True, False])
     x = jnp.array([1.5, np.nan, 2.0, np.nan])
-    assert_matches(s, t, FORWARD, where=where, reduction=reduction, **{name: x})
+    spoilt = dict.fromkeys(names, x)
+    assert_matches(s, t, FORWARD, where=where, reduction=reduction, **spoilt)
 
 
 @pytest.mark.parametrize("reduction", ["mean", *rarely("none")])
@@ -248,6 +256,7 @@ def test_a_token_without_weight_is_no_part_of_temperatures_gradient(rng, reducti
     assert_close(grads["temperature"], expected["temperature"], 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", *rarely("sum")])
 @pytest.mark.parametrize(
     "divergence", [FORWARD[0], *rarely(USER[0])], ids=["forward", "user"]
@@ -265,7 +274,9 @@ def test_where_equals_slicing(rng, divergence, reduction):
 
 
 @pytest.mark.parametrize("reduction", ["mean", *rarely("none", "sum")])
-@pytest.mark.parametrize("how", ["masked", "masked junk", "empty", "empty batch"])
+@pytest.mark.parametrize(
+    "how", ["masked", "masked junk", "empty", *rarely("empty batch")]
+)
 def test_no_token_gives_zero_with_a_zero_gradient(rng, how, reduction):
     shape = {"empty": (0,), "empty batch": (2, 0)}.get(how, (2, 3))
     s, t = rounded(rng, (*shape, 5)), rounded(rng, (*shape, 5))
@@ -332,6 +343,7 @@ def test_relatively_accurate_near_the_teacher(rng, divergence, reference):
             assert_close(grads["teacher"][i, j], expected.teacher[i, j], grad_tol)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", *rarely("float16")])
 @over("forward", slow=["js"])
 def test_half_precision_logits_lose_nothing_more(rng, divergence, reference, dtype):
@@ -343,14 +355,16 @@ def test_half_precision_logits_lose_nothing_more(rng, divergence, reference, dty
     assert value.dtype == jnp.float32
 
 
-def test_equal_models_of_a_large_vocabulary(rng):
+@over("reverse", slow=["forward", "js"])
+def test_equal_models_of_a_large_vocabulary(rng, divergence, reference):
+    del reference
     s = rounded(rng, (4, 32000), scale=2.0)
-    for divergence, _ in (FORWARD, REVERSE, JENSEN_SHANNON):
-        value, grads = evaluate(s, s, divergence=divergence, temperature=0.7)
-        assert value == 0
-        assert not grads["student"].any() and not grads["teacher"].any()
+    value, grads = evaluate(s, s, divergence=divergence, temperature=0.7)
+    assert value == 0
+    assert not grads["student"].any() and not grads["teacher"].any()
 
 
+@pytest.mark.slow
 @over_kinds
 def test_jitted_and_eager_agree_at_a_singular_point(divergence, reference):
     s, t = _rows()

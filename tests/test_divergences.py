@@ -11,7 +11,7 @@ import pytest
 import jaxkl
 
 from . import oracle
-from .cases import evaluate, over, over_catalogue, rounded
+from .cases import evaluate, over, over_catalogue, rarely, rounded
 from .helpers import assert_close
 
 
@@ -89,7 +89,7 @@ def test_beta_of_the_normalized_form(beta):
         jaxkl.JensenShannon(beta, normalized=True)
 
 
-@pytest.mark.parametrize("beta", [0.0, 1e-6, 1e-3, 0.999, 1 - 1e-6, 1.0, 0, 1])
+@pytest.mark.parametrize("beta", [0.0, 1 - 1e-6, 1, *rarely(0, 1e-6, 1e-3, 0.999, 1.0)])
 def test_normalized_jensen_shannon_reaches_its_limits(rng, beta):
     s, t = rounded(rng, (4, 7)), rounded(rng, (4, 7))
     divergence = jaxkl.JensenShannon(beta, normalized=True)
@@ -101,7 +101,7 @@ def test_normalized_jensen_shannon_reaches_its_limits(rng, beta):
     assert_close(grads["student"], expected.student, 1e-5)
 
 
-@pytest.mark.parametrize("beta", [1e-3, 0.1, 0.9, 0.999])
+@pytest.mark.parametrize("beta", [1e-3, 0.9, *rarely(0.1, 0.999)])
 def test_jensen_shannon_at_any_beta(rng, beta):
     s, t = rounded(rng, (4, 7)), rounded(rng, (4, 7))
     value, grads = evaluate(s, t, divergence=jaxkl.JensenShannon(beta))

@@ -12,6 +12,7 @@ from scipy.special import log_softmax, xlogy
 import jaxkl
 from jaxkl import kl_div, KLDivLoss, reference
 
+from .cases import rarely
 from .helpers import assert_close, TOLERANCE
 
 
@@ -50,7 +51,7 @@ def arrays(rng):
 
 @both
 @pytest.mark.parametrize("reduction", ["sum", "mean", "batchmean"])
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", *rarely("float16")])
 @pytest.mark.filterwarnings("ignore:.*is not the KL")
 def test_value_and_gradients(arrays, dtype, reduction, log_target):
     x, t = arrays(dtype, log_target)

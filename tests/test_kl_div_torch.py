@@ -28,6 +28,10 @@ with warnings.catch_warnings():
 inf, nan = float("inf"), float("nan")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 PAIRS = list(itertools.product(DTYPES, DTYPES))
+SOME_PAIRS = [(x, x) for x in DTYPES] + [
+    ("bfloat16", "float16"),
+    ("float16", "float32"),
+]
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 INPUTS = (-1.0, 0.0, inf, -inf, nan, 1.5)
 TARGETS = (0.0, 1.0, 0.5, -0.5, inf, -inf, nan, 1e-25, 100.0, -0.0)
@@ -190,16 +194,18 @@ def test_a_subnormal_target_is_0(flush_subnormals, dtype, tiny):
 
 SHAPES = [
     ((), ()),
-    ((4,), (4,)),
-    ((2, 3), (2, 3)),
     ((2, 3, 5), (2, 3, 5)),  # [B, T, V]: batchmean divides by B alone
     ((3,), (2, 3)),  # batchmean divides by 3, the size of the input
-    ((2, 3), (3,)),
     ((2, 1), (1, 3)),
-    ((), (2, 3)),
     ((2, 3), ()),
-    ((0,), (0,)),
     ((0, 3), (0, 3)),
+]
+MORE_SHAPES = [
+    ((4,), (4,)),
+    ((2, 3), (2, 3)),
+    ((2, 3), (3,)),
+    ((), (2, 3)),
+    ((0,), (0,)),
     ((2, 0), (2, 0)),
     ((1, 3), (0, 3)),
 ]
@@ -209,7 +215,7 @@ SHAPES = [
     "kl_div", [jaxkl.kl_div, *rarely(reference.kl_div)], ids=["jaxkl", "reference"]
 )
 @both
-@pytest.mark.parametrize("shape, other", SHAPES, ids=str)
+@pytest.mark.parametrize("shape, other", [*SHAPES, *rarely(*MORE_SHAPES)], ids=str)
 def test_shapes_and_reductions(arrays, kl_div, shape, other, log_target):
     x, t = arrays(shape, other, log_target)
     every = [dict(reduction=r, log_target=log_target) for r in REDUCTIONS]
@@ -302,7 +308,11 @@ def test_module_and_function_differ_in_the_same_place(arrays):
 
 
 @both
-@pytest.mark.parametrize("dtypes", PAIRS, ids="-".join)
+@pytest.mark.parametrize(
+    "dtypes",
+    [*SOME_PAIRS, *rarely(*((x,) for x in PAIRS if x not in SOME_PAIRS))],
+    ids="-".join,
+)
 def test_dtypes(arrays, dtypes, log_target):
     x, t = arrays((2, 3), (2, 3), log_target, dtypes)
     tol = 4 * max(EPS[d] for d in dtypes)  # PyTorch rounds to the narrower dtype
@@ -439,7 +449,7 @@ def test_hessian_pattern_at_zero_probability(log_target):
 
 
 @both
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("reduction", ["none", *rarely(*REDUCTIONS[1:])])
 def test_forward_mode_of_the_reference(arrays, rng, reduction, log_target):
     x, t = arrays((2, 3), (3,), log_target, ("float64", "float64"))
     d_x, d_t = (jnp.asarray(rng.normal(size=a.shape)) for a in (x, t))
@@ -450,11 +460,16 @@ def test_forward_mode_of_the_reference(arrays, rng, reduction, log_target):
         (to_torch(d_x, False), to_torch(d_t, False)),
     )
     f = functools.partial(reference.kl_div, **options)
-    value, slope = jax.jvp(f, (x, t), (d_x, d_t))
-    agree(value, value_)
-    agree(slope, slope_)
-    value, linear = jax.linearize(f, x, t)
-    agree(linear(d_x, d_t), slope_)
+
+    @jax.jit
+    def run(x, t, d_x, d_t):
+        _, linear = jax.linearize(f, x, t)
+        return *jax.jvp(f, (x, t), (d_x, d_t)), linear(d_x, d_t)
+
+    for actual, expected in zip(
+        run(x, t, d_x, d_t), (value_, slope_, slope_), strict=True
+    ):
+        agree(actual, expected)
 
 
 # -- PyTorch's own samples
@@ -469,9 +484,7 @@ def op_info():
     return op
 
 
-@pytest.mark.parametrize(
-    "dtype", ["float32", *rarely("float16", "bfloat16", "float64")]
-)
+@pytest.mark.parametrize("dtype", rarely("float32", "float16", "bfloat16", "float64"))
 def test_pytorch_samples(op_info, dtype):
     torch.manual_seed(0)
     samples = op_info.sample_inputs("cpu", getattr(torch, dtype), requires_grad=True)

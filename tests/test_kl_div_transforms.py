@@ -161,7 +161,7 @@ def test_value_has_no_elementwise_temporary(size):
 @both
 @pytest.mark.parametrize(
     "dtype, reduction",
-    [("bfloat16", "none"), ("float32", "mean"), ("bfloat16", "batchmean")],
+    [("bfloat16", "batchmean"), *rarely(("bfloat16", "none"), ("float32", "mean"))],
 )
 @pytest.mark.filterwarnings("ignore:.*not the KL")
 def test_export_with_symbolic_shapes(arrays, dtype, reduction, log_target):
@@ -226,7 +226,7 @@ def test_shard_map(arrays, replicated, check_vma, log_target):
 
 @both
 @pytest.mark.parametrize("reduction", ["batchmean", *rarely("none", "sum")])
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("axis_type", [AxisType.Explicit, *rarely(AxisType.Auto)])
 def test_sharded_arrays(arrays, axis_type, reduction, log_target):
     x, t = arrays(log_target)
     f = functools.partial(kl_div, reduction=reduction, log_target=log_target)

@@ -32,11 +32,11 @@ from .sources import exact_logits, expected_of, make_head
 def test_one_head_as_both_models(rng):
     head = make_head(rng, (5,), 4, 11, bias=True)
     f = lambda head: distillation_loss(head, head, divergence=jaxkl.ReverseKL())
-    value, grad = jax.value_and_grad(f)(head)
+    value, grad = jax.jit(jax.value_and_grad(f))(head)
     assert value == 0 and not any(x.any() for x in jax.tree.leaves(grad))
 
 
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("reduction", ["mean", *rarely("sum")])
 def test_only_cross_entropy(rng, reduction):
     student = make_head(rng, (6,), 5, 11, softcap=3.0)
     teacher = make_head(rng, (6,), 5, 11)
@@ -70,7 +70,7 @@ def test_a_masked_vocabulary(rng, divergence, reference):
         assert_matches(student, mask(teacher), (divergence, reference), **arguments)
 
 
-@pytest.mark.parametrize("plan", [dict(tile=2), *rarely(dict(plan="lean"))], ids=str)
+@pytest.mark.parametrize("plan", rarely(dict(tile=2), dict(plan="lean")), ids=str)
 def test_padding_columns_may_hold_nan(rng, plan):
     # In first and second derivatives, and those of plain autodiff.
     head = make_head(rng, (3,), 2, 5, bias=True)
@@ -98,6 +98,7 @@ def test_padding_columns_may_hold_nan(rng, plan):
             assert_close(got, np.pad(of_kept, more(of_kept)), 1e-5)
 
 
+@pytest.mark.slow
 def test_a_kernel_without_padding_is_not_cut(rng):
     head = make_head(rng, (4,), 3, 5)
     f = lambda head, t: distillation_loss(head, t, tile=2)
@@ -114,12 +115,6 @@ def test_a_dropped_row_may_hold_nan(rng, by, reduction, tile):
     teacher = make_head(rng, (5,), 3, 11, **settings)
     options = dict(by=by, reduction=reduction, tile=tile)
     assert_dropped_rows_may_hold_nan(student, teacher, **options)
-
-
-def test_all_tokens_masked(rng):
-    student, teacher = (make_head(rng, (5,), 4, 11, bias=True) for _ in range(2))
-    value, grads = evaluate(student, teacher, where=jnp.zeros(5, bool), tile=2)
-    assert value == 0 and not any(x.any() for x in jax.tree.leaves(grads))
 
 
 def test_no_tokens(rng):
@@ -156,7 +151,7 @@ def test_d_kernel_is_accumulated_in_float32(rng):
     assert error(grads["student"].kernel) < 4e-3
 
 
-@pytest.mark.parametrize("tile", [None, 100])
+@pytest.mark.parametrize("tile", [100, *rarely(None)])
 def test_d_bias_has_the_digits_of_a_float32_bias(rng, tile):
     """It needs no product, whose operands are bfloat16 here."""
     head = make_head(rng, (512,), 8, 37, "bfloat16")
@@ -182,8 +177,8 @@ def test_logits_are_not_rounded_to_half_precision(rng, dtype):
     teacher = dataclasses.replace(student, kernel=kernel)
     expected = expected_of(student, teacher).loss.astype(np.float64)
     value, _ = evaluate(student, teacher)
-    half = lambda head: head.hidden @ head.kernel
-    rounded_first = distillation_loss(half(student), half(teacher))
+    half = lambda head: np.asarray((head.hidden @ head.kernel).astype("float32"))
+    rounded_first = oracle.distillation_loss(half(student), half(teacher)).loss
     assert abs(rounded_first / expected - 1) > 1e-4
     np.testing.assert_allclose(value, expected, rtol=1e-5)
 
@@ -200,25 +195,23 @@ def test_a_small_gradient_is_no_float16_operand(rng):
     assert_close(grads["student"].kernel, expected, 1e-2)
 
 
-def test_a_small_loss_scale_survives_float16(rng):
+@pytest.mark.parametrize("reduction", ["mean", *rarely("none")])
+def test_a_small_loss_scale_survives_float16(rng, reduction):
     # The gradient of a mean over many tokens is below float16's range, so the caller's
     # loss scale must be applied before the gradient is rounded.
     student = make_head(rng, (4,), 5, 11, "float16")
     teacher = make_head(rng, (4,), 5, 11, "float16")
     scale = 2.0**16
-    for reduction, factor in (("mean", scale), ("none", scale / 4)):
-        _, grads = evaluate(
-            student,
-            teacher,
-            weights=jnp.full(4, 1.0),
-            reduction=reduction,
-            normalizer=4e6 if reduction == "mean" else None,
-            cotangent=factor if reduction == "mean" else factor / 1e6,
-        )
-        expected = expected_of(student, teacher, cotangent=scale / 1e6)
-        assert_source_gradient(
-            student, grads["student"], expected.student, reduction, 1e-2
-        )
+    _, grads = evaluate(
+        student,
+        teacher,
+        weights=jnp.full(4, 1.0),
+        reduction=reduction,
+        normalizer=4e6 if reduction == "mean" else None,
+        cotangent=scale if reduction == "mean" else scale / 4e6,
+    )
+    expected = expected_of(student, teacher, cotangent=scale / 1e6)
+    assert_source_gradient(student, grads["student"], expected.student, reduction, 1e-2)
 
 
 # Matrix products and memory.
@@ -229,7 +222,15 @@ def _dots(f, *args):
     return len(re.findall(r" = \S+ dot\(", text))
 
 
-def test_products_are_computed_once(rng):
+@pytest.mark.parametrize(
+    "program",
+    [
+        "value",
+        "constant teacher",
+        *rarely("both", "frozen kernel", "hidden", "student", "one tile"),
+    ],
+)
+def test_products_are_computed_once(rng, program):
     student = make_head(rng, (16,), 64, 128, bias=True)
     teacher = make_head(rng, (16,), 32, 128)
     args = student.hidden, student.kernel, student.bias, teacher
@@ -238,16 +239,20 @@ def test_products_are_computed_once(rng):
         student = LinearHead(hidden, kernel, bias)
         return distillation_loss(student, teacher, tile=tile, **options)
 
-    assert _dots(loss, *args) == 2
-    assert _dots(jax.value_and_grad(loss, 0), *args) == 3
-    assert _dots(jax.value_and_grad(loss, (0, 1)), *args) == 4
-    assert _dots(jax.value_and_grad(partial(loss, tile=16), (0, 1)), *args) == 4
     frozen = lambda h, k, b, t: loss(h, jax.lax.stop_gradient(k), b, t)
-    assert _dots(jax.value_and_grad(frozen, (0, 1, 2)), *args) == 3
     # The teacher is a constant by default.
     both = partial(loss, differentiate_teacher=True)
-    assert _dots(jax.value_and_grad(loss, (0, 1, 3)), *args) == 4
-    assert _dots(jax.value_and_grad(both, (0, 1, 3)), *args) == 6
+    programs = {
+        "value": (loss, 2),
+        "frozen kernel": (jax.value_and_grad(frozen, (0, 1, 2)), 3),
+        "constant teacher": (jax.value_and_grad(loss, (0, 1, 3)), 4),
+        "both": (jax.value_and_grad(both, (0, 1, 3)), 6),
+        "hidden": (jax.value_and_grad(loss, 0), 3),
+        "student": (jax.value_and_grad(loss, (0, 1)), 4),
+        "one tile": (jax.value_and_grad(partial(loss, tile=16), (0, 1)), 4),
+    }
+    f, expected = programs[program]
+    assert _dots(f, *args) == expected
 
 
 TILE, HIDDEN, VOCAB = 64, 32, 16000
@@ -342,8 +347,10 @@ def test_tied_embedding(rng):
     embedding, tokens = rounded(rng, (11, 4)), jnp.array([1, 5, 5, 0, 10])
     teacher = rounded(rng, (5, 11))
     f = lambda e: distillation_loss(LinearHead(e[tokens], e.T), teacher, tile=2)
-    plain = lambda e: jaxkl.reference.distillation_loss(e[tokens] @ e.T, teacher)
-    assert_close(jax.grad(f)(embedding), jax.grad(plain)(embedding), 1e-5)
+    made = expected_of(LinearHead(embedding[tokens], embedding.T), teacher).student
+    expected = np.float64(made.kernel.T)
+    np.add.at(expected, np.asarray(tokens), np.float64(made.hidden))
+    assert_close(jax.jit(jax.grad(f))(embedding), expected, 1e-5)
 
 
 # Errors, which name the argument.

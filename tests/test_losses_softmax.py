@@ -52,7 +52,7 @@ def draw(rng, shape, dtype="float32"):
     return (jnp.asarray(rng.normal(size=shape), dtype) for _ in range(2))
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", *rarely("float16")])
 @pytest.mark.parametrize(
     "divergence, shape",
     [(FORWARD, (3, 5, 11)), *rarely((FORWARD, (129,)), (REVERSE, (7, 33)))],
@@ -79,21 +79,30 @@ def test_value_and_grads_match_oracle(rng, divergence, shape, dtype):
 def test_softmax_kl_divergence_is_the_divergence_forward_kl(rng):
     s, t = draw(rng, (3, 4, 5))
     where = rng.random((3, 4, 5)) < 0.7
-    actual = losses.softmax_kl_divergence(s, t, (0, 1), where, temperature=2.0)
-    expected = losses.softmax_divergence(s, t, FORWARD, (0, 1), where, temperature=2.0)
+    options = dict(axis=(0, 1), where=where, temperature=2.0)
+
+    @jax.jit
+    def run(s, t):
+        log_q, p = jax.nn.log_softmax(s / 2), jax.nn.softmax(t / 2)
+        return (
+            losses.softmax_kl_divergence(s, t, **options),
+            losses.softmax_divergence(s, t, FORWARD, **options),
+            losses.softmax_kl_divergence(s, t, temperature=2.0),
+            losses.kl_divergence(log_q, p),
+        )
+
+    actual, expected, plain, softened = run(s, t)
     np.testing.assert_array_equal(actual, expected)
     assert actual.shape == (5,) and (actual > 0).all()
     # Without T², it is the KL divergence of the softened distributions.
-    actual = losses.softmax_kl_divergence(s, t, temperature=2.0)
-    log_q, p = jax.nn.log_softmax(s / 2), jax.nn.softmax(t / 2)
-    assert_close(actual, losses.kl_divergence(log_q, p), 1e-5)
+    assert_close(plain, softened, 1e-5)
 
 
 @pytest.mark.parametrize(
     "axis, axes",
     [((-1, 0), (2, 0)), *rarely((0, (0,)), (-2, (1,)), ((), ()), (None, (0, 1, 2)))],
 )
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [True, *rarely(False)])
 def test_axis(rng, axis, axes, masked):
     shape = (3, 4, 5)
     s, t = draw(rng, shape)
@@ -125,7 +134,7 @@ def test_axis(rng, axis, axes, masked):
 
 @pytest.mark.parametrize("bad", [np.nan, *rarely(np.inf, -np.inf, 0.0)])
 @pytest.mark.parametrize(
-    "divergence", [FORWARD, *rarely(REVERSE, jaxkl.JensenShannon(0.3)), hellinger]
+    "divergence", [hellinger, *rarely(FORWARD, REVERSE, jaxkl.JensenShannon(0.3))]
 )
 def test_where_is_slicing_whatever_the_removed_hold(rng, divergence, bad):
     s, t = draw(rng, (3, 9))
@@ -156,7 +165,7 @@ def test_a_callable_sees_the_kept_classes_only(rng):
         jnp.sqrt(jnp.abs(log_p - log_q)) * jnp.log1p(-jnp.exp(log_p)) * log_q**2
     )
     f = lambda s, t: losses.softmax_divergence(s, t, pole, where=where).sum()
-    chex.assert_tree_all_finite(jax.value_and_grad(f, (0, 1))(s, t))
+    chex.assert_tree_all_finite(jax.jit(jax.value_and_grad(f, (0, 1)))(s, t))
     # A class that is impossible in only one of the models still counts.
     s, where = jnp.array([-jnp.inf, 0.0, 0.0]), np.array([True, True, False])
     gap = lambda log_p, log_q: jnp.abs(jnp.exp(log_p) - jnp.exp(log_q))
@@ -164,14 +173,14 @@ def test_a_callable_sees_the_kept_classes_only(rng):
     np.testing.assert_allclose(value, 1, rtol=1e-6)
 
 
-def test_no_class_left_is_zero_with_zero_gradient():
+@pytest.mark.parametrize("divergence", [FORWARD, *rarely(hellinger)])
+def test_no_class_left_is_zero_with_zero_gradient(divergence):
     nan = jnp.full((3, 4), jnp.nan)
-    for divergence in (FORWARD, hellinger):
-        value, grads = value_and_vjp(
-            nan, nan, 2.0, np.ones(3), np.zeros((3, 4), bool), divergence=divergence
-        )
-        for actual in (value, *grads):
-            np.testing.assert_array_equal(actual, np.zeros(actual.shape))
+    value, grads = value_and_vjp(
+        nan, nan, 2.0, np.ones(3), np.zeros((3, 4), bool), divergence=divergence
+    )
+    for actual in (value, *grads):
+        np.testing.assert_array_equal(actual, np.zeros(actual.shape))
     no_class = jnp.zeros((3, 0), jnp.bfloat16)
     value = losses.softmax_kl_divergence(no_class, no_class)
     np.testing.assert_array_equal(value, np.zeros(3, np.float32), strict=True)
@@ -187,9 +196,6 @@ def test_batch_and_where_broadcast(rng):
     assert_close(ds, g[:, None] * ds_, 1e-2)
     # The sum over 300 rows is in float32, and is rounded to bfloat16 once.
     assert_close(dt, np.sum(g[:, None] * dt_, 0), 2**-8)
-    columns = np.array([1, 0, 1, 1, 0], bool)
-    actual = losses.softmax_kl_divergence(s, t, where=columns)
-    assert_close(actual, kl_oracle(s[:, columns], t[columns], 1.0)[0], 3 * VALUE_TOL)
     rows = rng.random((300, 1)) < 0.5
     actual = losses.softmax_kl_divergence(s, t, where=rows)
     assert_close(actual, value_ * rows[:, 0], 3 * VALUE_TOL)
@@ -217,6 +223,7 @@ def test_singular_points(student, teacher, value, ds, dt):
         np.testing.assert_allclose(grads[1], [dt, np.zeros(3)], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_no_cancellation_near_the_teacher(rng):
     t = rng.normal(size=(4, 1000)).astype(np.float32)
     s = (t + 1e-4 * rng.normal(size=t.shape)).astype(np.float32)

@@ -14,7 +14,7 @@ from jaxkl import SparseTeacher
 from .cases import rarely, rounded, squared_error
 
 
-LOSSES = [jaxkl.distillation_loss, jaxkl.reference.distillation_loss]
+LOSSES = [jaxkl.distillation_loss, *rarely(jaxkl.reference.distillation_loss)]
 FINITE_WITHOUT_MASS = [
     jaxkl.ForwardKL(),
     *rarely(jaxkl.JensenShannon(), jaxkl.TotalVariation(), squared_error),
@@ -47,7 +47,7 @@ def test_an_empty_list_has_no_mass_to_renormalize(rng, loss, divergence, tail):
     is_nan = np.isnan(grad)
     assert not is_nan[0].any() and is_nan[1].any()
     assert is_nan[1].all() or tail == "conditional"
-    if divergence == jaxkl.ForwardKL():
+    if divergence == jaxkl.ForwardKL() and tail == "renormalize":
         assert np.isnan(loss(s, teacher))
 
 
@@ -58,15 +58,18 @@ def test_a_token_that_does_not_count_may_list_any_columns(rng, loss):
     bad = SparseTeacher(good.indices.at[1].set(99), good.log_probs)
     with pytest.raises(ValueError, match="`teacher.indices` must be in"):
         loss(s, bad)
+    assert np.isfinite(loss(s, bad, where=where))
     f = lambda s, teacher: loss(s, teacher, where=where)
-    for run in f, jax.jit(f), jax.grad(f):
-        np.testing.assert_array_equal(run(s, bad), run(s, good))
+    both = jax.jit(jax.value_and_grad(f))
+    for x, y in zip(both(s, bad), both(s, good), strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("tail", ["drop", "bucket", "uniform"])
+@pytest.mark.parametrize("tail", ["uniform", *rarely("drop", "bucket")])
 def test_an_empty_list_has_a_meaning_under_other_tails(rng, tail):
     s, teacher = rounded(rng, (2, 5)), a_list_and_an_empty_one(rng, tail=tail)
-    _, empty = jaxkl.distillation_loss(s, teacher, reduction="none")
+    loss = jax.jit(lambda *x: jaxkl.distillation_loss(*x, reduction="none"))
+    _, empty = loss(s, teacher)
     log_q = jax.nn.log_softmax(s[1])
     expected = -np.log(5) - log_q.mean() if tail == "uniform" else 0
     np.testing.assert_allclose(empty, expected, rtol=1e-5)
@@ -75,7 +78,7 @@ def test_an_empty_list_has_a_meaning_under_other_tails(rng, tail):
 ROWS = np.float32([[0, 2, 1], [np.inf, 0, 1], [0, np.nan, 1], [-np.inf] * 3])
 
 
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("jit", [True, *rarely(False)])
 def test_a_row_without_a_softmax(rng, jit):
     s, key = rounded(rng, (4, 3)), jax.random.key(0)
 
@@ -102,7 +105,7 @@ NOT_ELEMENTWISE = "`divergence` must be elementwise.*SparseTeacher"
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("tail", ["renormalize", "bucket", "uniform"])
-@pytest.mark.parametrize("k", [2, 5])
+@pytest.mark.parametrize("k", [2, *rarely(5)])
 def test_a_divergence_that_holds_an_entry_a_column(rng, loss, tail, k):
     s, t = rounded(rng, (4, 5)), rounded(rng, (4, 5))
     with jax.numpy_rank_promotion("allow"):

@@ -8,6 +8,7 @@ import pytest
 import jaxkl
 import jaxkl.reference
 
+from . import oracle
 from .cases import ALL, over, rarely, rounded
 
 
@@ -19,7 +20,10 @@ FUNCTIONS = {
     "metrics": lambda *a, **kw: jaxkl.distillation_loss_with_metrics(*a, **kw)[0],
     "reference": jaxkl.reference.distillation_loss,
 }
-over_functions = pytest.mark.parametrize("loss", FUNCTIONS.values(), ids=FUNCTIONS)
+plain, *others = FUNCTIONS.values()
+over_functions = pytest.mark.parametrize(
+    "loss", [plain, *rarely(*others)], ids=FUNCTIONS
+)
 
 
 GOOD = dict(alpha=1.0, label_smoothing=0.0, z_loss=0.0, normalizer=3.0)
@@ -76,8 +80,8 @@ def test_a_python_int_may_need_more_than_32_bits(rng, loss, name):
     assert np.isfinite(value)
 
 
-@over_functions
-@pytest.mark.parametrize("name", ["temperature", "teacher_temperature"])
+@pytest.mark.parametrize("loss", FUNCTIONS.values(), ids=FUNCTIONS)
+@pytest.mark.parametrize("name", ["temperature", *rarely("teacher_temperature")])
 def test_temperature_out_of_range(rng, loss, name):
     s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
 
@@ -97,7 +101,7 @@ def test_temperature_out_of_range(rng, loss, name):
     assert all(np.isnan(mean(s, t, jnp.float32(bad))) for bad in BAD)
 
 
-@pytest.mark.parametrize("squared", [True, False])
+@pytest.mark.parametrize("squared", [True, *rarely(False)])
 def test_gradients_at_a_temperature_out_of_range(rng, squared):
     s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
 
@@ -117,8 +121,7 @@ def test_gradients_at_a_temperature_out_of_range(rng, squared):
             assert np.isfinite(got).all() and not np.any(got[1]) and np.any(got)
 
 
-@pytest.mark.parametrize("bad", BAD)
-def test_a_token_of_weight_0_may_have_any_temperature(rng, bad):
+def test_a_token_of_weight_0_may_have_any_temperature(rng):
     s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
     weights = jnp.array([2.0, 0.0, 1.0])
 
@@ -128,10 +131,11 @@ def test_a_token_of_weight_0_may_have_any_temperature(rng, bad):
         return jax.value_and_grad(f, (0, 1))(s, temperature)
 
     at = lambda T: value_and_grad(s, jnp.array([1.0, T, 2.0]))
-    jax.tree.map(np.testing.assert_array_equal, at(bad), at(1.0))
+    for bad in BAD:
+        jax.tree.map(np.testing.assert_array_equal, at(bad), at(1.0))
 
 
-@over("forward", "user", slow=[x for x in ALL if x not in ("forward", "user")])
+@over("user", slow=[x for x in ALL if x != "user"])
 def test_every_divergence_is_nan_at_a_bad_temperature(rng, divergence, reference):
     s, t = rounded(rng, (2, 5)), rounded(rng, (2, 5))
     loss = jaxkl.losses.softmax_divergence
@@ -141,7 +145,7 @@ def test_every_divergence_is_nan_at_a_bad_temperature(rng, divergence, reference
     assert np.isfinite(f(s, t, jnp.float32(2))).all()
 
 
-@pytest.mark.parametrize("tail", ["renormalize", "bucket", *rarely("drop", "uniform")])
+@pytest.mark.parametrize("tail", ["bucket", *rarely("renormalize", "drop", "uniform")])
 def test_lists_at_a_bad_temperature(rng, tail):
     s, t = rounded(rng, (2, 5)), rounded(rng, (2, 5))
 
@@ -176,12 +180,9 @@ def test_samples_at_a_bad_temperature(rng):
 @pytest.mark.parametrize(
     "dtype, value",
     [
-        ("int32", 5),
         ("uint32", 2**32 - 1),
-        ("int64", 2**32 + 1),
-        *rarely(
-            ("uint32", 2**32 - 100), ("uint64", 2**32 + 1), ("int64", -(2**32) - 100)
-        ),
+        *rarely(("int32", 5), ("int64", 2**32 + 1), ("uint32", 2**32 - 100)),
+        *rarely(("uint64", 2**32 + 1), ("int64", -(2**32) - 100)),
     ],
 )
 def test_integers_out_of_range(rng, dtype, value):
@@ -226,16 +227,20 @@ def test_a_dropped_token_may_have_any_label(rng, loss, reduction):
             np.testing.assert_array_equal(x, expected)
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "uint32", "int64"])
+@pytest.mark.parametrize(
+    "dtype", ["uint8", *rarely("int8", "int16", "uint32", "int64")]
+)
 def test_labels_of_any_integer_dtype(rng, dtype):
     s, t = rounded(rng, (3, 300)), rounded(rng, (3, 300))
     labels = np.array([0, 99, 100])
     f = lambda x: jaxkl.distillation_loss(s, t, labels=x, alpha=0.5)
-    expected = f(jnp.asarray(labels))
+    expected = oracle.distillation_loss(s, t, labels=labels, alpha=0.5).loss
+    expected = float(expected)
     np.testing.assert_allclose(f(labels.astype(dtype)), expected, rtol=1e-6)
     np.testing.assert_allclose(jax.jit(f)(labels.astype(dtype)), expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [1.7, *rarely(3)])
 def test_a_number_has_the_digits_of_the_loss(rng, number):
     with jax.enable_x64(True):
