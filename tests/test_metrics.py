@@ -424,6 +424,17 @@ def test_a_list_of_nothing_has_no_overlap(rng):
     _assert_metrics(_metrics(student, teacher, {}), oracle.metrics(student, teacher))
 
 
+@pytest.mark.parametrize("plan", ["lean", *rarely("fast")])
+def test_an_empty_list_agrees_with_no_column(plan):
+    """Nor with the first, which is the student's largest."""
+    kernel = jnp.zeros((2, 11)).at[:, 0].set(1)
+    student = jaxkl.LinearHead(jnp.ones((3, 2)), kernel)
+    slots = jnp.full((3, 4), -1)
+    teacher = jaxkl.SparseTeacher(slots, jnp.zeros((3, 4)), tail="bucket")
+    _, metrics = jaxkl.distillation_loss_with_metrics(student, teacher, plan=plan)
+    assert metrics.top1_agreement == 0
+
+
 def test_metrics_of_a_list_hold_no_logits():
     """Beside the gradient, and the rows of a tile."""
     tokens, vocab = 2048, 32000

@@ -105,6 +105,21 @@ def test_the_lean_plan_on_a_mesh(rng, shape):
     assert_matches(rng, "head", 4, (7, 3), f=sharded(shape), plan="lean")
 
 
+@pytest.mark.parametrize("plan", ["fast", *rarely("lean")])
+def test_an_entropy_alone_on_a_mesh(rng, plan):
+    """It has no sum of the last phase for devices to exchange."""
+    student = make_student(rng, "head", (7,), VOCAB, "float32")
+    tokens, g = jnp.zeros(7, int), jnp.asarray(rng.normal(size=7), jnp.float32)
+    f = ft.partial(sharded((2, 4)), with_entropy=True, plan=plan)
+    entropy, gradients = pull_back(
+        lambda student: f(student, tokens)[1], dict(student=student), g
+    )
+    cotangents = np.zeros((7, 1)), g
+    expected = expected_log_probs(student, tokens[:, None], cotangents=cotangents)
+    assert_close(entropy, expected.entropy, 5e-6)
+    assert_gradients(dict(student=student), gradients, expected, None, False)
+
+
 def test_inside_shard_map(rng):
     student, tokens = rounded(rng, (5, 8)), jnp.asarray(rng.integers(-1, 8, (5, 3)))
     mesh = jax.make_mesh((4,), ("model",), axis_types=(AxisType.Auto,))
