@@ -92,13 +92,31 @@ class Operands(NamedTuple):
 
     def _map(self, of_source: Callable[[Source], Any], f: Callable[[Any], Any]) -> Self:
         """`of_source` of the sources, and `f` of all other arrays."""
-        is_source = lambda x: isinstance(x, Source)
-        of_leaf = lambda x: of_source(x) if is_source(x) else f(x)
-        return jax.tree.map(of_leaf, self, is_leaf=is_source)
+        of_leaf = lambda x: of_source(x) if _is_source(x) else f(x)
+        return jax.tree.map(of_leaf, self, is_leaf=_is_source)
 
     def map_tokens(self, f: Callable[[jax.Array], jax.Array]) -> Self:
         """`f` of each array that has a row for each token."""
         return self._map(lambda source: source.map_tokens(f), f)
+
+    def padded(self, pad: Callable[[jax.Array, int], jax.Array]) -> Self:
+        """`pad(array, padding)` of each array that has a row for each token.
+
+        Padding tokens have no weight. Of a temperature or a sum of 0 a second
+        derivative would be NaN, and theirs are 1.
+        """
+        one = lambda x: jax.tree.map(lambda _: 1, x)
+        of_teacher = lambda x: dataclasses.replace(x, temperature=one(x.temperature))
+        padding = jax.tree.map(lambda _: 0, self)._map_comparison(of_teacher)
+        padding = padding._replace(
+            student_temperature=one(self.student_temperature), rows=one(self.rows)
+        )
+
+        def of_leaf(x, padding):
+            is_array = not _is_source(x)
+            return pad(x, padding) if is_array else x.map_tokens(lambda x: pad(x, 0))
+
+        return jax.tree.map(of_leaf, self, padding, is_leaf=_is_source)
 
     def shared_flags(self) -> Self:
         """A flag for each array: whether all tokens share it."""
@@ -150,6 +168,10 @@ class Operands(NamedTuple):
         is_whole = flags._replace(terms=terms, mask=mask)
         cast = lambda whole, x: to_varying(x, axes if whole else every)
         return jax.tree.map(cast, is_whole, self)
+
+
+def _is_source(x: Any) -> bool:
+    return isinstance(x, Source)
 
 
 @dataclasses.dataclass(frozen=True)

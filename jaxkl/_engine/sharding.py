@@ -170,8 +170,12 @@ def _padded(operands: Operands, layout: Layout) -> Operands:
         operands = operands.map_sources(lambda source: source.pad_columns(width))
     more = -tokens % layout.token_shards if tokens else layout.token_shards
     if more:
-        rows = lambda x: jnp.pad(x, ((0, more),) + ((0, 0),) * (x.ndim - 1))
-        operands = operands.map_tokens(rows)
+
+        def pad(x, padding):
+            rest = ((0, 0),) * (x.ndim - 1)
+            return jnp.pad(x, ((0, more), *rest), constant_values=padding)
+
+        operands = operands.padded(pad)
     return operands
 
 

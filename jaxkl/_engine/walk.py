@@ -145,9 +145,7 @@ def _scan(
     `f` makes them from a tile's operands and from which of its tokens are counted. Rows
     are in the order of the tokens, totals are summed, and outputs are `stacked`.
     """
-    # A row whose sums are 0 would have a second derivative of NaN.
-    rows = jax.tree.map(ft.partial(tiles.arrange, padding=1), x.rows)
-    x = x._replace(rows=None).map_tokens(tiles.arrange)._replace(rows=rows)
+    x = x.padded(tiles.arrange)
 
     def run(i):
         return f(x.map_tokens(ft.partial(tiles.read, i)), tiles.counted(i))
