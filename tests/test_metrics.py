@@ -39,13 +39,13 @@ OPTIONAL = (
 )  # fmt: skip
 
 
-def _assert_metrics(actual, expected, tol=1e-6, shape=()):
+def _assert_metrics(actual, expected, tol=1e-6, shape=(), dtype="float32"):
     for name in FIELDS:
         got, want = getattr(actual, name), getattr(expected, name)
         if name in OPTIONAL:
             assert (got is None) == (want is None), name
         if want is not None:
-            assert got.shape == shape and got.dtype == jnp.float32, name
+            assert got.shape == shape and got.dtype == dtype, name
             assert_close(got, want, tol, name)
 
 
@@ -433,6 +433,15 @@ def test_an_empty_list_agrees_with_no_column(plan):
     teacher = jaxkl.SparseTeacher(slots, jnp.zeros((3, 4)), tail="bucket")
     _, metrics = jaxkl.distillation_loss_with_metrics(student, teacher, plan=plan)
     assert metrics.top1_agreement == 0
+
+
+def test_a_list_in_float64(rng):
+    with jax.enable_x64(True):
+        student = rounded(rng, (3, 7), "float64")
+        teacher = make_list(rng, (3,), 7, 3, "bucket")
+        expected = oracle.metrics(student, teacher)
+        metrics = _metrics(student, teacher, {})
+        _assert_metrics(metrics, expected, 1e-12, dtype="float64")
 
 
 def test_metrics_of_a_list_hold_no_logits():

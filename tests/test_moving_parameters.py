@@ -222,6 +222,19 @@ def test_digits_of_confident_rows(name, rows):
         assert_close(grads["student"][i], want.student[i], 5e-6, f"student at {x}")
 
 
+@pytest.mark.parametrize("make", [SkewForwardKL, *rarely(SkewReverseKL)])
+def test_a_mixture_of_the_student_alone_where_it_has_nothing(make):
+    """At α = 0, where the student has no probability either."""
+    log_p, log_q = jnp.log(jnp.array([0.5, 0.5])), jnp.array([0.0, -jnp.inf])
+    models = (log_p, log_q) if make is SkewForwardKL else (log_q, log_p)
+    at = 1 if make is SkewForwardKL else 0
+    slope = jax.jit(
+        lambda alpha: jax.grad(lambda *x: make(alpha)(*x).sum(), argnums=at)(*models)
+    )
+    of_number = jax.grad(lambda *x: make(0)(*x).sum(), argnums=at)(*models)
+    assert_close(slope(jnp.float32(0)), of_number, 1e-6)
+
+
 @pytest.mark.slow
 @over_moving("symmetric")
 def test_infinite_terms_are_those_of_numbers(rng, name):

@@ -284,3 +284,16 @@ def test_a_masked_column_at_any_temperature(rng, temperature):
     assert not by_logits[:, 1].any()
     assert_close(np.delete(by_logits, 1, axis=1), *expected, 1e-5)
     assert_close(by_temperature, curvature, 1e-5)
+
+
+def test_beside_metrics_over_devices(rng):
+    """What metrics compare over devices has no derivative."""
+    student, teacher = rounded(rng, (4, 8)), rounded(rng, (4, 8))
+    with_metrics = sharded("2x4", jaxkl.distillation_loss_with_metrics)
+
+    def second(loss):
+        of_gradient = lambda s: jnp.sum(jax.grad(loss)(s, teacher) ** 2)
+        return jax.jit(jax.grad(of_gradient))(student)
+
+    found = second(lambda s, t: with_metrics(s, t)[0])
+    assert_close(found, second(jaxkl.reference.distillation_loss), 1e-5)
