@@ -24,7 +24,7 @@ NEED_TORCH := tests/test_kl_div_torch.py tests/test_kl_div_properties.py tests/t
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
 	@echo 'ARGS="..." is passed on, as in make test ARGS="tests/test_kl_div.py -x".'
-	@echo '.ci/run runs what must hold of every commit (45 minutes).'
+	@echo '.ci/run runs what must hold of every commit (half an hour).'
 	@echo 'Times are those on two cores, after all is installed.'
 
 distill: .venv/has-train ## Train a teacher and distil students: a table and a picture (a minute)
@@ -43,7 +43,7 @@ distill-lm: .venv/has-lm ## Distil SmolLM2-135M into six of its layers (minutes)
 notebook: .venv/has-notebook ## Compare the notebook with its committed outputs; ARGS=--write replaces them
 	$(BIN)/python .ci/notebook.py $(ARGS)
 
-test: .venv-test/has-test-torch ## Run the tests and the doctests
+test: .venv-test/has-test-torch ## Run the tests and the doctests (5 minutes)
 	$(QUICKLY) $(TEST)/$(PYTEST) --dist loadfile -m "not slow" $(ARGS)
 
 test-slow: .venv-test/has-test-torch ## Run the slow tests; ARGS=--cases=1 takes the first parameters of each
