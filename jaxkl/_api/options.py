@@ -86,7 +86,7 @@ class TokenOptions(Options):
 def arguments_of(
     public: F, record: Callable[..., T]
 ) -> Callable[[Callable[[T], Any]], F]:
-    """Makes a function of a record one that has the arguments, and name, of `public`.
+    """Makes a function of a record one that has the arguments of `public`.
 
     To type checkers it is `public`, whose overloads a `ParamSpec` would lose.
     """

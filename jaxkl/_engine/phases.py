@@ -7,9 +7,9 @@ $$ \frac{\partial D}{\partial z} = f_q - q \sum_v f_q, \qquad
 
 and the same for the teacher. Names follow this: `d_z` is $\partial D / \partial z$.
 
-The phases are `row_stats`, of which a walk over blocks merges those of each,
-`slope_sums`, of which a divergence may have no need, and `finish`. `known` comes before
-the last, and `complete` after it, from sums over all columns.
+The phases are `local_stats`, which a walk over blocks merges, `slope_sums`, of which a
+divergence may have no need, and `finish`. `combined` comes before the last, and
+`complete` after it, from sums over all columns.
 """
 
 from typing import Any, NamedTuple
