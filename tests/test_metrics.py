@@ -464,3 +464,26 @@ def test_second_tile_counts_too(rng):
     expected = oracle.distillation_loss(s, t, divergence=FORWARD[1])
     assert_close(loss, expected.loss, 1e-6)
     assert_close(grad, expected.student, 1e-5)
+
+
+def test_metrics_of_a_list_that_nobody_takes_cost_no_exchange(rng):
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    student, teacher = rounded(rng, (5, 12)), make_list(rng, (5,), 12, 3, "bucket")
+    options = dict(mesh=mesh, vocab_axis="model")
+    plain = partial(jaxkl.distillation_loss, **options)
+    dropped = lambda *x: jaxkl.distillation_loss_with_metrics(*x, **options)[0]
+
+    def exchanges(loss):
+        lowered = jax.jit(jax.value_and_grad(loss)).lower(student, teacher)
+        return lowered.compile().as_text().count(" all-reduce(")
+
+    assert exchanges(dropped) == exchanges(plain) > 0
+
+
+def test_any_temperature_of_a_list_at_a_token_of_weight_0(rng):
+    student, teacher = rounded(rng, (3, 12)), make_list(rng, (3,), 12, 3, "bucket")
+    run = lambda student, temperature: jaxkl.distillation_loss(
+        student, teacher, weights=jnp.array([1.0, 0, 2]), temperature=temperature
+    )
+    grad = jax.jit(jax.grad(run))(student, jnp.array([2, np.nan, 0.5]))
+    assert not grad[1].any() and grad[0].any() and jnp.isfinite(grad).all()
