@@ -79,6 +79,9 @@ def make_models(rng, source, shape, vocab, dtype="float32", *, pad=(0, 0), **set
         if name == "head":
             own |= settings
             return make_head(rng, shape, hidden, vocab + extra, dtype, **own)
+        if name == "function":
+            apply = normed if own.get("bias") else capped
+            return make_function(rng, shape, hidden, vocab + extra, dtype, apply)
         return make_list(rng, shape, vocab, 5, name, dtype)
 
     first = "logits" if student in TAILS else student

@@ -1,8 +1,6 @@
 """Parameters of divergences that are arrays: traced scalars, or one for each token."""
 
 import functools as ft
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +11,6 @@ from jax.sharding import PartitionSpec as P
 import jaxkl
 import jaxkl.reference
 from jaxkl import (
-    AlphaDivergence,
     distillation_loss,
     ForwardKL,
     JensenShannon,
@@ -28,72 +25,9 @@ from jaxkl import (
 from . import oracle
 from .cases import assert_matches, evaluate, rarely, squared_error
 from .helpers import assert_close
+from .moving import MOVING
 from .sources import expected_of, make_head, make_models, per_token, rounded
 from .test_sharding import mesh_of, sharded
-
-
-class Moving(NamedTuple):
-    """A divergence of one parameter, its oracle, and values with all its limits."""
-
-    make: Callable[[Any], Any]
-    oracle: Callable[[Any], Any]
-    values: tuple[float, ...] = (0.3, 0, 1e-6, 0.5, 1 - 1e-6, 1, 0.9)
-
-    def array(self, tokens, dtype="float32"):
-        return jnp.resize(jnp.asarray(self.values, dtype), tokens)
-
-    def pair(self, tokens, dtype="float32", where=None):
-        """The divergence of all tokens, and the oracle of those in `where`."""
-        x = self.array(tokens, dtype)
-        exact = np.asarray(x, np.float64)
-        kept = exact if where is None else exact[np.asarray(where)]
-        return self.make(x), oracle.by_token([self.oracle(value) for value in kept])
-
-
-def _skew(of):
-    # At α = 1 the mixture is the model itself.
-    return lambda x: oracle.mixture((0, of(0))) if x == 1 else of(x)
-
-
-MOVING = {
-    "symmetric": Moving(SymmetricKL, oracle.symmetric_kl),
-    "js": Moving(JensenShannon, oracle.jensen_shannon),
-    "js_normalized": Moving(
-        lambda x: JensenShannon(x, normalized=True),
-        lambda x: oracle.jensen_shannon(x, normalized=True),
-    ),
-    "skew_forward": Moving(
-        SkewForwardKL, oracle.skew_forward_kl, (0.3, 0, 1e-6, 0.5, 1 - 1e-6, 0.9)
-    ),
-    "skew_reverse": Moving(
-        SkewReverseKL, oracle.skew_reverse_kl, (0.3, 0, 1e-6, 0.5, 1 - 1e-6, 0.9)
-    ),
-    "alpha": Moving(
-        AlphaDivergence,
-        oracle.alpha_divergence,
-        (0.3, 0, 1e-6, 0.5, 1, -1, 2, 1 + 1e-6),
-    ),
-    "kls": Moving(
-        lambda x: Mixture(
-            ((x, ForwardKL()), (0.5, ReverseKL()), (1 - x, SymmetricKL(x)))
-        ),
-        lambda x: oracle.mixture(
-            (x, oracle.forward_kl),
-            (0.5, oracle.reverse_kl),
-            (1 - x, oracle.symmetric_kl(x)),
-        ),
-    ),
-    "mixture": Moving(
-        lambda x: Mixture(
-            ((x, ReverseKL()), (2.0, JensenShannon(x)), (1 - x, squared_error))
-        ),
-        lambda x: oracle.mixture(
-            (x, oracle.reverse_kl),
-            (2, oracle.jensen_shannon(x)),
-            (1 - x, oracle.squared_error),
-        ),
-    ),
-}
 
 
 def over_moving(*quick, without=()):
@@ -110,7 +44,7 @@ def over_moving(*quick, without=()):
 def test_a_value_for_each_token(rng, name, source):
     student, teacher = make_models(rng, source, (9,), 11)
     assert_matches(
-        student, teacher, MOVING[name].pair(9), temperature=2.0, cotangent=-1.7
+        student, teacher, MOVING[name].over(9), temperature=2.0, cotangent=-1.7
     )
 
 
@@ -120,7 +54,7 @@ def test_plans_of_heads(rng, name, plan):
     student, teacher = make_models(rng, "head", (9,), 300)
     cotangent = rng.normal(size=9).astype(np.float32)
     assert_matches(
-        student, teacher, MOVING[name].pair(9), reduction="none", cotangent=cotangent,
+        student, teacher, MOVING[name].over(9), reduction="none", cotangent=cotangent,
         **plan,
     )  # fmt: skip
 
@@ -131,7 +65,7 @@ def test_all_arguments_at_once(rng, name):
     more = per_token(
         rng, (9,), "temperature", "teacher_temperature", "weights", "where", "labels"
     )
-    pair = MOVING[name].pair(9, where=more["where"])
+    pair = MOVING[name].over(9, where=more["where"])
     assert_matches(
         student, teacher, pair, alpha=0.6, label_smoothing=0.1, z_loss=0.01, tile=4,
         **more,
@@ -166,7 +100,9 @@ def test_a_scalar_is_the_same_for_all_tokens(rng, name):
 def test_dtypes(rng, name, dtype):
     with jax.enable_x64(dtype == "float64"):
         student, teacher = make_models(rng, "logits", (9,), 11, dtype)
-        assert_matches(student, teacher, MOVING[name].pair(9, dtype), temperature=2.0)
+        assert_matches(
+            student, teacher, MOVING[name].over(9, dtype=dtype), temperature=2.0
+        )
 
 
 @pytest.mark.slow
@@ -186,7 +122,7 @@ def test_a_float64_parameter_makes_a_float64_loss(rng):
 def test_near_the_teacher(rng, name, noise):
     t = rounded(rng, (9, 500))
     s = t + rounded(rng, t.shape, scale=noise)
-    divergence, reference = MOVING[name].pair(9)
+    divergence, reference = MOVING[name].over(9)
     arguments = dict(reduction="none", temperature=2.0)
     value, grads = evaluate(s, t, divergence=divergence, **arguments)
     want = expected_of(s, t, divergence=reference, **arguments)
@@ -212,7 +148,7 @@ CONFIDENT = {
 def test_digits_of_confident_rows(name, rows):
     moving = MOVING[name]
     s, t = (jnp.tile(jnp.asarray(row, jnp.float32), (9, 1)) for row in rows)
-    divergence, reference = moving.pair(9)
+    divergence, reference = moving.over(9)
     value, grads = evaluate(s, t, divergence=divergence, reduction="none")
     want = expected_of(s, t, divergence=reference, reduction="none")
     for i, x in enumerate(moving.array(9)):
@@ -445,14 +381,14 @@ def test_arrays_are_constants(rng, name, loss):
 def test_meshes(rng, name, form, layout):
     student, teacher = make_models(rng, form, (13,), 37)
     assert_matches(
-        student, teacher, MOVING[name].pair(13), loss=sharded(layout), cotangent=-1.7,
+        student, teacher, MOVING[name].over(13), loss=sharded(layout), cotangent=-1.7,
         temperature=2.0,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", rarely("symmetric", "mixture"))
 def test_axis_name(rng, name):
-    divergence, reference = MOVING[name].pair(12)
+    divergence, reference = MOVING[name].over(12)
     student, teacher = (make_head(rng, (12,), n, 24) for n in (5, 3))
     head = jaxkl.LinearHead(P("data"), P(None, "model"))
     by_token = jax.tree.map(lambda _: P("data"), divergence)
@@ -504,14 +440,14 @@ def test_lists(rng, name, tail):
     if _refused(name, tail):
         models = make_models(rng, tail, (9,), 11)
         with pytest.raises(ValueError, match="`divergence`"):
-            distillation_loss(*models, divergence=moving.pair(9)[0])
+            distillation_loss(*models, divergence=moving.over(9)[0])
         return
     if tail == "renormalize":  # p = 0 outside the list, where a limit may be infinite
         finite = [x for x in moving.values if 0 < x < 1 or name == "alpha" and x > 0]
         moving = moving._replace(values=finite)
     student, teacher = make_models(rng, tail, (9,), 11)
     value, grads = evaluate(
-        student, teacher, divergence=moving.pair(9)[0], reduction="none", tile=4
+        student, teacher, divergence=moving.over(9)[0], reduction="none", tile=4
     )
     for i, x in enumerate(moving.array(9)):
         want = expected_of(
@@ -538,7 +474,7 @@ def test_tails_that_refuse_an_array(rng, tail):
 def test_metrics(rng, name):
     s, t = rounded(rng, (9, 7)), rounded(rng, (9, 7))
     weights = jnp.asarray(rng.uniform(0.5, 2, 9), jnp.float32)
-    divergence, reference = MOVING[name].pair(9)
+    divergence, reference = MOVING[name].over(9)
     arguments = dict(weights=weights, temperature=2.0)
     _, got = jaxkl.distillation_loss_with_metrics(
         s, t, divergence=divergence, **arguments
@@ -553,7 +489,7 @@ def test_metrics(rng, name):
 def test_the_reference(rng, name):
     s, t = rounded(rng, (9, 7)), rounded(rng, (9, 7))
     where = jnp.asarray(rng.random(9) < 0.7)
-    divergence, reference = MOVING[name].pair(9, where=where)
+    divergence, reference = MOVING[name].over(9, where=where)
     f = lambda s: jaxkl.reference.distillation_loss(
         s, t, divergence=divergence, temperature=2.0, where=where
     )
@@ -569,7 +505,7 @@ def test_the_reference(rng, name):
 @over_moving("symmetric")
 def test_softmax_divergence(rng, name):
     s, t = rounded(rng, (7, 9)), rounded(rng, (7, 9))
-    divergence, reference = MOVING[name].pair(9)
+    divergence, reference = MOVING[name].over(9)
     where = jnp.arange(7) != 2
     f = ft.partial(jaxkl.losses.softmax_divergence, axis=0, where=where[:, None])
     got, vjp = jax.vjp(jax.jit(lambda s: f(s, t, divergence)), s)

@@ -1,8 +1,6 @@
 """Second derivatives: those of plain JAX for every loss, and those of the oracle."""
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,176 +9,98 @@ import pytest
 
 import jaxkl
 import jaxkl.reference
+from jaxkl._engine.plan import Plan
 
 from . import oracle
 from .cases import ALL, over, rarely, taking
 from .helpers import assert_close
-from .sources import make_function, make_models, per_token, rounded
-from .test_function_head import PLANS
-from .test_moving_parameters import MOVING
-from .test_sharding import sharded
-
-
-class Case(NamedTuple):
-    """A loss, and where its derivatives are taken."""
-
-    make: Callable[[np.random.Generator], tuple[Any, Any]]  # what moves, and the rest
-    loss: Callable[..., Any]  # of `jaxkl` or its reference, and of what is made
-    tol: float = 2e-5
-    floor: float = 0.0  # what plain JAX may leave of a true 0
-    take: Any = None  # the plan that the engine is made to take
+from .registry import Batch, LOSSES, over_losses
+from .sources import rounded
+from .test_meshes import axes_of
 
 
 TOKENS = 5
+NONE = dict(reduction="none")
+PLANS = {f"{o} {n}": Plan(2, o, True, n) for o in ("strided", "blocks") for n in (4, 6)}
 
 
-def make_distillation(rng, source, *, equal=False):
-    """Models, temperatures, and weights, one of which is 0: learning to reweight
-    examples (Ren et al., 2018) starts there."""
-    settings = dict(softcap=1.5) if "head" in source else {}
-    if source == "function":
-        student, teacher = (make_function(rng, (TOKENS,), n, 7) for n in (5, 3))
-    else:
-        student, teacher = make_models(rng, source, (TOKENS,), 7, **settings)
-    if equal:
-        teacher = student
-    moved = dict(student=student, weights=jnp.array([1.0, 0, 2, 0.5, 3]))
-    moved |= per_token(rng, (TOKENS,), "temperature")
-    if source in ("logits", "head", "function"):
-        moved["teacher"], fixed = teacher, {}
-    else:
-        fixed = dict(teacher=teacher)
-    return moved, fixed | per_token(rng, (TOKENS,), "where")
+def draw(rng, loss):
+    """A weight is 0: learning to reweight examples (Ren et al., 2018) starts there."""
+    batch = loss.make(rng, (TOKENS,), 7)
+    if "weights" in batch.floats:
+        batch.floats["weights"] = jnp.array([1.0, 0, 2, 0.5, 3])
+    return batch
 
 
-def distillation(
-    source,
-    *,
-    tol=2e-5,
-    floor=0.0,
-    take=None,
-    fused=jaxkl.distillation_loss,
-    made=None,
-    **options,
-):
-    """`fused` has options that the plain loss does not take; `made` are those of
-    `make_distillation`."""
-
-    def loss(module, moved, fixed):
-        f = fused if module is jaxkl else module.distillation_loss
-        both = dict(differentiate_teacher="teacher" in moved)
-        return f(**moved, **fixed, **both, **options)
-
-    make = partial(make_distillation, source=source, **made or {})
-    return Case(make, loss, tol, floor, take)
-
-
-def moving(name):
-    def make(rng):
-        moved, fixed = make_distillation(rng, "logits")
-        return moved, fixed | dict(divergence=MOVING[name].pair(TOKENS)[0])
-
-    return distillation("logits", reduction="none")._replace(make=make)
-
-
-def cross_entropy(source):
-    def make(rng):
-        moved = dict(student=make_models(rng, source, (TOKENS,), 7)[0])
-        return moved, dict(labels=jnp.array([1, -100, 6, 0, 3]))
-
-    more = dict(label_smoothing=0.1, z_loss=0.01, reduction="none")
-    loss = lambda module, moved, fixed: module.cross_entropy(**moved, **fixed, **more)
-    return Case(make, loss)
-
-
-def log_probs(*places):
-    def make(rng):
-        student = rounded(rng, (TOKENS, 7))
-        tokens = jnp.asarray(rng.integers(-1, 7, (TOKENS, *places)))
-        moved = dict(student=student, **per_token(rng, (TOKENS,), "temperature"))
-        return moved, dict(tokens=tokens)
-
-    def loss(module, moved, fixed):
-        both = module.token_log_probs(**moved, **fixed, with_entropy=True)
-        return jnp.concatenate([x.ravel() for x in both])
-
-    return Case(make, loss)
-
-
-none = dict(reduction="none")
-# The tiles do not divide the tokens: there are padding tokens.
-padded = dict(tile=2, reduction="none")
-QUICK = {
-    "head": distillation("head", **padded),
-    "cross_entropy": cross_entropy("logits"),
-    "log_probs": log_probs(3),
-}
-SLOW = {
-    "conditional": distillation("head, conditional", **none),
-    "function": distillation("function", tol=5e-5, **padded),
-    "moving": moving("js_normalized"),
-    "logits": distillation("logits", tile=2),
-    "logits, none": distillation("logits", **none),
-    "sum": distillation("head", reduction="sum"),
-    # The gradient of the logits is 0 where the models are equal; its derivative is not.
-    "equal heads": distillation("head", made=dict(equal=True), floor=1e-6),
-    "heads, none": distillation("head", **none),
-    "function, none": distillation("function", tol=5e-5, **none),
-    "lean": distillation("head", plan="lean", **none),
-    "mesh": distillation("head", fused=sharded("2x4")),
-    "cross_entropy of a head": cross_entropy("head"),
-    "log_probs of one": log_probs(),
-    **{
-        f"function, {name}": distillation("function", tol=5e-5, take=PLANS[name])
-        for name in PLANS
-    },
-    **{
-        f"{tail}, list": distillation(tail, tile=2)
-        for tail in ("bucket", "renormalize", "uniform")
-    },
-    "drop, list": distillation("drop", tile=2, floor=1e-6),
-    **{f"moving {name}": moving(name) for name in MOVING if name != "js_normalized"},
-}
-over_cases = pytest.mark.parametrize(
-    "case",
-    [
-        *QUICK.values(),
-        *rarely(*((case,) for case in SLOW.values())),
-    ],
-    ids=[*QUICK, *SLOW],
-)
-
-
-@over_cases
-def test_is_that_of_plain_jax(rng, monkeypatch, case):
+def assert_is_that_of_plain_jax(rng, loss, batch, *, tol=2e-5, floor=5e-6, **options):
     """Along a direction: forward over reverse, and reverse over a checkpointed one."""
-    moved, fixed = case.make(rng)
-    draw = lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype)
-    along = jax.tree.map(draw, moved)
+    normal = lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype)
+    along = jax.tree.map(normal, batch.floats)
     dot = lambda x, y: sum(map(jnp.vdot, *map(jax.tree.leaves, (x, y))))
+    names = ("reduction", "normalizer")
+    shared = {name: options[name] for name in names if name in options}
 
     @jax.jit
     def second(moved, along, fixed):
-        def gradient(module):
-            total = lambda x: jnp.sum(jnp.sin(case.loss(module, x, fixed)))
+        def gradient(**options):
+            def total(moved):
+                values = loss(Batch(moved, fixed), **options)
+                return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(values))
+
             return jax.grad(total)
 
-        def forward(module):
-            return jax.jvp(gradient(module), (moved,), (along,))[1]
+        mine = gradient(**options)
+        plain = gradient(module=jaxkl.reference, **shared)
+        forward = lambda f: jax.jvp(f, (moved,), (along,))[1]
+        reverse = jax.grad(lambda x: dot(jax.checkpoint(mine)(x), along))(moved)
+        return forward(plain), forward(mine), reverse
 
-        mine = jax.checkpoint(gradient(jaxkl))
-        reverse = jax.grad(lambda x: dot(mine(x), along))(moved)
-        return forward(jaxkl.reference), forward(jaxkl), reverse
+    plain, *found = second(batch.floats, along, batch.others)
+    for mine in found:
+        for x, y in zip(*map(jax.tree.leaves, (mine, plain)), strict=True):
+            assert_close(x, y, tol, floor=floor)
 
-    if case.take is None:
-        plain, *mine = second(moved, along, fixed)
-    else:
-        with taking(monkeypatch) as take:
-            take(case.take)
-            plain, *mine = second(moved, along, fixed)
-    for found in mine:
-        for x, y in zip(*map(jax.tree.leaves, (found, plain)), strict=True):
-            assert_close(x, y, case.tol, floor=case.floor)
+
+@over_losses("head", "cross_entropy of logits", "log_probs of logits")
+def test_is_that_of_plain_jax(rng, loss):
+    """The tiles do not divide the tokens: there are padding tokens."""
+    options = {} if loss.function == "token_log_probs" else NONE
+    tol = 5e-5 if "function" in loss.source else 2e-5
+    assert_is_that_of_plain_jax(rng, loss, draw(rng, loss), tol=tol, tile=2, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("head", dict(plan="lean") | NONE),
+        *rarely(("logits", {}), ("head", dict(reduction="sum")), ("head", NONE)),
+        *rarely(("head", axes_of("2x4")), ("function", NONE)),
+        *rarely(("logits, conditional", axes_of("2x4"))),
+    ],
+)
+def test_of_other_programs(rng, name, options):
+    loss = LOSSES[name]
+    assert_is_that_of_plain_jax(rng, loss, draw(rng, loss), tol=5e-5, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", [PLANS["strided 4"], *rarely(*PLANS.values())])
+@pytest.mark.parametrize("name", ["function", *rarely("head")])
+def test_of_other_plans(rng, monkeypatch, name, plan):
+    loss = LOSSES[name]
+    with taking(monkeypatch) as take:
+        take(plan)
+        assert_is_that_of_plain_jax(rng, loss, draw(rng, loss), tol=5e-5)
+
+
+@pytest.mark.slow
+def test_of_equal_models(rng):
+    """The gradient of the logits is 0 there; its derivative is not."""
+    loss = LOSSES["head"]
+    batch = draw(rng, loss)
+    batch.floats["teacher"] = batch.floats["student"]
+    assert_is_that_of_plain_jax(rng, loss, batch, tile=2)
 
 
 # Against the oracle.
@@ -289,7 +209,7 @@ def test_a_masked_column_at_any_temperature(rng, temperature):
 def test_beside_metrics_over_devices(rng):
     """What metrics compare over devices has no derivative."""
     student, teacher = rounded(rng, (4, 8)), rounded(rng, (4, 8))
-    with_metrics = sharded("2x4", jaxkl.distillation_loss_with_metrics)
+    with_metrics = partial(jaxkl.distillation_loss_with_metrics, **axes_of("2x4"))
 
     def second(loss):
         of_gradient = lambda s: jnp.sum(jax.grad(loss)(s, teacher) ** 2)
