@@ -1,7 +1,6 @@
 """What the tests of `distillation_loss` share: divergences and an evaluation."""
 
 import contextlib
-import dataclasses
 from functools import cache
 
 import jax
@@ -213,32 +212,6 @@ def _gradient_tolerance(dtype, x64=False):
         return 1e-11
     # What is computed in float64 is rounded once.
     return 1e-6 if x64 and dtype == jnp.float32 else TOLERANCE[str(dtype)][1]
-
-
-def assert_dropped_rows_may_hold_nan(student, teacher, *, by, reduction, tile):
-    """Checks two heads of five tokens, of which `where` or `weights` drops two, and
-    then all."""
-    spoil = lambda head, junk: dataclasses.replace(
-        head, hidden=head.hidden.at[1].set(junk).at[4, 0].set(junk)
-    )
-    keep = jnp.array([True, False, True, True, False])
-    drop = keep if by == "where" else keep.astype(jnp.float32)
-    arguments = {by: drop, "reduction": reduction, "tile": tile}
-    value, grads = evaluate(spoil(student, np.nan), spoil(teacher, np.inf), **arguments)
-    expected = expected_of(
-        spoil(student, 1.0),
-        spoil(teacher, 1.0),
-        where=np.asarray(keep),
-        reduction=reduction,
-    )
-    assert_close(value, expected.loss, 5e-6)
-    for name, head in (("student", student), ("teacher", teacher)):
-        assert_source_gradient(head, grads[name], getattr(expected, name), name)
-        assert not grads[name].hidden[~keep].any()
-    nothing = arguments | {by: jnp.zeros_like(drop)}
-    value, grads = evaluate(spoil(student, np.nan), spoil(teacher, np.inf), **nothing)
-    of_models = grads["student"], grads["teacher"]
-    assert not value.any() and not any(x.any() for x in jax.tree.leaves(of_models))
 
 
 def assert_source_gradient(

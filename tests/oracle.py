@@ -202,15 +202,15 @@ def mixture(*terms):
     return divergence
 
 
-def by_token(divergences):
+class by_token(NamedTuple):
     """A divergence of its own for each row."""
 
-    def divergence(log_p, log_q):
-        rows = zip(divergences, log_p, log_q, strict=True)
+    divergences: Any
+
+    def __call__(self, log_p, log_q):
+        rows = zip(self.divergences, log_p, log_q, strict=True)
         parts = [f(p, q) for f, p, q in rows]
         return tuple(map(np.stack, zip(*parts, strict=True)))
-
-    return divergence
 
 
 class Result(NamedTuple):
@@ -438,11 +438,12 @@ def _outcomes(log_q, indices, log_probs, log_rest, eps, tail, lumped=False):
 
 def _listed_divergence_and_grad(divergence, student_logits, of_list):
     losses, grads = np.zeros_like(student_logits[:, 0]), np.zeros_like(student_logits)
+    each = getattr(divergence, "divergences", [divergence] * len(of_list))
     for i, (log_q, indices, log_probs, log_rest, eps, tail) in enumerate(of_list):
         log_p, log_Q, columns = _outcomes(
             log_q, indices, log_probs, log_rest, eps, tail
         )
-        f, _, f_Q = divergence(log_p, log_Q)
+        f, _, f_Q = each[i](log_p, log_Q)
         if tail == "conditional":  # a loss of a smaller vocabulary
             losses[i], grads[i] = f.sum(), _to_logits(log_Q, f_Q) @ columns
             continue

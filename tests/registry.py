@@ -17,11 +17,17 @@ import jaxkl
 import jaxkl.reference
 from jaxkl import FunctionHead, LinearHead, SparseTeacher
 
-from .alone import expected_cross_entropy, expected_log_probs
 from .cases import ALL, assert_gradient, assert_source_gradient
 from .helpers import assert_close
 from .moving import MOVING
-from .sources import expected_of, make_models, per_token, TAILS
+from .sources import (
+    expected_cross_entropy,
+    expected_log_probs,
+    expected_of,
+    make_models,
+    per_token,
+    TAILS,
+)
 
 
 class Batch(NamedTuple):
@@ -55,7 +61,7 @@ class Loss:
 
     source: str
     function: str = "distillation_loss"
-    divergence: str = "forward"
+    divergence: str = "forward"  # or "moving js", whose parameter is an array
     places: tuple[int, ...] = ()  # of `tokens`, beside those of a token
 
     @property
@@ -64,7 +70,11 @@ class Loss:
 
     @property
     def is_moving(self):
-        return self.divergence in MOVING
+        return self.divergence.startswith("moving ")
+
+    @property
+    def moving(self):
+        return MOVING[self.divergence.removeprefix("moving ")]
 
     @property
     def options(self):
@@ -79,8 +89,9 @@ class Loss:
         return dict(alpha=0.6) | smoothing | divergence | teacher
 
     def make(self, rng, shape, vocab, dtype="float32", *, pad=0, **settings):
-        """A batch of tokens of this shape; the models have `pad` columns more."""
-        pads = dict(pad=(pad, pad and pad + 1))
+        """A batch of tokens of this shape; the models have `pad` columns more, and the
+        teacher one more again, unless `pad` holds a number for each."""
+        pads = dict(pad=pad if isinstance(pad, tuple) else (pad, pad and pad + 1))
         student, teacher = make_models(
             rng, self.source, shape, vocab, dtype, **pads, **settings
         )
@@ -100,7 +111,7 @@ class Loss:
             dict(where=where, labels=labels),
         )
         if self.is_moving:
-            others["divergence"] = MOVING[self.divergence].over(shape)[0]
+            others["divergence"] = self.moving.over(shape, dtype=dtype)[0]
         if self.is_listed:
             return Batch(floats, others | dict(teacher=teacher))
         more = dict(teacher=teacher, teacher_temperature=jnp.float32(1.5))
@@ -134,8 +145,9 @@ class Loss:
             )
             if self.is_moving:
                 where = np.asarray(arguments["where"])
-                del arguments["divergence"]
-                more["divergence"] = MOVING[self.divergence].over(batch.shape, where)[1]
+                dtype = jax.tree.leaves(arguments.pop("divergence"))[0].dtype
+                of = self.moving.over(batch.shape, where, dtype)
+                more["divergence"] = of[1]
             found = expected_of(**arguments, **more)
         return [found.loss], found
 
@@ -236,7 +248,7 @@ LOSSES |= {
 }
 LOSSES |= {
     f"moving {name}": Loss(
-        "head" if name in ("js", "kls") else "logits", divergence=name
+        "head" if name in ("js", "kls") else "logits", divergence=f"moving {name}"
     )
     for name in MOVING
 }
@@ -266,8 +278,22 @@ def with_tokens(x, rows):
 def put_tokens(x, tokens, junk):
     """A source, a list or an array, of which these tokens hold `junk`."""
     if isinstance(x, SparseTeacher):
-        return replace(x, log_probs=x.log_probs.at[tokens].set(junk))
+        indices = x.indices.at[tokens].set(99)
+        return replace(x, indices=indices, log_probs=x.log_probs.at[tokens].set(junk))
     return with_tokens(x, tokens_of(x).at[tokens].set(junk))
+
+
+DROPPED = np.array([1, 4])
+
+
+def without_tokens(batch, junk):
+    """The batch without two tokens, by `where`; and the same where they hold `junk`."""
+    where = batch.others["where"].at[DROPPED].set(False).at[0].set(True)
+    batch = batch._replace(others=batch.others | dict(where=where))
+    tokens = lambda x: x.log_probs if isinstance(x, SparseTeacher) else tokens_of(x)
+    spoil = lambda x: put_tokens(x, DROPPED, junk) if np.ndim(tokens(x)) else x
+    spoilt = batch.map(spoil, *batch.floats, "teacher")
+    return batch, spoilt.map(lambda x: x.at[DROPPED].set(99), "labels", "tokens")
 
 
 def one_token(batch, index):

@@ -186,3 +186,27 @@ def expected_of(student, teacher, *, vocab_size=None, **arguments):
     return result._replace(
         student=pull_s(result.student), teacher=pull_t(result.teacher)
     )
+
+
+def expected_cross_entropy(
+    student, labels, *, where=None, vocab_size=None, **arguments
+):
+    """That of a distillation loss which is all cross-entropy."""
+    logits, pull = exact_logits(student, vocab_size)
+    counted = np.asarray(labels) != -100
+    if where is not None:
+        counted &= np.asarray(where)
+    result = oracle.distillation_loss(
+        logits, logits, labels=labels, alpha=0, where=counted, vocab_size=vocab_size,
+        **arguments,
+    )  # fmt: skip
+    return result._replace(student=pull(result.student))
+
+
+def expected_log_probs(student, tokens, *, cotangents, vocab_size=None, **arguments):
+    """`tokens` are `[..., k]`."""
+    logits, pull = exact_logits(student, vocab_size)
+    result = oracle.token_log_probs(
+        logits, tokens, cotangents=cotangents, vocab_size=vocab_size, **arguments
+    )
+    return result._replace(student=pull(result.student))

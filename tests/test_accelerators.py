@@ -1,15 +1,16 @@
 """What GPUs and TPUs run where it differs from what CPUs run: here on a CPU."""
 
 import functools as ft
+from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 import jaxkl
 
-from .cases import assert_matches, FORWARD, over, rarely, rounded
-from .sources import make_head, make_models
+from .cases import rarely, rounded
+from .registry import check, Loss, LOSSES
+from .sources import make_head
 
 
 TOKENS, VOCAB = 521, 53  # sizes that are in no other test, and that no tile divides
@@ -50,18 +51,22 @@ def test_each_platform_has_its_own_program(rng):
         assert ("optimization_barrier" in program) == twice
 
 
-@over("forward", slow=["reverse", "js", "user"])
-def test_heads(rng, taken, divergence, reference):
-    student = make_head(rng, (TOKENS,), 5, VOCAB, bias=True, softcap=3.0)
-    teacher = make_head(rng, (TOKENS,), 3, VOCAB)
-    assert_matches(
-        student,
-        teacher,
-        (divergence, reference),
-        temperature=jnp.asarray(rng.uniform(0.5, 3, size=TOKENS), jnp.float32),
-        where=jnp.asarray(rng.random(TOKENS) < 0.7),
-        tile=64,
-    )
+@pytest.mark.parametrize(
+    "name, divergence, dtype",
+    [
+        ("head", "forward", "float32"),
+        ("logits, bucket", "forward", "bfloat16"),
+        *rarely(
+            *(("head", x, "float32") for x in ("reverse", "js", "user")),
+            ("logits, bucket", "forward", "float32"),
+            *(("logits, uniform", "forward", x) for x in ("float32", "bfloat16")),
+        ),
+    ],
+)
+def test_tiles(rng, taken, name, divergence, dtype):
+    loss = replace(LOSSES[name], divergence=divergence)
+    tol = None if name == "head" else (2e-6, 1e-2 if dtype == "bfloat16" else 1e-5)
+    check(loss, rng, loss.make(rng, (TOKENS,), VOCAB, dtype), tile=64, tol=tol)
     assert taken and all(plan.tile == 64 and plan.recompute for plan in taken)
 
 
@@ -80,21 +85,11 @@ def test_slopes_are_computed_twice(rng, taken, divergence, tile):
     assert has_barrier == (divergence == jaxkl.JensenShannon())
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", *rarely("float32")])
-@pytest.mark.parametrize("tail", ["bucket", *rarely("uniform")])
-def test_a_list_beside_logits(rng, taken, dtype, tail):
-    s, t = rounded(rng, (TOKENS, VOCAB), dtype), rounded(rng, (TOKENS, VOCAB))
-    teacher = jaxkl.top_k_teacher(t, 5, tail=tail, temperature=1.7)
-    more = dict(temperature=1.7, tile=64, value_tol=2e-6)
-    assert_matches(s, teacher, FORWARD, **more)
-    assert taken and all(plan.tile == 64 and plan.recompute for plan in taken)
-
-
 @pytest.mark.parametrize("dtype", ["float32", *rarely("bfloat16")])
 @pytest.mark.parametrize("tail", ["bucket", *rarely("drop", "renormalize", "uniform")])
 @pytest.mark.parametrize("student", ["head", "logits"])
 def test_a_tpu_spreads_a_list_by_products(rng, taken, student, tail, dtype):
     """With columns in several rows of lanes, the last of which is not full."""
-    models = make_models(rng, f"{student}, {tail}", (9,), 301, dtype)
-    tile = 4 if student == "head" else None
-    assert_matches(*models, FORWARD, temperature=2.0, tile=tile)
+    loss = Loss(f"{student}, {tail}")
+    tile = dict(tile=4) if student == "head" else {}
+    check(loss, rng, loss.make(rng, (9,), 301, dtype), **tile)

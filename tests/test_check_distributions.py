@@ -1,5 +1,7 @@
 """`check_distributions`: what it accepts, what it names, and how `checkify` runs it."""
 
+import functools as ft
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,17 +45,25 @@ def test_names_the_first_wrong_row(x, t, log_target, says):
         jaxkl.check_distributions(x, t, log_target)
 
 
+def plain(x, t, log_target=False):
+    return jaxkl.kl_div(x, t, reduction="sum", log_target=log_target)
+
+
+def checking(x, t, log_target=False):
+    jaxkl.check_distributions(x, t, log_target)
+    return plain(x, t, log_target)
+
+
+GOOD = X, T = LOG_PROBS.astype(np.float32), PROBS.astype(np.float32)
+
+
 @pytest.mark.parametrize("log_target", [False, True])
 def test_same_under_checkify_and_silent_without(log_target):
-    @jax.jit
-    def loss(x, t):
-        jaxkl.check_distributions(x, t, log_target)
-        return jaxkl.kl_div(x, t, reduction="sum", log_target=log_target)
-
+    loss = jax.jit(ft.partial(checking, log_target=log_target))
     checked = jax.jit(checkify.checkify(loss))
     for x, t, log, says in WRONG.values():
         if log == log_target:
-            x, t = jnp.asarray(x, jnp.float32), jnp.asarray(t, jnp.float32)
+            x, t = np.asarray(x, np.float32), np.asarray(t, np.float32)
             error, value = checked(x, t)
             with pytest.raises(ValueError, match=says):
                 error.throw()
@@ -61,27 +71,17 @@ def test_same_under_checkify_and_silent_without(log_target):
 
 
 def test_costs_nothing_in_jit():
-    def loss(x, t):
-        jaxkl.check_distributions(x, t)
-        return jaxkl.kl_div(x, t, reduction="sum")
-
-    x, t = jnp.asarray(LOG_PROBS, jnp.float32), jnp.asarray(PROBS, jnp.float32)
-    plain = lambda x, t: jaxkl.kl_div(x, t, reduction="sum")
-    flops = [jax.jit(f).lower(x, t).compile().cost_analysis() for f in (loss, plain)]
-    assert flops[0]["flops"] == flops[1]["flops"]
+    compiled = [jax.jit(f).lower(*GOOD).compile() for f in (checking, plain)]
+    flops = [x.cost_analysis()["flops"] for x in compiled]
+    assert flops[0] == flops[1]
 
 
 def test_transforms():
-    def loss(x, t):
-        jaxkl.check_distributions(x, t)
-        return jaxkl.kl_div(x, t, reduction="sum")
-
-    x, t = jnp.asarray(LOG_PROBS, jnp.float32), jnp.asarray(PROBS, jnp.float32)
-    assert_close(jax.jit(jax.grad(loss))(x, t), -t, 1e-6)
-    assert jax.jit(jax.vmap(loss))(x, t).shape == (2,)
-    error, _ = jax.jit(checkify.checkify(jax.vmap(jax.grad(loss))))(x, t)
+    assert_close(jax.jit(jax.grad(checking))(X, T), -T, 1e-6)
+    assert jax.jit(jax.vmap(checking))(X, T).shape == (2,)
+    error, _ = jax.jit(checkify.checkify(jax.vmap(jax.grad(checking))))(X, T)
     error.throw()
-    error, _ = jax.jit(checkify.checkify(jax.vmap(loss)))(x, 2 * t)
+    error, _ = jax.jit(checkify.checkify(jax.vmap(checking)))(X, 2 * T)
     assert "`target` must hold probabilities" in error.get()
 
 
@@ -103,25 +103,22 @@ def test_takes_a_softmax_of_any_dtype(rng, dtype, size):
 
 
 def test_shapes():
-    x, t = LOG_PROBS.astype(np.float32), PROBS.astype(np.float32)
-    jaxkl.check_distributions(x[0], t)
-    jaxkl.check_distributions(x[None], t[0])
-    with pytest.raises(ValueError, match=r"row \[1, 0\] exponentiates"):
-        jaxkl.check_distributions(np.stack([x, x - 1]), t)
-    jaxkl.check_distributions(x[:0], t[:0])
-    with pytest.raises(ValueError, match="sum of 0"):  # there are no outcomes
-        jaxkl.check_distributions(x[:, :0], t[:, :1])
-    with pytest.raises(ValueError, match=r"row \[\] sums to 2"):
-        jaxkl.check_distributions(x[0], 2 * t[0])
+    for arguments in ((X[0], T), (X[None], T[0]), (X[:0], T[:0])):
+        jaxkl.check_distributions(*arguments)
 
 
-def test_errors():
-    x, t = LOG_PROBS.astype(np.float32), PROBS.astype(np.float32)
-    with pytest.raises(ValueError, match="`input` must have an axis"):
-        jaxkl.check_distributions(np.float32(0), t)
-    with pytest.raises(ValueError, match="`input` and `target`.*broadcast"):
-        jaxkl.check_distributions(x, t[:, :1].repeat(3, 1))
-    with pytest.raises(TypeError, match="`target`"):
-        jaxkl.check_distributions(x, t.astype(int))
-    with pytest.raises(TypeError, match="`log_target`"):
-        jaxkl.check_distributions(x, t, 1)
+@pytest.mark.parametrize(
+    "arguments, error, match",
+    [
+        ((np.stack([X, X - 1]), T), ValueError, r"row \[1, 0\] exponentiates"),
+        ((X[:, :0], T[:, :1]), ValueError, "sum of 0"),  # there are no outcomes
+        ((X[0], 2 * T[0]), ValueError, r"row \[\] sums to 2"),
+        ((np.float32(0), T), ValueError, "`input` must have an axis"),
+        ((X, T[:, :1].repeat(3, 1)), ValueError, "`input` and `target`.*broadcast"),
+        ((X, T.astype(int)), TypeError, "`target`"),
+        ((X, T, 1), TypeError, "`log_target`"),
+    ],
+)
+def test_errors(arguments, error, match):
+    with pytest.raises(error, match=match):
+        jaxkl.check_distributions(*arguments)

@@ -66,6 +66,7 @@ def test_value_and_derivatives(rng, divergence, reference, scale):
 
 @over_everything
 def test_near_the_teacher(rng, divergence, reference):
+    """And neither value nor derivative at the teacher."""
     t = rounded(rng, (4, 500))
     for noise in (1e-2, 1e-4):
         s = t + rounded(rng, t.shape, scale=noise)
@@ -77,11 +78,6 @@ def test_near_the_teacher(rng, divergence, reference):
         # The rounding of the logarithms, about 1e-7, relative to the noise.
         tol = 0.02 if noise == 1e-4 else 2e-4
         np.testing.assert_allclose(total, expected, rtol=tol)
-
-
-@over_everything
-def test_no_derivative_and_no_value_at_the_teacher(rng, divergence, reference):
-    log_p = jax.nn.log_softmax(rounded(rng, (4, 50), scale=3.0))
     for x in _centred(log_p, log_p, _ours(divergence)):
         assert not np.asarray(x).any()
 
@@ -124,34 +120,3 @@ def test_alpha_divergence_is_its_definition(rng, alpha):
     expected = (power - 1) / (alpha * (alpha - 1))
     ours = jaxkl.AlphaDivergence(alpha)(jnp.float32(log_p), jnp.float32(log_q))
     assert_close(ours.sum(-1), expected, 5e-6)
-
-
-@pytest.mark.parametrize(
-    "make, name",
-    [
-        (lambda: jaxkl.SymmetricKL(1.1), "weight"),
-        (lambda: jaxkl.SymmetricKL(-0.1), "weight"),
-        (lambda: jaxkl.SkewForwardKL(1), "alpha"),
-        (lambda: jaxkl.SkewReverseKL(-0.1), "alpha"),
-        (lambda: jaxkl.AlphaDivergence(float("inf")), "alpha"),
-        (lambda: jaxkl.AlphaDivergence(float("nan")), "alpha"),
-    ],
-)
-def test_parameters_in_range(make, name):
-    with pytest.raises(ValueError, match=f"`{name}`"):
-        make()
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda x: jaxkl.SymmetricKL(x),
-        lambda x: jaxkl.JensenShannon(x),
-        lambda x: jaxkl.SkewForwardKL(x),
-        lambda x: jaxkl.AlphaDivergence(x),
-    ],
-)
-@pytest.mark.parametrize("value", [True, "0.5", None])
-def test_parameters_are_numbers_or_arrays(make, value):
-    with pytest.raises(TypeError, match="Python number"):
-        make(value)

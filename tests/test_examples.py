@@ -181,32 +181,21 @@ def test_digits_words_follow_the_numbers(digits, capsys, gain, words):
     assert difference["kl"] == {"mean": 0.0, "standard_error": 0.0, "sign": 0}
 
 
-@pytest.mark.parametrize(
-    "option, value",
-    [
-        ("--temperature", "0"),
-        ("--temperature", "nan"),
-        ("--temperature", "inf"),
-        ("--temperature", "warm"),
-        ("--alpha", "-0.1"),
-        ("--alpha", "1.1"),
-        ("--alpha", "nan"),
-        ("--labels", "0"),
-        ("--labels", "1298"),
-        ("--labels", "2.5"),
-        ("--steps", "0"),
-        ("--seed", "-1"),
-        ("--seeds", "1"),
-        ("--divergence", "kl"),
-    ],
-)
-def test_digits_bad_option(digits, monkeypatch, capsys, tmp_path, option, value):
+BAD_OPTIONS = """
+    --temperature=0 --temperature=nan --temperature=inf --temperature=warm --alpha=-0.1
+    --alpha=1.1 --alpha=nan --labels=0 --labels=1298 --labels=2.5 --steps=0 --seed=-1
+    --seeds=1 --divergence=kl
+"""
+
+
+@pytest.mark.parametrize("given", BAD_OPTIONS.split())
+def test_digits_bad_option(digits, monkeypatch, capsys, tmp_path, given):
     out = tmp_path / "out"
-    arguments = ["digits.py", f"{option}={value}", "--output", str(out)]
-    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(sys, "argv", ["digits.py", given, "--output", str(out)])
     with pytest.raises(SystemExit) as exit:
         digits.main()
     assert exit.value.code == 2
+    option, value = given.split("=")
     message = capsys.readouterr().err.splitlines()[-1]
     assert f"argument {option}: " in message and repr(value) in message
     assert not out.exists()
@@ -315,28 +304,12 @@ def test_any_head():
 
 
 @pytest.mark.slow
-def test_any_head_fails_if_the_gradients_differ():
-    patch = (
-        "import jaxkl;"
-        "loss = jaxkl.distillation_loss;"
-        "jaxkl.distillation_loss = lambda *x, **y: 1.001 * loss(*x, **y)"
-    )
-    options = "--vocab 64 --tokens 16 --steps 1".split()
-    assert "NOT the same" in run("any_head.py", *options, patch=patch, code=1).stderr
-
-
-def kl_of(result):
-    """The printed numbers: exact, k1, k3 and the deviations of both."""
-    rows = [x.split() for x in result.stdout.splitlines() if x[:6].strip().isalpha()]
-    rows = {row[0]: np.array(row[1:], float) for row in rows}
-    return rows["before"], rows["after"]
-
-
-@pytest.mark.slow
 def test_policy_gradient():
     result = run("policy_gradient.py", *"--steps 20 --vocab 16".split())
     assert max(map(len, result.stdout.splitlines())) <= 80
-    before, after = kl_of(result)
+    # The printed numbers: exact, k1, k3 and the deviations of both.
+    rows = {x.split()[0]: x.split()[1:] for x in result.stdout.splitlines() if x}
+    before, after = (np.array(rows[x], float) for x in ("before", "after"))
     assert 0 < after[0] < before[0] / 2
     for exact, k1, k3, of_k1, of_k3 in (before, after):
         # Of 16384 places: they are in 256 sequences, and so are nearly independent.
@@ -344,21 +317,13 @@ def test_policy_gradient():
         assert abs(k3 - exact) < 5 * of_k3 / 128
 
 
-@pytest.mark.slow
-def test_policy_gradient_that_goes_up():
-    patch = "import optax; adam = optax.adam; optax.adam = lambda rate: adam(-rate)"
-    options = "--steps 5 --vocab 16".split()
-    result = run("policy_gradient.py", *options, patch=patch, code=1)
-    assert "did NOT come nearer" in result.stderr
-
-
 @pytest.mark.parametrize(
     "program, option, value",
     [
         ("any_head.py", "--steps", "0"),
-        ("any_head.py", "--vocab", "many"),
         ("policy_gradient.py", "--vocab", "1"),
-        ("policy_gradient.py", "--learning-rate", "nan"),
+        *rarely(("any_head.py", "--vocab", "many")),
+        *rarely(("policy_gradient.py", "--learning-rate", "nan")),
     ],
 )
 def test_bad_options_of_heads_and_policies(program, option, value):
@@ -367,27 +332,40 @@ def test_bad_options_of_heads_and_policies(program, option, value):
     assert repr(value) in result.stderr and "Traceback" not in result.stderr
 
 
+LOSS = "import jaxkl; loss = jaxkl.distillation_loss; jaxkl.distillation_loss = "
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "program, options, patch",
+    "program, options, patch, says",
     [
         (
             "fused_head.py",
             "--vocab 256 --length 16 --steps 1",
-            "import jaxkl;"
-            "Head = jaxkl.LinearHead;"
+            "import jaxkl; Head = jaxkl.LinearHead; "
             "jaxkl.LinearHead = lambda hidden, kernel: Head(1.001 * hidden, kernel)",
+            "NOT the same",
         ),
         (
             "sharded_head.py",
             "--vocab 64 --tokens 16 --steps 1",
-            "import jaxkl;"
-            "loss = jaxkl.distillation_loss;"
-            "jaxkl.distillation_loss = lambda *x, **y: "
-            "(1 + 1e-3 * ('mesh' in y)) * loss(*x, **y)",
+            f"{LOSS}lambda *x, **y: (1 + 1e-3 * ('mesh' in y)) * loss(*x, **y)",
+            "NOT the same",
+        ),
+        (
+            "any_head.py",
+            "--vocab 64 --tokens 16 --steps 1",
+            f"{LOSS}lambda *x, **y: 1.001 * loss(*x, **y)",
+            "NOT the same",
+        ),
+        (
+            "policy_gradient.py",
+            "--steps 5 --vocab 16",
+            "import optax; adam = optax.adam; optax.adam = lambda rate: adam(-rate)",
+            "did NOT come nearer",
         ),
     ],
 )
-def test_heads_fail_if_the_losses_differ(program, options, patch):
+def test_fail_if_the_numbers_are_wrong(program, options, patch, says):
     result = run(program, *options.split(), patch=patch, code=1)
-    assert "NOT the same" in result.stderr
+    assert says in result.stderr

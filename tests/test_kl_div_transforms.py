@@ -41,50 +41,30 @@ def arrays(rng):
 
 
 @both
-def test_vmap(arrays, log_target):
+def test_vmap_scan_and_remat(arrays, log_target):
     x, t = arrays(log_target)
     f = functools.partial(kl_div, reduction="sum", log_target=log_target)
-    expected = kl_div(x, t, reduction="none", log_target=log_target).sum(-1)
-    assert_close(jax.vmap(f)(x, t), expected, 1e-6)
-    over_one = jax.vmap(f, in_axes=(0, None))(x, t[0])
-    assert_close(over_one[0], expected[0], 1e-6)
-    d_x, d_t = jax.vmap(jax.grad(f, argnums=(0, 1)))(x, t)
-    expected_x, expected_t = closed_form(x, t, log_target)
-    assert_close(d_x, len(x) * expected_x, 1e-5)
-    assert_close(d_t, len(x) * expected_t, 1e-5)
+    grad = jax.grad(f, argnums=(0, 1))
+    body = jax.checkpoint(lambda total, xt: (total + f(*xt), None))
+    scanned = lambda *xt: jax.lax.scan(body, 0.0, xt)[0]
+    step = lambda _, xt: (None, grad(*xt))
 
+    @jax.jit  # one program for all, as compiling takes the time
+    def run(x, t):
+        gradients = {
+            "under vmap": jax.vmap(grad)(x, t),
+            "in a scan": jax.lax.scan(step, None, (x, t))[1],
+            "of a scan of remat": jax.grad(scanned, argnums=(0, 1))(x, t),
+        }
+        return jax.vmap(f)(x, t), jax.vmap(f, in_axes=(0, None))(x, t[0]), gradients
 
-@both
-def test_scan_of_grad(arrays, log_target):
-    x, t = arrays(log_target)
-    grad = jax.grad(loss, argnums=(0, 1))
-
-    def step(total, xt):
-        d_x, d_t = grad(*xt, log_target=log_target)
-        return total + d_x.sum(), d_t
-
-    total, d_t = jax.jit(lambda *xt: jax.lax.scan(step, 0.0, xt))(
-        x.reshape(4, 2, 6), t.reshape(4, 2, 6)
-    )
-    # A step is a batch of 2, where `closed_form` divides by 8.
-    expected_x, expected_t = closed_form(x, t, log_target)
-    assert_close(total, 4 * expected_x.sum(), 1e-5)
-    assert_close(d_t, 4 * expected_t.reshape(4, 2, 6), 1e-5)
-
-
-@both
-def test_checkpoint_and_grad_of_scan(arrays, log_target):
-    x, t = arrays(log_target)
-
-    @jax.checkpoint
-    def step(total, xt):
-        return total + loss(*xt, log_target=log_target), None
-
-    f = lambda x, t: jax.lax.scan(step, 0.0, (x[:, None], t[:, None]))[0] / 8
-    d_x, d_t = jax.jit(jax.grad(f, argnums=(0, 1)))(x, t)
-    expected_x, expected_t = closed_form(x, t, log_target)
-    assert_close(d_x, expected_x, 1e-5)
-    assert_close(d_t, expected_t, 1e-5)
+    values, over_one, gradients = run(x, t)
+    rows = kl_div(x, t, reduction="none", log_target=log_target).sum(-1)
+    assert_close(values, rows, 1e-6)
+    assert_close(over_one[0], rows[0], 1e-6)
+    for way, found in gradients.items():
+        for d, wanted in zip(found, closed_form(x, t, log_target), strict=True):
+            assert_close(d, len(x) * wanted, 1e-5, way)
 
 
 @both
@@ -150,8 +130,8 @@ def test_saves_only_the_arguments(arrays, log_target):
     ]
 
 
-@pytest.mark.parametrize("size", [100_000])
-def test_value_has_no_elementwise_temporary(size):
+def test_value_has_no_elementwise_temporary():
+    size = 100_000
     x = jax.ShapeDtypeStruct((4, size), jnp.bfloat16)
     compiled = jax.jit(functools.partial(loss, log_target=True)).lower(x, x).compile()
     memory = compiled.memory_analysis()
@@ -169,18 +149,14 @@ def test_export_with_symbolic_shapes(arrays, dtype, reduction, log_target):
     b, v = jax.export.symbolic_shape("b, v")
     f = functools.partial(kl_div, reduction=reduction, log_target=log_target)
 
-    @jax.jit
-    def run(x, t):
-        value, pull = jax.vjp(f, x, t)
-        return value, *pull(jnp.ones_like(value))
-
+    step = jax.jit(functools.partial(run, f))
     arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape in ((b, v), (1, v))]
     platforms = ("cpu", "tpu", "cuda")
-    exported = jax.export.export(run, platforms=platforms)(*arguments)
+    exported = jax.export.export(step, platforms=platforms)(*arguments)
     assert exported.platforms == platforms
     restored = jax.export.deserialize(exported.serialize())
     for rows in (3, 8):
-        actual, expected = (g(x[:rows], t[:1]) for g in (restored.call, run))
+        actual, expected = (g(x[:rows], t[:1]) for g in (restored.call, step))
         for a, e in zip(actual, expected, strict=True):
             assert a.dtype == e.dtype == dtype
             assert_close(a, e, 1e-6 if dtype == "float32" else 1e-2)
@@ -193,35 +169,33 @@ def mesh_of(axis_type):
     return jax.make_mesh((8,), ("d",), axis_types=(axis_type,))
 
 
+def run(f, x, t):
+    """The value, and the gradients of its sum."""
+    value, pull = jax.vjp(f, x, t)
+    return value, *pull(jnp.ones_like(value))
+
+
 @both
 @pytest.mark.parametrize("check_vma", [True, *rarely(False)])
 @pytest.mark.parametrize("replicated", ["target", *rarely("none", "input")])
 def test_shard_map(arrays, replicated, check_vma, log_target):
     # 8 devices have a row each; a replicated argument is one row for all of them.
-    x, t = arrays(log_target)
-    specs = [P("d"), P("d")]
-    if replicated != "none":
-        i = ("input", "target").index(replicated)
-        specs[i] = P()
-        x, t = (a[:1] if i == j else a for j, a in enumerate((x, t)))
+    arguments = dict(zip(("input", "target"), arrays(log_target), strict=True))
+    specs = {name: P() if name == replicated else P("d") for name in arguments}
+    if replicated in arguments:
+        arguments[replicated] = arguments[replicated][:1]
     f = functools.partial(kl_div, reduction="sum", log_target=log_target)
-
-    @functools.partial(
-        jax.shard_map,
+    sharded = jax.shard_map(
+        lambda x, t: jax.lax.psum(f(x, t), "d"),
         mesh=mesh_of(AxisType.Auto),
-        in_specs=tuple(specs),
+        in_specs=tuple(specs.values()),
         out_specs=P(),
         check_vma=check_vma,
     )
-    def sharded(x, t):
-        return jax.lax.psum(f(x, t), "d")
-
-    run = lambda g: jax.jit(jax.value_and_grad(g, argnums=(0, 1)))(x, t)
-    (value, grads), (value_, grads_) = run(sharded), run(f)
-    assert_close(value, value_, 1e-6)
-    for grad, grad_ in zip(grads, grads_, strict=True):
-        assert grad.shape == grad_.shape
-        assert_close(grad, grad_, 1e-5)
+    both = [jax.jit(functools.partial(run, g)) for g in (sharded, f)]
+    for a, e in zip(*(g(*arguments.values()) for g in both), strict=True):
+        assert a.shape == e.shape
+        assert_close(a, e, 1e-5)
 
 
 @both
@@ -230,18 +204,14 @@ def test_shard_map(arrays, replicated, check_vma, log_target):
 def test_sharded_arrays(arrays, axis_type, reduction, log_target):
     x, t = arrays(log_target)
     f = functools.partial(kl_div, reduction=reduction, log_target=log_target)
-
-    @jax.jit
-    def run(x, t):
-        value, pull = jax.vjp(f, x, t)
-        return value, *pull(jnp.ones_like(value))
-
-    expected = [run(x, t) for t in (t, t[:1])]
+    step = jax.jit(functools.partial(run, f))
+    expected = [step(x, t) for t in (t, t[:1])]
     mesh = mesh_of(axis_type)
     with jax.set_mesh(mesh):
         rows, copies = (NamedSharding(mesh, spec) for spec in (P("d"), P()))
         x = jax.device_put(x, rows)
-        actual = run(x, jax.device_put(t, rows)), run(x, jax.device_put(t[:1], copies))
+        targets = jax.device_put(t, rows), jax.device_put(t[:1], copies)
+        actual = [step(x, t) for t in targets]
     assert actual[0][1].sharding.spec[0] == "d"
     if axis_type == AxisType.Explicit:  # else each device may keep its row of `-t`
         assert actual[1][1].sharding.spec[0] == "d"

@@ -14,25 +14,25 @@ import jaxkl
 from jaxkl import cross_entropy, distillation_loss, SparseTeacher, token_log_probs
 
 from . import oracle
-from .alone import (
-    assert_gradients,
-    expected_cross_entropy,
-    expected_log_probs,
-    pull_back,
-)
 from .cases import (
     ALL,
     assert_matches,
     assert_source_gradient,
     evaluate,
-    FORWARD,
     over,
     over_catalogue,
     REVERSE,
     rounded,
 )
 from .helpers import assert_close
-from .sources import expected_of, make_head, TAILS
+from .registry import Batch, check, LOSSES, pull_back
+from .sources import (
+    expected_cross_entropy,
+    expected_log_probs,
+    expected_of,
+    make_head,
+    TAILS,
+)
 
 
 pytestmark = pytest.mark.slow
@@ -118,24 +118,23 @@ def test_reverse_kl_where_a_list_has_minus_inf(rng, tail):
     assert_matches(s.at[0, 4].set(-np.inf), teacher, REVERSE, cotangent=1.3)
 
 
-@pytest.mark.parametrize("source", ["logits", "head"])
+@pytest.mark.parametrize("module", [jaxkl, jaxkl.reference])
 @pytest.mark.parametrize(
-    "loss",
-    [
-        distillation_loss,
-        lambda *args, **kw: jaxkl.distillation_loss_with_metrics(*args, **kw)[0],
-        jaxkl.reference.distillation_loss,
-    ],
-    ids=["loss", "with metrics", "reference"],
+    "name", ["head", "head, logits", "cross_entropy of head", "log_probs of head"]
 )
-def test_a_cap_with_a_bias_and_a_scale(rng, source, loss):
+def test_a_cap_with_a_bias_and_a_scale(rng, name, module):
     # TRL leaves the cap out, CCE caps before the bias.
-    more = dict(bias=True, softcap=2.0, scale=0.6)
-    student, teacher = (make_head(rng, (6,), n, 37, **more) for n in (5, 3))
-    _assert_caps_last(student)
-    if source == "logits":
-        teacher = rounded(rng, (6, 37))
-    assert_matches(student, teacher, REVERSE, loss=loss, cotangent=1.3, temperature=1.7)
+    loss = LOSSES[name]
+    batch = loss.make(rng, (6,), 37, bias=True, softcap=2.0, scale=0.6)
+    _assert_caps_last(batch.floats["student"])
+    check(loss, rng, batch, module=module, tol=(5e-6, 1e-5))
+
+
+def test_a_cap_beside_metrics(rng):
+    loss = LOSSES["head"]
+    batch = loss.make(rng, (6,), 37, bias=True, softcap=2.0, scale=0.6)
+    f = lambda *x, **y: jaxkl.distillation_loss_with_metrics(*x, **y)[0]
+    check(loss, rng, batch, f=f)
 
 
 def _assert_caps_last(head):
@@ -146,73 +145,24 @@ def _assert_caps_last(head):
     assert jnp.abs(ours - theirs).max() > 0.1 and jnp.abs(ours - uncapped).max() > 0.1
 
 
-@pytest.mark.parametrize("module", [jaxkl, jaxkl.reference])
-def test_a_cap_with_a_bias_and_a_scale_and_no_teacher(rng, module):
-    student = make_head(rng, (6,), 5, 37, bias=True, softcap=2.0, scale=0.6)
-    _assert_caps_last(student)
-    labels = jnp.array([3, -100, 36, 0, 3, 9])
-    loss = lambda student: module.cross_entropy(student, labels, label_smoothing=0.1)
-    value, gradients = pull_back(loss, dict(student=student), np.float32(1.3))
-    expected = expected_cross_entropy(
-        student, labels, label_smoothing=0.1, cotangent=1.3
-    )
-    assert_close(value, expected.loss, 5e-6)
-    assert_gradients(dict(student=student), gradients, expected)
-
-    tokens = jnp.array([[3, 4], [5, -1], [36, 36], [0, 7], [3, 3], [9, 1]])
-    g = [jnp.asarray(rng.normal(size=x), jnp.float32) for x in ((6, 2), (6,))]
-    f = lambda student: module.token_log_probs(student, tokens, with_entropy=True)
-    value, gradients = pull_back(f, dict(student=student), tuple(g))
-    expected = expected_log_probs(student, tokens, cotangents=g)
-    assert_close(value[0], expected.log_probs, 5e-6)
-    assert_close(value[1], expected.entropy, 5e-6)
-    assert_gradients(dict(student=student), gradients, expected)
-
-
 # Liger's kernels have a 16-bit number of the token: the last ones alias the first.
 MANY = 70_001
 
 
-@pytest.mark.parametrize("source", ["logits", "head"])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_more_tokens_than_16_bits_count(rng, source, reduction):
-    student, teacher = (
-        rounded(rng, (MANY, 5))
-        if source == "logits"
-        else make_head(rng, (MANY,), n, 5, bias=True, softcap=4.0)
-        for n in (3, 2)
-    )
-    labels = jnp.asarray(rng.integers(0, 5, MANY))
-    g = 1.3
-    if reduction == "none":
-        g = jnp.asarray(rng.normal(size=MANY), jnp.float32)
-    assert_matches(
-        student, teacher, FORWARD, labels=labels, alpha=0.6, reduction=reduction,
-        cotangent=g,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("source", ["logits", "head"])
-def test_more_tokens_than_16_bits_count_without_a_teacher(rng, source):
-    student = rounded(rng, (MANY, 5))
-    if source == "head":
-        student = make_head(rng, (MANY,), 3, 5, bias=True, softcap=4.0)
-    labels = jnp.asarray(rng.integers(0, 5, MANY))
-    g = jnp.asarray(rng.normal(size=MANY), jnp.float32)
-    loss = lambda student: cross_entropy(student, labels, reduction="none")
-    value, gradients = pull_back(loss, dict(student=student), g)
-    expected = expected_cross_entropy(student, labels, reduction="none", cotangent=g)
-    assert_close(value, expected.loss, 5e-6)
-    assert_gradients(dict(student=student), gradients, expected)
-
-    tokens = jnp.asarray(rng.integers(-1, 5, (MANY, 2)))
-    g = [jnp.asarray(rng.normal(size=x), jnp.float32) for x in ((MANY, 2), (MANY,))]
-    f = lambda student: token_log_probs(student, tokens, with_entropy=True)
-    value, gradients = pull_back(f, dict(student=student), tuple(g))
-    expected = expected_log_probs(student, tokens, cotangents=g)
-    assert_close(value[0], expected.log_probs, 5e-6)
-    assert_close(value[1], expected.entropy, 5e-6)
-    assert_gradients(dict(student=student), gradients, expected)
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"{f}{source}"
+        for f in ("", "cross_entropy of ", "log_probs of ")
+        for source in ("logits", "head")
+    ],
+)
+def test_more_tokens_than_16_bits_count(rng, name):
+    loss = LOSSES[name]
+    batch = loss.make(rng, (MANY,), 5)
+    check(loss, rng, batch)
+    if loss.function != "token_log_probs":
+        check(loss, rng, batch, reduction="none")
 
 
 @pytest.mark.parametrize("tail", ["bucket", "conditional"])
@@ -248,9 +198,8 @@ def test_repeated_tokens(rng):
     s = rounded(rng, (2, 11))
     tokens = jnp.array([[2, 5, 2, 7, 2], [0, 10, 10, -1, 0]])
     g = jnp.asarray(rng.normal(size=(2, 5)), jnp.float32)
-    value, gradients = pull_back(
-        lambda student: token_log_probs(student, tokens), dict(student=s), g
-    )
+    f = lambda batch: token_log_probs(**batch.floats, tokens=tokens)
+    value, gradients = pull_back(f, Batch(dict(student=s), {}), g)
     expected = expected_log_probs(s, tokens, cotangents=(g, np.zeros(2)))
     assert_close(value, expected.log_probs, 1e-6)
     assert_close(gradients["student"], expected.student, 1e-5)
@@ -310,11 +259,12 @@ def test_the_gradient_of_a_nearly_certain_label(plan):
     )
     error = lambda x: np.abs(at_label(x) / at_label(expected.student) - 1)
     assert (error(theirs)[gaps > 17] == 1).all()
-    student, more = s, {}
+    student, more = s, dict(labels=labels)
     if plan != "dense":
-        student, more = jaxkl.LinearHead(s, jnp.eye(6)), dict(plan=plan)
-    f = lambda student: cross_entropy(student, labels, reduction="none", **more)
-    value, gradients = pull_back(f, dict(student=student), jnp.ones(len(gaps)))
+        student, more["plan"] = jaxkl.LinearHead(s, jnp.eye(6)), plan
+    f = lambda batch: cross_entropy(**batch.floats, reduction="none", **more)
+    batch = Batch(dict(student=student), {})
+    value, gradients = pull_back(f, batch, np.ones(len(gaps), np.float32))
     gradient = gradients["student"]
     gradient = gradient if plan == "dense" else gradient.hidden
     np.testing.assert_allclose(value, expected.loss.astype(float), rtol=1e-6)

@@ -1,6 +1,6 @@
 """Columns at -inf or at the lowest number, and temperatures that are extreme."""
 
-import dataclasses
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +14,16 @@ from jaxkl._util.checks import TEMPERATURES
 from . import oracle
 from .cases import assert_matches, FORWARD, over, rarely
 from .helpers import assert_close
-from .sources import make_head, rounded
-from .test_sharding import sharded
+from .registry import check, LOSSES
+from .sources import rounded
+from .test_meshes import axes_of
 
 
-LOSSES = {
-    "engine": jaxkl.distillation_loss,
-    "reference": jaxkl.reference.distillation_loss,
-}
+over_modules = pytest.mark.parametrize(
+    "loss",
+    [jaxkl.distillation_loss, jaxkl.reference.distillation_loss],
+    ids=["engine", "reference"],
+)
 
 
 @pytest.mark.parametrize("dtype", ["float32", *rarely("bfloat16", "float64")])
@@ -114,7 +116,7 @@ OWN = {
 }
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@over_modules
 @pytest.mark.parametrize(
     "name, dtype",
     [
@@ -130,14 +132,14 @@ def test_a_users_divergence_does_not_see_what_neither_model_has(rng, name, dtype
     s, t = rounded(rng, (3, 5), dtype), rounded(rng, (3, 5), dtype)
     kept = np.array([0, 2, 4, 6, 7])
     hide = lambda x: jnp.full((3, 8), -jnp.inf, dtype).at[:, kept].set(x)
-    options = dict(loss=LOSSES[loss], temperature=jnp.float32(2), value_tol=2e-6)
+    options = dict(loss=loss, temperature=jnp.float32(2), value_tol=2e-6)
     _, grads = assert_matches(hide(s), hide(t), OWN[name], **options)
     for model in "student", "teacher":
         assert not np.delete(grads[model], kept, axis=1).any()
 
 
 @pytest.mark.parametrize("smoothing", [0.1, 1.0])
-@pytest.mark.parametrize("loss", LOSSES)
+@over_modules
 @pytest.mark.parametrize("dtype", ["float32", *rarely("bfloat16", "float64")])
 def test_labels_are_spread_over_the_columns_that_are_there(rng, dtype, loss, smoothing):
     with jax.enable_x64(dtype == "float64"):
@@ -147,7 +149,7 @@ def test_labels_are_spread_over_the_columns_that_are_there(rng, dtype, loss, smo
         labels = jnp.array([0, 5, 3, 0])
         smoothing = np.float32(smoothing)
         value, _ = assert_matches(
-            s, t, FORWARD, labels=labels, loss=LOSSES[loss], alpha=0.3, vocab_size=6,
+            s, t, FORWARD, labels=labels, loss=loss, alpha=0.3, vocab_size=6,
             label_smoothing=jnp.asarray(smoothing),
             expect=dict(label_smoothing=float(smoothing)),
         )  # fmt: skip
@@ -155,23 +157,18 @@ def test_labels_are_spread_over_the_columns_that_are_there(rng, dtype, loss, smo
 
 
 @pytest.mark.parametrize(
-    "options",
-    [dict(plan="lean"), *rarely(dict(loss=sharded("2x4")), dict(tile=2))],
-    ids=["blocks", "mesh", "tiles"],
+    "options", [dict(plan="lean"), *rarely(axes_of("2x4"), dict(tile=2))]
 )
 def test_labels_are_spread_by_heads_with_masked_columns(rng, options):
     # Blocks and devices count the columns together, of padding none.
-    student, teacher = (make_head(rng, (5,), 3, 307, bias=True) for _ in "st")
-    mask = np.isin(np.arange(307), [0, 1, 2, 130, 131, 299, 300])
-    student, teacher = (
-        dataclasses.replace(x, bias=jnp.where(mask, -jnp.inf, x.bias))
-        for x in (student, teacher)
-    )
-    labels = jnp.array([5, 200, 304, -100, 17])
-    assert_matches(
-        student, teacher, FORWARD, labels=labels, alpha=0.3, label_smoothing=0.2,
-        vocab_size=305, **options,
-    )  # fmt: skip
+    loss = LOSSES["head"]
+    batch = loss.make(rng, (5,), 305, pad=2, softcap=None, bias=True)
+    masked = np.array([0, 1, 2, 130, 131, 299, 300, 305])
+    mask = lambda x: replace(x, bias=x.bias.at[masked].set(-jnp.inf))
+    batch = batch.map(mask, "student", "teacher")
+    others = dict(labels=jnp.array([5, 200, 304, -100, 17]), where=jnp.ones(5, bool))
+    batch = batch._replace(others=batch.others | others)
+    check(loss, rng, batch, vocab_size=305, **options)
 
 
 def test_a_label_at_minus_infinity(rng):

@@ -1,29 +1,35 @@
 """Tokens and columns that do not count may hold anything, in every loss."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxkl
+import jaxkl.reference
 from jaxkl import LinearHead, SparseTeacher
 
 from .cases import rarely
-from .registry import check, LOSSES, over_losses, pull_back, put_tokens, tokens_of
+from .registry import (
+    check,
+    DROPPED,
+    LOSSES,
+    over_losses,
+    pull_back,
+    put_tokens,
+    tokens_of,
+    without_tokens,
+)  # fmt: skip
 
 
-DROPPED = np.array([1, 4])
 FUNCTIONS = [x for x in LOSSES if "function" in x]
-over_junk = pytest.mark.parametrize("junk", [np.nan, *rarely(np.inf, 3e38)])
+# At 0 a norm, and a division by a temperature, have no gradient.
+over_junk = pytest.mark.parametrize("junk", [np.nan, *rarely(np.inf, 3e38, 0.0)])
 # Of each kind of model one; others, with NaN alone, take part in other tests.
 KINDS = "logits, head", "head, conditional", "cross_entropy of function"
-
-
-def without_tokens(batch):
-    """The batch without two tokens: by `where`, and what they hold is junk."""
-    where = batch.others["where"].at[DROPPED].set(False).at[0].set(True)
-    return batch._replace(others=batch.others | dict(where=where))
 
 
 def assert_nothing_of(gradients, tokens):
@@ -38,16 +44,7 @@ def assert_nothing_of(gradients, tokens):
 )
 @over_junk
 def test_a_token_that_where_drops_may_hold_anything(rng, loss, junk):
-    batch = without_tokens(loss.make(rng, (7,), 11))
-    spoil = lambda x: put_tokens(x, DROPPED, junk) if np.ndim(tokens(x)) else x
-    tokens = lambda x: x.log_probs if isinstance(x, SparseTeacher) else tokens_of(x)
-    spoilt = batch.map(spoil, *batch.floats, "teacher")
-    numbers = {
-        name: batch.others[name].at[DROPPED].set(99)
-        for name in ("labels", "tokens")
-        if name in batch.others
-    }
-    spoilt = spoilt._replace(others=spoilt.others | numbers)
+    batch, spoilt = without_tokens(loss.make(rng, (7,), 11), junk)
     tile = {} if loss.source.startswith("logits") else dict(tile=2)
     _, gradients = check(loss, rng, spoilt, exact=batch, **tile)
     assert_nothing_of(gradients, DROPPED)
@@ -56,6 +53,10 @@ def test_a_token_that_where_drops_may_hold_anything(rng, loss, junk):
 @over_losses("head", "function", "logits, uniform", slow=KINDS)
 @over_junk
 def test_a_token_of_weight_0_may_hold_anything(rng, loss, junk):
+    check_tokens_of_weight_0(rng, loss, junk)
+
+
+def check_tokens_of_weight_0(rng, loss, junk):
     """Its weight has no gradient then, and is a constant here."""
     batch = loss.make(rng, (7,), 11).move("weights")
     weights = batch.others["weights"].at[DROPPED].set(0).at[0].set(1)
@@ -68,6 +69,29 @@ def test_a_token_of_weight_0_may_hold_anything(rng, loss, junk):
             loss, rng, spoilt, exact=batch, reduction=reduction, **tile
         )
         assert_nothing_of(gradients, DROPPED)
+
+
+@over_losses(
+    "cross_entropy of function",
+    slow=("cross_entropy of logits", "cross_entropy of head"),
+)
+@pytest.mark.parametrize(
+    "junk, module",
+    [
+        (0.0, jaxkl),
+        (0.0, jaxkl.reference),
+        *rarely((np.nan, jaxkl), (np.inf, jaxkl)),
+    ],
+)
+def test_a_token_without_a_label_may_hold_anything(rng, loss, junk, module):
+    batch = loss.make(rng, (7,), 11)
+    labels = batch.others["labels"].at[DROPPED].set(-100).at[0].set(1)
+    batch = batch._replace(others=batch.others | dict(labels=labels))
+    spoilt = batch.map(lambda x: put_tokens(x, DROPPED, junk), "student")
+    tile = dict(tile=2) if module == jaxkl and loss.source != "logits" else {}
+    more = dict(exact=batch, reduction="none", module=module, tol=(1e-5, 2e-5))
+    _, gradients = check(loss, rng, spoilt, **more, **tile)
+    assert_nothing_of(gradients, DROPPED)
 
 
 def of_columns(x, columns, junk, *, only_bias=False):
@@ -127,11 +151,20 @@ def test_columns_at_minus_infinity_are_as_if_absent(rng, loss):
 
 @over_losses("logits", "head", "function", "logits, bucket", "log_probs of logits")
 @pytest.mark.parametrize("shape", [(3,), (0,), *rarely(((2, 0),))])
-def test_no_token_is_a_loss_of_0(rng, loss, shape):
+@pytest.mark.parametrize(
+    "by, module",
+    [("where", jaxkl), *rarely(("weights", jaxkl), ("where", jaxkl.reference))],
+)
+def test_no_token_is_a_loss_of_0(rng, loss, shape, by, module):
+    """Those that do not count hold NaN."""
     batch = loss.make(rng, shape, 11)
-    nothing = dict(where=jnp.zeros(shape, bool))
-    batch = batch._replace(others=batch.others | nothing)
-    value, gradients = pull_back(loss, batch, loss.cotangent(rng, batch))
+    if by == "weights" and by in batch.floats:
+        batch = batch.map(jnp.zeros_like, by).move(by)  # with no gradient at NaN
+    else:
+        batch = batch.map(jnp.zeros_like, "where")
+    batch = batch.map(lambda x: put_tokens(x, slice(None), jnp.nan), "student")
+    of = partial(loss, module=module)
+    value, gradients = pull_back(of, batch, loss.cotangent(rng, batch))
     assert not any(x.any() for x in jax.tree.leaves((value, gradients)))
     like = jax.tree.map(lambda x: (x.shape, x.dtype), (gradients, batch.floats))
     assert like[0] == like[1]

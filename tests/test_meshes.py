@@ -1,6 +1,7 @@
 """Tokens and vocabulary spread over 8 devices: every loss against the oracle of all."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,17 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import jaxkl
 from jaxkl import FunctionHead, LinearHead, SparseTeacher
 
-from .cases import rarely
-from .registry import Batch, check, over_losses, pull_back
+from .cases import CATALOGUE, rarely
+from .registry import (
+    Batch,
+    check,
+    over_losses,
+    pull_back,
+    tokens_of,
+    with_tokens,
+    without_tokens,
+)
+from .test_masks import of_columns
 
 
 AXES = "data", "fsdp", "model"
@@ -66,17 +76,32 @@ def specs_of(batch):
     "log_probs of logits", "moving kls",
 )  # fmt: skip
 def test_no_size_divides_anything(rng, loss):
-    batch = loss.make(rng, (5, 3), 22, pad=2)
+    """Tokens that do not count hold NaN, as do columns that are no outcomes."""
+    batch, spoilt = without_tokens(loss.make(rng, (5, 3), 22, pad=2), jnp.nan)
+    if "function" not in loss.source:
+        spoil = lambda x: of_columns(x, slice(22, None), jnp.nan)
+        spoilt = spoilt.map(spoil, "student", "teacher")
     options = {} if loss.function == "token_log_probs" else dict(reduction="none")
-    check(loss, rng, batch, vocab_size=22, **axes_of("2x2x2"), **options)
+    options |= axes_of("2x2x2")
+    check(loss, rng, spoilt, exact=batch, vocab_size=22, **options)
 
 
-@over_losses("head", slow=("logits", "function", "head, bucket", "log_probs of head"))
+@over_losses(
+    "head", "function",
+    slow=("logits", "function, head", "head, bucket", "log_probs of head"),
+)  # fmt: skip
 @pytest.mark.parametrize("layout", ["2x4", *rarely("8x1", "1x8")])
 def test_layouts(rng, loss, layout):
-    batch = loss.make(rng, (13,), 24)
+    batch = loss.make(rng, (13,), 21, pad=(3, 3))
     batch = split(batch) if layout != "8x1" else batch
-    check(loss, rng, batch, **axes_of(layout), tile=3)
+    check(loss, rng, batch, vocab_size=21, **axes_of(layout), tile=3)
+
+
+@over_losses("head", slow=("logits", "logits, bucket"))
+@pytest.mark.parametrize("divergence", ["user", *rarely(*CATALOGUE)])
+def test_divergences(rng, loss, divergence):
+    loss = replace(loss, divergence=divergence)
+    check(loss, rng, loss.make(rng, (5,), 13), **axes_of("2x4"))
 
 
 @over_losses("head", slow=("logits", "function", "logits, uniform", "head, logits"))
@@ -86,7 +111,9 @@ def test_dtypes(rng, loss, dtype):
         check(loss, rng, split(loss.make(rng, (13,), 24, dtype)), **axes_of("2x4"))
 
 
-@over_losses("head", slow=("logits, conditional", "log_probs of head"))
+@over_losses(
+    "head", slow=("logits, conditional", "cross_entropy of head", "log_probs of head")
+)
 def test_the_lean_plan(rng, loss):
     check(loss, rng, loss.make(rng, (7, 3), 23), **axes_of("2x4"), plan="lean")
 
@@ -107,10 +134,11 @@ def test_without_jit(rng, loss):
 @over_losses("logits", "function", "cross_entropy of head", "head, bucket")
 def test_inside_a_users_shard_map(rng, loss):
     """`axis_name` is the vocabulary's axis, and tokens have an axis of their own."""
-    batch = loss.make(rng, (4, 3), 20)
+    batch = loss.make(rng, (4, 3), 18, pad=(2, 2))
     axes = axes_of("2x4")
     is_list = loss.function == "token_log_probs"
     options = {} if is_list else dict(reduction="none")
+    options["vocab_size"] = 18
 
     def run(f, batch, cotangent):
         specs = tuple(specs_of(batch))
@@ -122,6 +150,37 @@ def test_inside_a_users_shard_map(rng, loss):
 
     local = getattr(jaxkl, loss.function)
     check(loss, rng, batch, f=WithAxis(local, "model"), run=run, **options)
+
+
+@over_losses("head", slow=("logits", "function", "head, bucket"))
+@pytest.mark.parametrize("inside", [False, *rarely(True)])
+def test_a_mean_over_the_tokens_of_a_users_shard_map(rng, loss, inside):
+    """With its gradient inside or outside; the first device has nothing to count."""
+    batch = loss.make(rng, (16,), 11).map(lambda x: x.at[:2].set(False), "where")
+    counted = lambda x: jnp.where(x.others["where"], x.floats["weights"], 0).sum()
+    rows = lambda spec: P("data") if "data" in spec else P()
+    specs = jax.tree.map(rows, specs_of(batch), is_leaf=lambda x: isinstance(x, P))
+
+    def mean(floats, others):
+        local = Batch(floats, others)
+        total = jax.lax.psum(counted(local), "data")
+        return jax.lax.psum(loss(local, normalizer=total), "data")
+
+    def run(f, batch, g):
+        def of_device(floats, others):
+            value, vjp = jax.vjp(lambda x: mean(x, others), floats)
+            return value, vjp(jnp.asarray(g))[0]
+
+        spread = partial(
+            jax.shard_map, mesh=axes_of("8x1")["mesh"], in_specs=tuple(specs)
+        )
+        if inside:
+            out_specs = P(), specs.floats
+            return jax.jit(spread(of_device, out_specs=out_specs))(*batch)
+        total = spread(mean, out_specs=P())
+        return pull_back(lambda batch: total(*batch), batch, g)
+
+    check(loss, rng, batch, run=run, normalizer=counted(batch))
 
 
 class WithAxis:
@@ -162,6 +221,17 @@ def test_gradients_are_spread_as_their_arrays(rng, loss, kind):
         )
         for x, d in leaves:
             assert d.sharding.is_equivalent_to(x.sharding, x.ndim), name
+
+
+@pytest.mark.slow
+@over_losses("logits", slow=("head", "cross_entropy of head"))
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_spread_tokens_without_a_mesh_of_the_loss(rng, loss, reduction):
+    batch = loss.make(rng, (16,), 7)
+    spread = NamedSharding(axes_of("8x1")["mesh"], P("data"))
+    put = lambda x: with_tokens(x, jax.device_put(tokens_of(x), spread))
+    placed = batch.map(put, "student", "teacher", "weights", "where", "labels")
+    check(loss, rng, placed, exact=batch, reduction=reduction)
 
 
 def replace_specs(spec):

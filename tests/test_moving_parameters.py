@@ -1,4 +1,7 @@
-"""Parameters of divergences that are arrays: traced scalars, or one for each token."""
+"""Parameters of divergences that are arrays: traced scalars, or one for each token.
+
+The losses named "moving" in registry.py have one for each token in tests of properties.
+"""
 
 import functools as ft
 
@@ -21,13 +24,14 @@ from jaxkl import (
     SymmetricKL,
     TotalVariation,
 )
+from jaxkl._engine import rule
 
 from . import oracle
 from .cases import assert_matches, evaluate, rarely, squared_error
 from .helpers import assert_close
 from .moving import MOVING
-from .sources import expected_of, make_head, make_models, per_token, rounded
-from .test_sharding import mesh_of, sharded
+from .sources import expected_of, make_models, rounded
+from .test_meshes import axes_of
 
 
 def over_moving(*quick, without=()):
@@ -36,73 +40,63 @@ def over_moving(*quick, without=()):
     return pytest.mark.parametrize("name", [*quick, *rarely(*others)])
 
 
-# Values and gradients.
-
-
-@over_moving("js_normalized", "mixture")
-@pytest.mark.parametrize("source", ["logits", *rarely("head")])
-def test_a_value_for_each_token(rng, name, source):
-    student, teacher = make_models(rng, source, (9,), 11)
-    assert_matches(
-        student, teacher, MOVING[name].over(9), temperature=2.0, cotangent=-1.7
-    )
-
-
-@pytest.mark.parametrize("plan", [dict(plan="lean"), *rarely(dict(tile=2))], ids=str)
-@pytest.mark.parametrize("name", ["kls", *rarely("mixture", "js", "alpha")])
-def test_plans_of_heads(rng, name, plan):
-    student, teacher = make_models(rng, "head", (9,), 300)
-    cotangent = rng.normal(size=9).astype(np.float32)
-    assert_matches(
-        student, teacher, MOVING[name].over(9), reduction="none", cotangent=cotangent,
-        **plan,
-    )  # fmt: skip
-
-
-@over_moving("skew_reverse")
-def test_all_arguments_at_once(rng, name):
-    student, teacher = make_models(rng, "logits", (9,), 11)
-    more = per_token(
-        rng, (9,), "temperature", "teacher_temperature", "weights", "where", "labels"
-    )
-    pair = MOVING[name].over(9, where=more["where"])
-    assert_matches(
-        student, teacher, pair, alpha=0.6, label_smoothing=0.1, z_loss=0.01, tile=4,
-        **more,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("shape", [(3, 5), *rarely(((),))])
-def test_shapes_of_tokens(rng, shape):
-    s, t = rounded(rng, (*shape, 7)), rounded(rng, (*shape, 7))
-    beta = jnp.asarray(rng.uniform(size=shape), jnp.float32)
-    got, _ = evaluate(s, t, divergence=JensenShannon(beta), reduction="none")
-    assert got.shape == shape
-    got, s, t, beta = (np.asarray(x) for x in (got, s, t, beta))
-    for i in np.ndindex(shape):
-        one = oracle.jensen_shannon(float(beta[i]))
-        want = oracle.distillation_loss(s[i][None], t[i][None], divergence=one).loss
-        np.testing.assert_allclose(got[i], float(want), rtol=2e-6)
-
-
-@over_moving("alpha")
-def test_a_scalar_is_the_same_for_all_tokens(rng, name):
+@over_moving("kls", "alpha")
+def test_a_schedule_compiles_once(rng, name):
+    """And a scalar is the same for all tokens."""
     moving = MOVING[name]
     s, t = rounded(rng, (4, 7)), rounded(rng, (4, 7))
-    for value in moving.values:
-        x = jnp.float32(value)
-        pair = moving.make(x), moving.oracle(float(x))
-        assert_matches(s, t, pair, value_tol=2e-6)
+    loss = ft.partial(distillation_loss, differentiate_teacher=True)
+    traces = []
+
+    @jax.jit
+    def step(s, t, x):
+        traces.append(x)
+        f = ft.partial(loss, divergence=moving.make(x))
+        return jax.value_and_grad(f, (0, 1))(s, t)
+
+    @jax.jit
+    def of_divergence(s, t, divergence):
+        traces.append(divergence)
+        return jax.value_and_grad(ft.partial(loss, divergence=divergence), (0, 1))(s, t)
+
+    for x in map(jnp.float32, moving.values):
+        found = step(s, t, x)
+        other = of_divergence(s, t, moving.make(x))
+        jax.tree.map(np.testing.assert_array_equal, found, other)
+        value, (d_s, d_t) = found
+        want = expected_of(s, t, divergence=moving.oracle(float(x)))
+        assert_close(value, want.loss, 2e-6)
+        assert_close(d_s, want.student, 1e-5)
+        assert_close(d_t, want.teacher, 1e-5, floor=1e-9)
+    assert len(traces) == 2
 
 
-@pytest.mark.parametrize("dtype", ["float64", *rarely("bfloat16")])
-@over_moving("js_normalized")
-def test_dtypes(rng, name, dtype):
-    with jax.enable_x64(dtype == "float64"):
-        student, teacher = make_models(rng, "logits", (9,), 11, dtype)
-        assert_matches(
-            student, teacher, MOVING[name].over(9, dtype=dtype), temperature=2.0
-        )
+def test_the_engine_compiles_once_without_jit(rng):
+    s, t = rounded(rng, (4, 7)), rounded(rng, (4, 7))
+    f = lambda x: distillation_loss(s, t, divergence=SymmetricKL(jnp.float32(x)))
+    f(0.1)
+    before = rule._value._cache_size()
+    assert f(0.2) != f(0.7)
+    assert rule._value._cache_size() == before
+
+
+@pytest.mark.parametrize("wrap", [jax.checkpoint, *rarely(lambda f: f)])
+def test_scan_over_a_schedule(rng, wrap):
+    s, t, betas = rounded(rng, (3, 7)), rounded(rng, (3, 7)), np.linspace(0, 1, 5)
+
+    @jax.jit
+    @jax.grad
+    def grad(s):
+        def step(total, beta):
+            divergence = JensenShannon(beta, normalized=True)
+            f = wrap(ft.partial(distillation_loss, divergence=divergence))
+            return total + f(s, t), None
+
+        return jax.lax.scan(step, jnp.float32(0), jnp.float32(betas))[0]
+
+    of = lambda beta: oracle.jensen_shannon(float(beta), normalized=True)
+    wants = [expected_of(s, t, divergence=of(beta)).student for beta in betas]
+    assert_close(grad(s), sum(wants), 1e-5)
 
 
 @pytest.mark.slow
@@ -143,32 +137,32 @@ CONFIDENT = {
 }
 
 
-@pytest.mark.parametrize("rows", CONFIDENT.values(), ids=CONFIDENT)
 @over_moving("js_normalized", without=("mixture",))
-def test_digits_of_confident_rows(name, rows):
+def test_digits_of_confident_rows(name):
+    """Each row with each value of the parameter."""
     moving = MOVING[name]
-    s, t = (jnp.tile(jnp.asarray(row, jnp.float32), (9, 1)) for row in rows)
-    divergence, reference = moving.over(9)
+    divergence, reference = moving.over((4, 9))
+    rows = np.float32(list(CONFIDENT.values()))
+    s, t = np.tile(rows[:, None], (1, 9, 1, 1)).transpose(2, 0, 1, 3)
+    s, t = jnp.asarray(s), jnp.asarray(t)
     value, grads = evaluate(s, t, divergence=divergence, reduction="none")
     want = expected_of(s, t, divergence=reference, reduction="none")
-    for i, x in enumerate(moving.array(9)):
+    for i in np.ndindex(4, 9):
         if not np.abs(np.float64(want.loss[i])) < 3e38:
             continue  # α = 2 overflows
-        assert_close(value[i], want.loss[i], 5e-6, f"value at {x}")
-        assert_close(grads["student"][i], want.student[i], 5e-6, f"student at {x}")
+        at = f"{list(CONFIDENT)[i[0]]} at {moving.array((4, 9))[i]}"
+        assert_close(value[i], want.loss[i], 5e-6, at)
+        assert_close(grads["student"][i], want.student[i], 5e-6, at)
 
 
 @pytest.mark.parametrize("make", [SkewForwardKL, *rarely(SkewReverseKL)])
 def test_a_mixture_of_the_student_alone_where_it_has_nothing(make):
     """At α = 0, where the student has no probability either."""
     log_p, log_q = jnp.log(jnp.array([0.5, 0.5])), jnp.array([0.0, -jnp.inf])
-    models = (log_p, log_q) if make is SkewForwardKL else (log_q, log_p)
     at = 1 if make is SkewForwardKL else 0
-    slope = jax.jit(
-        lambda alpha: jax.grad(lambda *x: make(alpha)(*x).sum(), argnums=at)(*models)
-    )
-    of_number = jax.grad(lambda *x: make(0)(*x).sum(), argnums=at)(*models)
-    assert_close(slope(jnp.float32(0)), of_number, 1e-6)
+    models = (log_p, log_q) if at else (log_q, log_p)
+    slope = lambda alpha: jax.grad(lambda *x: make(alpha)(*x).sum(), at)(*models)
+    assert_close(jax.jit(slope)(jnp.float32(0)), slope(0), 1e-6)
 
 
 @pytest.mark.slow
@@ -178,20 +172,14 @@ def test_infinite_terms_are_those_of_numbers(rng, name):
     s, t = rounded(rng, (2, 7)), rounded(rng, (2, 7))
     s, t = s.at[:, 3].set(-jnp.inf), t.at[:, 3].set(-jnp.inf)
     s, t = s.at[0, 1].set(-jnp.inf), t.at[1, 1].set(-jnp.inf)
-
-    @jax.jit
-    def run(divergence):
-        f = lambda s, t: distillation_loss(
-            s, t, divergence=divergence, reduction="none", differentiate_teacher=True
-        )
-        value, vjp = jax.vjp(f, s, t)
-        return value, *vjp(jnp.ones_like(value))
-
+    leaves = lambda x: jax.tree.leaves(
+        evaluate(s, t, divergence=make(x), reduction="none")
+    )
     for x in MOVING[name].values:
         if name in ("js", "mixture") and x in (0, 1):
             continue  # There is no such number.
-        number = run(make(float(np.float32(x))))
-        for got, want in zip(run(make(jnp.float32(x))), number, strict=True):
+        numbers = leaves(float(np.float32(x)))
+        for got, want in zip(leaves(jnp.float32(x)), numbers, strict=True):
             np.testing.assert_array_equal(np.isinf(got), np.isinf(want), str(x))
             np.testing.assert_array_equal(np.isnan(got), np.isnan(want), str(x))
             if name.startswith("skew") and 0.99 < x < 1:
@@ -218,44 +206,35 @@ def test_a_weight_of_zero_leaves_out_what_is_infinite(rng, last, kind):
     assert not np.isfinite(evaluate(s, t, divergence=mixture(kind(1)))[0])
 
 
-# Compilation and transformations.
-
-
-@over_moving("kls")
-def test_a_schedule_compiles_once(rng, name):
+@pytest.mark.slow
+@over_moving("js_normalized")
+@pytest.mark.parametrize("reduction", ["mean", *rarely("none")])
+def test_second_order(rng, name, reduction):
+    """Three values with a limit, in float64."""
     moving = MOVING[name]
-    s, t = rounded(rng, (4, 7)), rounded(rng, (4, 7))
-    traces = []
+    s, t = (rng.normal(size=(3, 4)) for _ in range(2))
+    g = rng.normal(size=3) if reduction == "none" else 1.0
+    with jax.enable_x64(True):
+        divergence, reference = moving.over(3, dtype="float64")
 
-    @jax.jit
-    def step(s, t, x):
-        traces.append(x)
-        return jax.value_and_grad(distillation_loss)(s, t, divergence=moving.make(x))
+    def theirs(s):
+        return oracle.distillation_loss(
+            s.reshape(3, 4), t, divergence=reference, cotangent=g, reduction=reduction
+        ).student.ravel()
 
-    @jax.jit
-    def of_divergence(s, t, divergence):
-        traces.append(divergence)
-        return jax.value_and_grad(distillation_loss)(s, t, divergence=divergence)
+    def mine(s):
+        more = dict(divergence=divergence, reduction=reduction)
+        return jnp.sum(g * distillation_loss(s.reshape(3, 4), t, **more))
 
-    for x in map(jnp.float32, moving.values):
-        value, grad = step(s, t, x)
-        value_, grad_ = of_divergence(s, t, moving.make(x))
-        want = expected_of(s, t, divergence=moving.oracle(float(x)))
-        assert_close(value, want.loss, 2e-6)
-        assert_close(grad, want.student, 1e-5)
-        assert value == value_ and (grad == grad_).all()
-    assert len(traces) == 2
+    with jax.enable_x64(True):
+        for jacobian in jax.jacfwd, jax.jacrev:
+            hessian = jax.jit(jacobian(jax.grad(mine)))
+            for point in s.ravel(), t.ravel():
+                want = oracle.jacobian(theirs, point)
+                assert_close(hessian(jnp.asarray(point)), want, 1e-8)
 
 
-def test_the_engine_compiles_once_without_jit(rng):
-    from jaxkl._engine import rule
-
-    s, t = rounded(rng, (4, 7)), rounded(rng, (4, 7))
-    f = lambda x: distillation_loss(s, t, divergence=SymmetricKL(jnp.float32(x)))
-    f(0.1)
-    before = rule._value._cache_size()
-    assert f(0.2) != f(0.7)
-    assert rule._value._cache_size() == before
+# Programs.
 
 
 @pytest.mark.slow
@@ -290,71 +269,6 @@ def test_a_mixture_of_numbers_is_the_program_of_a_symmetric_kl(rng):
     assert text(mixture) == text(SymmetricKL(0.25))
 
 
-@pytest.mark.slow
-@over_moving("skew_forward")
-def test_vmap_over_values(rng, name):
-    moving = MOVING[name]
-    s, t = rounded(rng, (4, 3, 7)), rounded(rng, (4, 3, 7))
-    values = moving.array(4)
-    grad = jax.value_and_grad(lambda s, t, d: distillation_loss(s, t, divergence=d))
-    loss, d_s = jax.jit(jax.vmap(grad))(s, t, moving.make(values))
-    for i, x in enumerate(values):
-        want = expected_of(s[i], t[i], divergence=moving.oracle(float(x)))
-        assert_close(loss[i], want.loss, 2e-6)
-        assert_close(d_s[i], want.student, 1e-5)
-
-
-@pytest.mark.parametrize("wrap", [jax.checkpoint, *rarely(lambda f: f)])
-def test_scan_over_a_schedule(rng, wrap):
-    s, t = rounded(rng, (3, 7)), rounded(rng, (3, 7))
-    betas = jnp.linspace(0, 1, 5)
-
-    @jax.jit
-    @jax.grad
-    def grad(s):
-        def step(total, beta):
-            divergence = JensenShannon(beta, normalized=True)
-            f = wrap(ft.partial(distillation_loss, divergence=divergence))
-            return total + f(s, t), None
-
-        return jax.lax.scan(step, jnp.float32(0), betas)[0]
-
-    of = lambda beta: oracle.jensen_shannon(float(beta), normalized=True)
-    wants = [expected_of(s, t, divergence=of(beta)).student for beta in betas]
-    assert_close(grad(s), sum(wants), 1e-5)
-
-
-@pytest.mark.slow
-@over_moving("js_normalized")
-@pytest.mark.parametrize("reduction", ["mean", *rarely("none")])
-def test_second_order(rng, name, reduction):
-    moving = MOVING[name]
-    s, t = (rng.normal(size=(3, 4)) for _ in range(2))
-    g = rng.normal(size=3) if reduction == "none" else 1.0
-    x = np.asarray(moving.array(3, "float32"), np.float64)
-    reference = oracle.by_token([moving.oracle(value) for value in x])
-
-    def theirs(s):
-        return oracle.distillation_loss(
-            s.reshape(3, 4), t, divergence=reference, cotangent=g, reduction=reduction
-        ).student.ravel()
-
-    def mine(s, divergence):
-        value = distillation_loss(
-            s.reshape(3, 4), t, divergence=divergence, reduction=reduction
-        )
-        return jnp.sum(value * g)
-
-    points = s.ravel(), t.ravel()
-    expected = [oracle.jacobian(theirs, point) for point in points]
-    with jax.enable_x64(True):
-        divergence = moving.make(jnp.asarray(x))
-        for jacobian in jax.jacfwd, jax.jacrev:
-            hessian = jax.jit(jacobian(jax.grad(mine)))
-            for point, want in zip(points, expected, strict=True):
-                assert_close(hessian(jnp.asarray(point), divergence), want, 1e-8)
-
-
 def direct(s, t, *, divergence, reduction):
     del reduction
     return divergence(jax.nn.log_softmax(t), jax.nn.log_softmax(s))
@@ -372,92 +286,44 @@ def test_arrays_are_constants(rng, name, loss):
         assert d.shape == (7,) and not d.any()
 
 
-# Many devices.
-
-
-@pytest.mark.parametrize("layout", ["2x4", *rarely("1x8", "8x1", "2x2x2")])
-@pytest.mark.parametrize("form", ["logits", *rarely("head")])
-@pytest.mark.parametrize("name", ["kls", *rarely("mixture", "js")])
-def test_meshes(rng, name, form, layout):
-    student, teacher = make_models(rng, form, (13,), 37)
-    assert_matches(
-        student, teacher, MOVING[name].over(13), loss=sharded(layout), cotangent=-1.7,
-        temperature=2.0,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("name", rarely("symmetric", "mixture"))
-def test_axis_name(rng, name):
-    divergence, reference = MOVING[name].over(12)
-    student, teacher = (make_head(rng, (12,), n, 24) for n in (5, 3))
-    head = jaxkl.LinearHead(P("data"), P(None, "model"))
-    by_token = jax.tree.map(lambda _: P("data"), divergence)
-
-    def f(student, teacher, divergence):
-        value = distillation_loss(
-            student, teacher, divergence=divergence, axis_name="model", normalizer=12.0
-        )
-        return jax.lax.psum(value, "data")
-
-    f = jax.shard_map(
-        f, mesh=mesh_of("2x4"), in_specs=(head, head, by_token), out_specs=P()
-    )
-    value, grad = jax.jit(jax.value_and_grad(f))(student, teacher, divergence)
-    want = expected_of(student, teacher, divergence=reference)
-    assert_close(value, want.loss, 5e-6)
-    for x, y in zip(*map(jax.tree.leaves, (grad, want.student)), strict=True):
-        assert_close(x, y, 1e-5)
-
-
 def test_an_array_that_differs_over_the_vocabulary_axis(rng):
     s, t = rounded(rng, (4, 8)), rounded(rng, (4, 8))
     f = lambda s, t, x: distillation_loss(
         s, t, axis_name="model", divergence=SymmetricKL(x)
     )
-    columns = P(None, "model")
-    f = jax.shard_map(
-        f, mesh=mesh_of("2x4"), in_specs=(columns, columns, P("model")), out_specs=P()
-    )
-    with pytest.raises(
-        ValueError, match="`divergence` must be the same on all devices"
-    ):
-        jax.jit(f)(s, t, jnp.full(16, 0.5))
+    specs = P(None, "model"), P(None, "model"), P("model")
+    mesh = axes_of("2x4")["mesh"]
+    f = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=P()))
+    says = "`divergence` must be the same on all devices"
+    with pytest.raises(ValueError, match=says):
+        f(s, t, jnp.full(16, 0.5))
 
 
 # Lists, metrics, and the other losses.
 
 
-def _refused(name, tail):
-    """Whether a list with this tail takes no such divergence."""
-    infinite = ("symmetric", "kls", "mixture")
-    return tail == "drop" or (tail == "renormalize" and name in infinite)
-
-
-@pytest.mark.parametrize("tail", ["bucket", *rarely("renormalize", "uniform")])
-@over_moving("symmetric")
+@pytest.mark.slow
+@over_moving("js")
+@pytest.mark.parametrize("tail", ["renormalize", *rarely("bucket", "uniform")])
 def test_lists(rng, name, tail):
+    """Each token has its digits, and what is infinite without mass is refused."""
+    student, teacher = make_models(rng, tail, (9,), 11)
     moving = MOVING[name]
-    if _refused(name, tail):
-        models = make_models(rng, tail, (9,), 11)
+    if tail == "renormalize" and name in ("symmetric", "kls", "mixture"):
         with pytest.raises(ValueError, match="`divergence`"):
-            distillation_loss(*models, divergence=moving.over(9)[0])
+            distillation_loss(student, teacher, divergence=moving.over(9)[0])
         return
     if tail == "renormalize":  # p = 0 outside the list, where a limit may be infinite
         finite = [x for x in moving.values if 0 < x < 1 or name == "alpha" and x > 0]
         moving = moving._replace(values=finite)
-    student, teacher = make_models(rng, tail, (9,), 11)
-    value, grads = evaluate(
-        student, teacher, divergence=moving.over(9)[0], reduction="none", tile=4
-    )
+    divergence, reference = moving.over(9)
+    more = dict(divergence=divergence, reduction="none", tile=4)
+    value, grads = evaluate(student, teacher, **more)
+    want = expected_of(student, teacher, divergence=reference, reduction="none")
     for i, x in enumerate(moving.array(9)):
-        want = expected_of(
-            student[i : i + 1],
-            jax.tree.map(lambda x: x[i : i + 1], teacher),  # noqa: B023
-            divergence=moving.oracle(float(x)),
-        )
-        assert_close(value[i], want.loss, 5e-6, f"value at {x}", 1e-12)
-        got = grads["student"][i : i + 1]
-        assert_close(got, want.student, 2e-5, f"gradient at {x}", 1e-12)
+        assert_close(value[i], want.loss[i], 5e-6, f"value at {x}", 1e-12)
+        got = grads["student"][i]
+        assert_close(got, want.student[i], 2e-5, f"gradient at {x}", 1e-12)
 
 
 @pytest.mark.parametrize("tail", ["renormalize", "drop"])
@@ -473,46 +339,31 @@ def test_tails_that_refuse_an_array(rng, tail):
 @over_moving("symmetric")
 def test_metrics(rng, name):
     s, t = rounded(rng, (9, 7)), rounded(rng, (9, 7))
-    weights = jnp.asarray(rng.uniform(0.5, 2, 9), jnp.float32)
+    arguments = dict(weights=np.float32(rng.uniform(0.5, 2, 9)), temperature=2.0)
     divergence, reference = MOVING[name].over(9)
-    arguments = dict(weights=weights, temperature=2.0)
-    _, got = jaxkl.distillation_loss_with_metrics(
-        s, t, divergence=divergence, **arguments
-    )
+    f = ft.partial(jaxkl.distillation_loss_with_metrics, divergence=divergence)
+    _, got = f(s, t, **arguments)
     want = oracle.metrics(s, t, divergence=reference, **arguments)
     assert_close(got.divergence, want.divergence, 2e-6)
     assert_close(got.kl, want.kl, 2e-6)
-
-
-@pytest.mark.slow
-@over_moving("symmetric")
-def test_the_reference(rng, name):
-    s, t = rounded(rng, (9, 7)), rounded(rng, (9, 7))
-    where = jnp.asarray(rng.random(9) < 0.7)
-    divergence, reference = MOVING[name].over(9, where=where)
-    f = lambda s: jaxkl.reference.distillation_loss(
-        s, t, divergence=divergence, temperature=2.0, where=where
-    )
-    want = expected_of(s, t, divergence=reference, temperature=2.0, where=where)
-    value, grad, slope = jax.jit(
-        lambda s: (*jax.value_and_grad(f)(s), jax.jvp(f, (s,), (t,))[1])
-    )(s)
-    assert_close(value, want.loss, 2e-6)
-    assert_close(grad, want.student, 1e-5)
-    assert_close(slope, np.sum(want.student * np.asarray(t, np.float64)), 1e-5)
 
 
 @over_moving("symmetric")
 def test_softmax_divergence(rng, name):
     s, t = rounded(rng, (7, 9)), rounded(rng, (7, 9))
     divergence, reference = MOVING[name].over(9)
-    where = jnp.arange(7) != 2
+    where = np.arange(7) != 2
     f = ft.partial(jaxkl.losses.softmax_divergence, axis=0, where=where[:, None])
-    got, vjp = jax.vjp(jax.jit(lambda s: f(s, t, divergence)), s)
-    kept = lambda x: np.asarray(x)[np.asarray(where)].T
+
+    @jax.jit
+    def run(s):
+        got, vjp = jax.vjp(lambda s: f(s, t, divergence), s)
+        return got, *vjp(jnp.ones_like(got))
+
+    got, d_s = run(s)
+    kept = lambda x: np.asarray(x)[where].T
     want = expected_of(kept(s), kept(t), divergence=reference, reduction="none")
     assert_close(got, want.loss, 2e-6)
-    (d_s,) = vjp(jnp.ones_like(got))
     assert_close(kept(d_s), want.student, 1e-5)
     assert not d_s[2].any()
 
@@ -572,41 +423,29 @@ def test_mixtures_of_mixtures_and_of_nothing(rng):
     nested = lambda w: Mixture(((2.0, inner(w)), (0, squared_error)))
     pair = nested(jnp.float32(0.3)), oracle.mixture((0.6, oracle.reverse_kl))
     assert_matches(s, t, pair, value_tol=2e-6)
-    value, grads = evaluate(s, t, divergence=nested(jnp.float32(0)))
-    assert value == 0 and not any(x.any() for x in grads.values())
+    for nothing in (nested(jnp.float32(0)), nested(0)):
+        value, grads = evaluate(s, t, divergence=nothing)
+        assert value == 0 and not any(x.any() for x in grads.values())
 
 
-@pytest.mark.slow
-def test_a_mixture_of_no_weight_is_nothing(rng):
-    s, t = rounded(rng, (3, 7)), rounded(rng, (3, 7))
-    inner = Mixture(((0, ReverseKL()),))
-    value, grads = evaluate(
-        s, t, divergence=Mixture(((2.0, inner), (0, squared_error)))
-    )
-    assert value == 0 and not any(x.any() for x in grads.values())
-
-
-# Bad values.
+# Bad values. test_divergences.py has numbers out of range.
 
 
 @over_moving("symmetric", without=("mixture", "kls"))
 def test_values_out_of_range(rng, name):
     make = MOVING[name].make
     s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
-    parameter = {"symmetric": "weight", "js": "beta", "js_normalized": "beta"}
-    word = parameter.get(name, "alpha")
-    bad = [np.nan, np.inf] + ([] if name == "alpha" else [-0.1, 1.1])
+    word = dict(symmetric="weight", js="beta", js_normalized="beta").get(name, "alpha")
     where = jnp.array([True, False, True])
 
     @jax.jit
     def f(x):
-        loss = ft.partial(distillation_loss, s, t, divergence=make(x), reduction="none")
-        plain = jaxkl.reference.distillation_loss(
-            s, t, divergence=make(x), reduction="none", where=where
-        )
-        return loss(), loss(where=where), plain
+        more = dict(divergence=make(x), reduction="none")
+        loss = ft.partial(distillation_loss, s, t, **more)
+        plain = ft.partial(jaxkl.reference.distillation_loss, s, t, **more)
+        return loss(), loss(where=where), plain(where=where)
 
-    for value in bad:
+    for value in [np.nan, np.inf] + ([] if name == "alpha" else [-0.1, 1.1]):
         x = jnp.array([0.5, value, 0.5], jnp.float32)
         with pytest.raises(ValueError, match=f"`{word}` must be .* got {value}"):
             make(x)

@@ -206,17 +206,6 @@ def test_logits_of_two_models(arrays, options, says):
     assert says is None or found.mistakes[0].name.startswith(says)
 
 
-def test_logits_of_two_models_on_the_command_line(tmp_path, capsys):
-    path = tmp_path / "models.npz"
-    np.savez(path, **MODELS, **of_models(2.0))
-    assert main(["parity", "compare", str(path), "--temperature", "2"]) == 0
-    shown = capsys.readouterr().out
-    assert "distillation_loss in jaxkl and in PyTorch" in shown
-    assert "grad_student" in shown and "d_teacher" in shown and "input" not in shown
-    assert main(["parity", "compare", str(path), "--log-target"]) == 2
-    assert "leave out --reduction none and --log-target" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     "arrays, options",
     [
@@ -250,30 +239,25 @@ def test_half_precision(dtype):
     assert mistake.name == "mean for batchmean"
 
 
-@pytest.mark.parametrize("name", ["input", "target"])
-def test_says_where_nan_is(name):
-    with_nan = ARRAYS[name].copy()
-    with_nan[1, 2] = with_nan[3, 4] = np.nan
-    (mistake,) = check({name: with_nan, "loss": kl["loss"]}).mistakes
-    assert mistake.name == f"NaN in {name}"
-    says = f"2 of 400 numbers of `{name}` are NaN, the first at [1, 2]"
-    assert mistake.evidence == says
+WITH_NAN = np.where(np.isin(np.arange(x.size).reshape(x.shape), (52, 154)), np.nan, x)
+UNKNOWN = "none of the known mistakes"
 
 
 @pytest.mark.parametrize(
-    "arrays, says",
+    "arrays, name, says",
     [
-        (dict(loss=0.777), "right / recorded = "),
-        (dict(loss=0.0), "recorded - right = "),
-        (dict(input=x[0, 0], target=t, loss=0.777), "right / recorded = "),
-        (kl | {"grad_input": 0 * x}, ""),
+        (dict(input=WITH_NAN), "NaN in input", "2 of 400 numbers of `input` are NaN"),
+        (dict(target=WITH_NAN), "NaN in target", "are NaN, the first at [1, 2]"),
+        (dict(loss=0.777), UNKNOWN, "right / recorded = "),
+        (dict(loss=0.0), UNKNOWN, "recorded - right = "),
+        (dict(input=x[0, 0], target=t, loss=0.777), UNKNOWN, "right / recorded = "),
+        (kl | {"grad_input": 0 * x}, UNKNOWN, ""),
     ],
 )
-def test_says_if_it_does_not_know(arrays, says):
-    arrays = {k: np.float32(v) for k, v in arrays.items()}
+def test_says_where_nan_is_and_if_it_does_not_know(arrays, name, says):
+    arrays = {k: np.float32(v) for k, v in (dict(loss=kl["loss"]) | arrays).items()}
     (mistake,) = check(arrays).mistakes
-    assert mistake.name == "none of the known mistakes"
-    assert says in mistake.evidence
+    assert mistake.name == name and says in mistake.evidence
 
 
 @pytest.mark.parametrize(
@@ -302,21 +286,40 @@ def test_invalid_temperatures(temperature):
         check({}, temperature=temperature)
 
 
-def test_command(tmp_path, capsys):
-    path, wrong = tmp_path / "right.npz", tmp_path / "wrong.npz"
-    np.savez(path, **ARRAYS, **kl)
-    np.savez(wrong, **ARRAYS, **torch_loss(x, t, "mean"))
-    assert main(["parity", "compare", str(path)]) == 0
-    shown = capsys.readouterr().out
-    assert "agree to" in shown and shown.endswith("\nagreed\n")
-    assert main(["parity", "compare", str(path), str(wrong)]) == 1
-    shown = capsys.readouterr().out
+@pytest.fixture
+def run(tmp_path, capsys):
+    """Runs the command on files with these arrays, in `tmp_path`: status and output."""
+
+    def run(*arguments, **files):
+        for name, arrays in files.items():
+            np.savez(tmp_path / f"{name}.npz", **arrays)
+        paths = [str(tmp_path / f"{name}.npz") for name in files]
+        status = main(["parity", "compare", *paths, *arguments])
+        return status, "".join(capsys.readouterr())
+
+    return run
+
+
+def test_command_of_two_models(run):
+    models = MODELS | of_models(2.0)
+    status, shown = run("--temperature", "2", models=models)
+    assert status == 0 and "distillation_loss in jaxkl and in PyTorch" in shown
+    assert "grad_student" in shown and "d_teacher" in shown and "input" not in shown
+    status, shown = run("--log-target", models=models)
+    assert status == 2 and "leave out --reduction none and --log-target" in shown
+
+
+def test_command(run, tmp_path):
+    right, wrong = ARRAYS | kl, ARRAYS | torch_loss(x, t, "mean")
+    status, shown = run(right=right)
+    assert status == 0 and "agree to" in shown and shown.endswith("\nagreed\n")
+    status, shown = run(right=right, wrong=wrong)
+    assert status == 1 and shown.endswith("\nNOT agreed\n")
     assert "\nmean for batchmean:\n  recorded " in shown
-    assert shown.endswith("\nNOT agreed\n")
-    assert main(["parity", "compare", str(wrong), "--reduction", "mean"]) == 0
+    assert run("--reduction", "mean", wrong=wrong)[0] == 0
     files = [str(tmp_path / name) for name in ("x.npy", "t.npy")]
-    np.save(files[0], x)
-    np.save(files[1], log_t)
-    assert main(["parity", "compare", "--log-target", *files]) == 0
-    assert main(["parity", "compare", "--temperature", "0", *files]) == 2
-    assert "`temperature`" in capsys.readouterr().err
+    for file, array in zip(files, (x, log_t), strict=True):
+        np.save(file, array)
+    assert run("--log-target", *files)[0] == 0
+    status, shown = run("--temperature", "0", *files)
+    assert status == 2 and "`temperature`" in shown

@@ -68,35 +68,22 @@ def test_each_kind(platform, work, expected):
 
 @pytest.mark.parametrize("platform", ["cpu", "accelerator"])
 def test_a_tile_of_the_user_changes_the_size_and_nothing_else(platform):
-    tiled = 0
+    tiled, flags = 0, (False, True)
+    students, teachers = ("logits", "head"), ("logits", "head", "list")
     for student, teacher, sharding, half, many in itertools.product(
-        ("logits", "head"),
-        ("logits", "head", "list"),
-        ("auto", "manual"),
-        (False, True),
-        (False, True),
+        students, teachers, ("auto", "manual"), flags, flags
     ):
-        work = Workload(
-            8192,
-            VOCAB,
-            student,
-            teacher,
-            half_logits=half,
-            many_devices=many,
-            sharding=sharding,
-            tokens_per_sum=8192 if "head" in (student, teacher) else 0,
-        )
+        per_sum = 8192 if "head" in (student, teacher) else 0
+        more = dict(half_logits=half, many_devices=many, tokens_per_sum=per_sum)
+        work = Workload(8192, VOCAB, student, teacher, sharding=sharding, **more)
         automatic = plan(platform, work)
         if automatic.tile is None:
             continue
         for tile in (1, 7, automatic.tile, 4096, 8191):
             chosen = plan(platform, dataclasses.replace(work, tile=tile))
             assert (chosen.part is None) == (automatic.part is None)
-            depend = dict(
-                tile=tile, part=chosen.part, barrier_outputs=chosen.barrier_outputs
-            )
-            same = dataclasses.replace(automatic, **depend)
-            assert chosen == same
+            depend = dict(part=chosen.part, barrier_outputs=chosen.barrier_outputs)
+            assert chosen == dataclasses.replace(automatic, tile=tile, **depend)
             assert tile != automatic.tile or chosen == automatic
             tiled += 1
         whole = plan(platform, dataclasses.replace(work, tile=8192))
@@ -156,6 +143,13 @@ def test_the_lean_plan_is_for_heads_that_would_hold_more_than_4_gib(work, is_lea
     assert (plan("accelerator", work).columns is not None) == is_lean
     # A CPU has it only on request.
     assert (plan("cpu", work).columns is not None) == (is_lean and work.plan == "lean")
+
+
+def test_a_function_is_never_lean():
+    work = Workload(31 * 512, VOCAB, **HEADS | SUM)
+    assert plan("accelerator", work).columns is not None
+    whole = plan("accelerator", dataclasses.replace(work, makes_blocks=False))
+    assert whole.columns is None and whole.tile is not None
 
 
 def test_parts_shrink_until_they_fit():

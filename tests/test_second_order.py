@@ -37,7 +37,7 @@ def assert_is_that_of_plain_jax(rng, loss, batch, *, tol=2e-5, floor=5e-6, **opt
     normal = lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype)
     along = jax.tree.map(normal, batch.floats)
     dot = lambda x, y: sum(map(jnp.vdot, *map(jax.tree.leaves, (x, y))))
-    names = ("reduction", "normalizer")
+    names = ("reduction", "normalizer", "vocab_size")
     shared = {name: options[name] for name in names if name in options}
 
     @jax.jit
@@ -58,6 +58,7 @@ def assert_is_that_of_plain_jax(rng, loss, batch, *, tol=2e-5, floor=5e-6, **opt
     plain, *found = second(batch.floats, along, batch.others)
     for mine in found:
         for x, y in zip(*map(jax.tree.leaves, (mine, plain)), strict=True):
+            assert np.isfinite(y).all()
             assert_close(x, y, tol, floor=floor)
 
 

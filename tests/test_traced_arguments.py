@@ -209,24 +209,6 @@ def test_integers_out_of_range(rng, dtype, value):
         assert np.isfinite(of_a_list(s, indices, WHERE)).all()
 
 
-@over_functions
-@pytest.mark.parametrize("reduction", ["none", *rarely("mean")])
-def test_a_dropped_token_may_have_any_label(rng, loss, reduction):
-    s, t = rounded(rng, (3, 5)), rounded(rng, (3, 5))
-
-    @jax.jit
-    def f(s, t, labels):
-        options = dict(where=WHERE, labels=labels, alpha=0.5, reduction=reduction)
-        value, pull = jax.vjp(lambda s: loss(s, t, **options), s)
-        return value, *pull(jnp.ones_like(value))
-
-    for bad in 5, -1:
-        got = f(s, t, jnp.array([0, bad, 4]))
-        for x, expected in zip(got, f(s, t, jnp.array([0, 0, 4])), strict=True):
-            assert np.any(expected)
-            np.testing.assert_array_equal(x, expected)
-
-
 @pytest.mark.parametrize(
     "dtype", ["uint8", *rarely("int8", "int16", "uint32", "int64")]
 )

@@ -4,18 +4,30 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import export
 
-from .registry import assert_expected, Batch, check, LOSSES, over_losses, pull_back
+from jaxkl import FunctionHead, LinearHead
+
+from .helpers import assert_close
+from .registry import (
+    assert_expected,
+    Batch,
+    check,
+    LOSSES,
+    over_losses,
+    pull_back,
+    with_tokens,
+)
 
 
 STILL = [x for x in LOSSES if not x.startswith("moving")]
 
 
-def stacked(rng, loss, n=2):
+def stacked(rng, loss, n=2, *, tokens=5, vocab=7):
     """Batches, one array of each of their arrays, and the cotangents of the losses."""
-    batches = [loss.make(rng, (5,), 7) for _ in range(n)]
+    batches = [loss.make(rng, (tokens,), vocab) for _ in range(n)]
     stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)
     cotangents = [loss.cotangent(rng, batch) for batch in batches]
     return batches, cotangents, stack(batches), stack(cotangents)
@@ -32,6 +44,39 @@ def test_vmap(rng, loss):
     batches, cotangents, stack, g = stacked(rng, loss)
     run = jax.jit(jax.vmap(partial(pull_back, loss)))
     assert_each(loss, batches, cotangents, *run(stack, g))
+
+
+@over_losses("head", slow=("logits", "function", "logits, bucket"))
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
+def test_vmap_beside_shared_arrays(rng, loss, inside):
+    """The gradient of a vmap transposes broadcasts; the vmap of a gradient does not."""
+    batch = loss.make(rng, (3, 4), 7)
+    is_head = lambda x: isinstance(x, LinearHead | FunctionHead)
+    of_head = lambda x: with_tokens(jax.tree.map(lambda _: None, x), 0)
+    axis = lambda x: of_head(x) if is_head(x) else 0 if np.ndim(x) else None
+    axes = jax.tree.map(axis, batch, is_leaf=is_head)
+    one = lambda floats, others: loss(Batch(floats, others), reduction="sum")
+
+    def run(f, batch, g):
+        if not inside:
+            total = lambda batch: jax.vmap(one, tuple(axes))(*batch).sum()
+            return pull_back(total, batch, g)
+        each = jax.jit(jax.vmap(jax.value_and_grad(one), tuple(axes)))
+        value, gradients = each(*batch)
+        # What they share has the sum of its gradients.
+        sum_of = lambda x, d: g * (d if x.shape == d.shape else d.sum(0))
+        return value.sum(), jax.tree.map(sum_of, batch.floats, gradients)
+
+    check(loss, rng, batch, run=run, reduction="sum")
+
+
+def test_jacrev(rng):
+    loss = LOSSES["logits"]
+    floats, others = batch = loss.make(rng, (3,), 5)
+    f = lambda s: loss(Batch(floats | dict(student=s), others), reduction="none")
+    _, expected = loss.expected(batch, np.ones(3), reduction="none")
+    got = jax.jit(jax.jacrev(f))(floats["student"])
+    assert_close(got, np.eye(3)[:, :, None] * np.float64(expected.student), 1e-5)
 
 
 @over_losses("function", "cross_entropy of head")

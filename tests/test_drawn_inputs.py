@@ -1,17 +1,12 @@
 """`distillation_loss` on drawn inputs against the oracle."""
 
-from functools import cache, partial
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-import jaxkl
-
 from . import oracle
-from .cases import ALL, assert_gradient
+from .cases import ALL, assert_gradient, evaluate
 from .helpers import assert_close, TOLERANCE
 
 
@@ -31,24 +26,6 @@ COMPILED = [
 ]
 ARGUMENTS = ("student", "teacher", "temperature", "teacher_temperature", "weights")
 TEMPERED = {"temperature": "student", "teacher_temperature": "teacher"}
-
-
-@cache
-def _compiled(name, reduction):
-    @jax.jit
-    def run(floats, others, cotangent):
-        loss = partial(
-            jaxkl.distillation_loss,
-            divergence=ALL[name][0],
-            reduction=reduction,
-            differentiate_teacher=True,
-            **others,
-        )
-        f = lambda floats: loss(**floats)
-        value, vjp = jax.vjp(f, floats)
-        return value, vjp(cotangent)[0]
-
-    return run
 
 
 def _draw_logits(rng, shape, vocab, scale, dtype, masked):
@@ -113,13 +90,14 @@ def test_drawn_inputs(
         labels=jnp.asarray(labels), where=jnp.asarray(rng.random(shape) < kept)
     )
     g = rng.normal(size=shape if reduction == "none" else ()).astype(np.float32)
-    value, grads = _compiled(name, reduction)(
-        floats, others | {k: jnp.float32(x) for k, x in numbers.items()}, g
+    traced = {k: jnp.float32(x) for k, x in numbers.items()}
+    options = dict(reduction=reduction, cotangent=g)
+    value, grads = evaluate(
+        **floats, **others, **traced, **options, divergence=ALL[name][0]
     )
     expected = oracle.distillation_loss(
-        **floats, **others, **numbers, divergence=ALL[name][1],
-        reduction=reduction, cotangent=g,
-    )  # fmt: skip
+        **floats, **others, **numbers, **options, divergence=ALL[name][1]
+    )
 
     assert value.dtype == jnp.float32
     # The rounding of log-probabilities has their own size, not that of the small
