@@ -209,7 +209,9 @@ def _label_term(log_q, labels):
         columns = jnp.arange(log_q.shape[-1], dtype=labels.dtype)
         is_label = columns[None, :] == labels[:, None]
         return -jnp.sum(zero_unless(is_label, log_q), axis=-1)
-    listed = jnp.take_along_axis(log_q, jnp.maximum(labels, 0), axis=-1)
+    # One that is out of range has the weight NaN, or 0 where its token does not count.
+    columns = jnp.clip(labels, 0, log_q.shape[-1] - 1)
+    listed = jnp.take_along_axis(log_q, columns, axis=-1)
     return -zero_unless(labels >= 0, listed)
 
 
