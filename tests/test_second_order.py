@@ -104,6 +104,32 @@ def test_of_equal_models(rng):
     assert_is_that_of_plain_jax(rng, loss, batch, tile=2)
 
 
+def _cross_entropy(log_p, log_q):
+    return -jnp.exp(log_p) * log_q
+
+
+@pytest.mark.parametrize("divergence", [_cross_entropy, jaxkl.JensenShannon(0.5)])
+def test_of_a_checkpointed_scan(rng, divergence):
+    """There JAX drops rules of ours within the rule, and some tangents are 0."""
+    s, t, along = rounded(rng, (3, 5)), rounded(rng, (3, 5)), rounded(rng, (3, 5))
+    options = dict(divergence=divergence, differentiate_teacher=True)
+
+    def total(module, s, t):
+        step = lambda sum, x: (sum + module.distillation_loss(*x, **options), None)
+        return jax.lax.scan(step, jnp.float32(0), (s, t))[0]
+
+    @partial(jax.jit, static_argnums=(0, 1))
+    def second(f, argnum, s, t):
+        slope = lambda *x: jnp.vdot(jax.grad(f, argnum)(*x), along)
+        return jax.grad(slope, argnum)(s, t)
+
+    mine = jax.jit(jax.checkpoint(partial(total, jaxkl)))
+    plain = partial(total, jaxkl.reference)
+    for argnum in 0, 1:
+        expected = second(plain, argnum, s, t)
+        assert_close(second(mine, argnum, s, t), expected, 1e-5, floor=1e-6)
+
+
 # Against the oracle.
 
 

@@ -32,10 +32,13 @@ from .parameters import (
 )
 from .terms import (
     alpha_term,
+    finite,
     jensen_shannon_term,
     kl_term,
+    known_ratio,
     log_ratio_of,
     q_less_p,
+    reverse_kl_term,
     skew_kl_term,
 )
 
@@ -60,6 +63,11 @@ class CataloguedDivergence(Parametrised):
         return None
 
     @property
+    def is_bounded(self) -> bool:
+        """Whether it is finite of any models. Its log-ratio is finite then too."""
+        return False
+
+    @property
     def members(self) -> tuple[Divergence, ...]:
         """The divergences of which it is made."""
         return ()
@@ -70,7 +78,12 @@ class CataloguedDivergence(Parametrised):
 
     def __call__(self, log_p: jax.Array, log_q: jax.Array) -> jax.Array:
         p, q = Outcomes.of_log(log_p), Outcomes.of_log(log_q)
-        return self.integrand(p, q, log_ratio_of(p, q))
+        return self.integrand(p, q, self.log_ratio(p, q))
+
+    def log_ratio(self, p: Outcomes, q: Outcomes) -> jax.Array:
+        """`log q - log p`, as the integrand wants it."""
+        log_ratio = log_ratio_of(p, q)
+        return finite(log_ratio) if self.is_bounded else log_ratio
 
 
 _CATALOGUE = set[type]()
@@ -114,6 +127,11 @@ def check_callable(name: str, divergence: Any) -> None:
         raise TypeError(f"`{name}` must be hashable, got {divergence!r}.")
 
 
+def _is_between(parameter: Number) -> bool:
+    """Whether it is a number in (0, 1), of a mixture of both models."""
+    return check.is_number(parameter) and 0 < parameter < 1
+
+
 def is_zero(parameter: Number) -> bool:
     """Whether it is 0 in every program: an array may be anything."""
     return check.is_number(parameter) and parameter == 0
@@ -127,19 +145,27 @@ def kl_weights(divergence: Divergence) -> tuple[Number, Number] | None:
     return divergence.kl_weights if is_ours(divergence) else None  # pyright: ignore[reportFunctionMemberAccess]
 
 
+def is_bounded(divergence: Divergence) -> bool:
+    """Whether it is one of ours that wants its log-ratio finite."""
+    return is_ours(divergence) and divergence.is_bounded  # pyright: ignore[reportFunctionMemberAccess]
+
+
 def evaluate(
     divergence: Divergence,
     p: Outcomes,
     q: Outcomes,
     log_ratio: jax.Array | None = None,
 ) -> jax.Array:
-    """`divergence(log p, log q)`; ours use the probabilities and the log-ratio too.
+    """`divergence(log p, log q)`; ours use the probabilities and the log-ratio too,
+    which for `is_bounded` is finite.
 
     It is 0 where both models have no probability.
     """
     if is_ours(divergence):
-        log_ratio = log_ratio_of(p, q, log_ratio)
-        return divergence.integrand(p, q, log_ratio)  # pyright: ignore[reportFunctionMemberAccess]
+        ours: CataloguedDivergence = divergence  # pyright: ignore[reportAssignmentType]
+        if log_ratio is None:
+            return ours.integrand(p, q, ours.log_ratio(p, q))
+        return ours.integrand(p, q, known_ratio(p.log, q.log, log_ratio))
     # Of an outcome that neither has, a user's function may be NaN, and so its slope. No
     # sensible function has a pole at probabilities of 1/2 and 1/4.
     absent = (p.log == -jnp.inf) & (q.log == -jnp.inf)
@@ -225,7 +251,7 @@ class ReverseKL(CataloguedDivergence):
         return 0.0, 1.0
 
     def integrand(self, p, q, log_ratio):
-        return kl_term(q, p, -log_ratio)
+        return reverse_kl_term(p, q, log_ratio)
 
 
 @catalogued
@@ -261,9 +287,9 @@ class SymmetricKL(CataloguedDivergence):
         if weight == 1:
             return kl_term(p, q, log_ratio)
         if weight == 0:
-            return kl_term(q, p, -log_ratio)
+            return reverse_kl_term(p, q, log_ratio)
         forward = kl_term(p, q, log_ratio)
-        reverse = kl_term(q, p, -log_ratio)
+        reverse = reverse_kl_term(p, q, log_ratio)
         return weight * forward + (1 - weight) * reverse
 
 
@@ -301,6 +327,10 @@ class JensenShannon(CataloguedDivergence):
         interval = Interval(0, 1, open_low=has_no_end, open_high=has_no_end)
         check_parameter("beta", self.beta, interval)
 
+    @property
+    def is_bounded(self):
+        return _is_between(self.beta)
+
     def integrand(self, p, q, log_ratio):
         beta = over_columns(self.beta, log_ratio)
         if not check.is_number(beta):
@@ -309,7 +339,7 @@ class JensenShannon(CataloguedDivergence):
         if beta == 0:
             return kl_term(p, q, log_ratio)
         if beta == 1:
-            return kl_term(q, p, -log_ratio)
+            return reverse_kl_term(p, q, log_ratio)
         scale = beta * (1 - beta) if self.normalized else 1
         weights = beta / scale, (1 - beta) / scale
         return jensen_shannon_term(p, q, log_ratio, beta, weights)
@@ -334,6 +364,10 @@ class SkewForwardKL(CataloguedDivergence):
     alpha: ArrayLike = 0.1
 
     intervals: ClassVar = {"alpha": Interval(0, 1, open_high=True)}
+
+    @property
+    def is_bounded(self):
+        return _is_between(self.alpha)
 
     def integrand(self, p, q, log_ratio):
         alpha = over_columns(self.alpha, log_ratio)
@@ -364,6 +398,10 @@ class SkewReverseKL(CataloguedDivergence):
 
     intervals: ClassVar = {"alpha": Interval(0, 1, open_high=True)}
 
+    @property
+    def is_bounded(self):
+        return _is_between(self.alpha)
+
     def integrand(self, p, q, log_ratio):
         return SkewForwardKL(self.alpha).integrand(q, p, -log_ratio)
 
@@ -379,6 +417,10 @@ class TotalVariation(CataloguedDivergence):
       Wen, Li, Du, Mou. [f-Divergence Minimization for Sequence-Level Knowledge
       Distillation](https://arxiv.org/abs/2307.15190), 2023.
     """
+
+    @property
+    def is_bounded(self):
+        return True
 
     def integrand(self, p, q, log_ratio):
         gap = q_less_p(p, q, log_ratio)

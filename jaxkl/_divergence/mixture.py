@@ -15,11 +15,13 @@ from .catalogue import (
     Divergence,
     evaluate,
     evaluate_weighted,
+    is_bounded,
     is_ours,
     is_zero,
     kl_weights,
 )
 from .parameters import check_parameter, REAL
+from .terms import finite
 
 
 @catalogued
@@ -102,9 +104,14 @@ class Mixture(CataloguedDivergence):
                     total[i] = total[i] + weight * of_member
         return total[0], total[1]
 
+    @property
+    def is_bounded(self):
+        return all(map(is_bounded, self.members))
+
     def integrand(self, p, q, log_ratio):
-        total = []
+        total, given = [], log_ratio
         for weight, divergence in self.terms:
+            log_ratio = finite(given) if is_bounded(divergence) else given
             if check.is_number(weight) and weight == 1:
                 total.append(evaluate(divergence, p, q, log_ratio))
             elif not is_zero(weight):

@@ -30,39 +30,39 @@ from .._math.numerics import (
 from .._math.softmax import Outcomes
 
 
-def log_ratio_of(p: Outcomes, q: Outcomes, known: jax.Array | None = None) -> jax.Array:
-    """`log q - log p`; it is 0 for an outcome that neither model has.
-
-    `known` is its value, if that is known better than as a difference of two rounded
-    logarithms.
-    """
-    if known is not None:
-        return _known_ratio(p.log, q.log, known)
+def log_ratio_of(p: Outcomes, q: Outcomes) -> jax.Array:
+    """`log q - log p`; it is 0 for an outcome that neither model has."""
     absent = (p.log == -jnp.inf) & (q.log == -jnp.inf)
     return zero_unless(~absent, q.log - p.log)
 
 
 @jax.custom_jvp
-def _known_ratio(log_p, log_q, ratio):
-    """`ratio`, which to differentiation is `log_q - log_p`."""
+def known_ratio(log_p, log_q, ratio):
+    """`ratio`, which is known better than as `log_q - log_p`, the difference of two
+    rounded logarithms; to differentiation it is that."""
     del log_p, log_q
     return ratio
 
 
-@_known_ratio.defjvp
+@known_ratio.defjvp
 def _known_ratio_jvp(primals, tangents):
     d_log_p, d_log_q, _ = tangents
-    return _known_ratio(*primals), d_log_q - d_log_p
+    return known_ratio(*primals), d_log_q - d_log_p
 
 
-# The functions below take two models and their `log_ratio`, `log q - log p`.
+def finite(r: jax.Array) -> jax.Array:
+    limit = jnp.finfo(r.dtype).max / 2
+    return jnp.clip(r, -limit, limit)
+
+
+# The functions below take two models and their `log_ratio`, `log q - log p`. The
+# mixtures of Jensen-Shannon and of the skewed divergences want it `finite`.
 
 
 @jax.custom_jvp
 def q_less_p(p: Outcomes, q: Outcomes, log_ratio: jax.Array) -> jax.Array:
     """`q - p`, to the last digits where they are near, and 0 where they are equal."""
-    difference, _ = _near_difference(p, q, log_ratio)
-    return jnp.where(_is_near(log_ratio), difference, q.prob - p.prob)
+    return _difference(p, q, log_ratio)[0]
 
 
 @q_less_p.defjvp
@@ -71,29 +71,24 @@ def _q_less_p_jvp(primals, tangents):
     return q_less_p(*primals), q.prob * d_q.log - p.prob * d_p.log
 
 
-def _near_difference(p, q, r):
-    """`q - p` for a small `r`, and `c = (q - p) / r - (p + q) / 2`.
+def _difference(p, q, r):
+    """`q - p`, and by how much it is more than the first order, `r (p + q) / 2`.
 
     `q - p` is `(p + q) tanh(r / 2)`, whose series is one in r²: it needs half as many
     terms as a series of `e^r`.
     """
-    both = p.prob + q.prob
-    c = both * tanh_excess(r)
-    return (both / 2 + c) * r, c
-
-
-def _is_near(log_ratio):
-    return jnp.abs(log_ratio) < NEAR
+    first = (p.prob + q.prob) * (r / 2)
+    far = q.prob - p.prob
+    near, more = r * r < NEAR**2, first * tanh_excess(r)
+    return jnp.where(near, first + more, far), jnp.where(near, more, far - first)
 
 
 @jax.custom_jvp
 def kl_term(p: Outcomes, q: Outcomes, log_ratio: jax.Array) -> jax.Array:
     """`p (e^r - 1 - r)` with `r = log_ratio`. Its sum is KL(p ‖ q)."""
-    # The product of r and `(q - p) / 2` is positive, and c is small beside the latter.
-    difference, c = _near_difference(p, q, log_ratio)
-    near = (difference / 2 + c) * log_ratio
-    far = q.prob - p.prob - _prob_times(p.prob, log_ratio)
-    return jnp.where(_is_near(log_ratio), near, far)
+    difference, more = _difference(p, q, log_ratio)
+    # What p lacks has no logarithm.
+    return jnp.where(p.prob == 0, q.prob, difference * (log_ratio / 2) + more)
 
 
 @kl_term.defjvp
@@ -105,6 +100,22 @@ def _kl_term_jvp(primals, tangents):
         q_less_p(p, q, log_ratio) * d_q.log - _prob_times(p.prob, log_ratio) * d_p.log
     )
     return kl_term(*primals), slope
+
+
+@jax.custom_jvp
+def reverse_kl_term(p: Outcomes, q: Outcomes, log_ratio: jax.Array) -> jax.Array:
+    """`kl_term(q, p, -log_ratio)`, of the same parts as `kl_term(p, q, log_ratio)`."""
+    difference, more = _difference(p, q, log_ratio)
+    return jnp.where(q.prob == 0, p.prob, difference * (log_ratio / 2) - more)
+
+
+@reverse_kl_term.defjvp
+def _reverse_kl_term_jvp(primals, tangents):
+    (p, q, log_ratio), (d_p, d_q, _) = primals, tangents
+    slope = (
+        _prob_times(q.prob, log_ratio) * d_q.log - q_less_p(p, q, log_ratio) * d_p.log
+    )
+    return reverse_kl_term(*primals), slope
 
 
 def _prob_times(prob: jax.Array, log_ratio: jax.Array) -> jax.Array:
@@ -137,8 +148,8 @@ def _jensen_shannon_term_jvp(beta, weights, primals, tangents):
     # for a common factor, and ∂/∂log q = -b q log(m / q).
     (p, q, log_ratio), (d_p, d_q, _) = primals, tangents
     m_over_p, m_over_q = _log_mixture_ratios(log_ratio, beta)
-    f_p = -weights[0] * (p.prob * m_over_p)
-    f_q = -weights[1] * (q.prob * m_over_q)
+    f_p = p.prob * m_over_p * -weights[0]
+    f_q = q.prob * m_over_q * -weights[1]
     value = jensen_shannon_term(*primals, beta, weights)
     return value, f_p * d_p.log + f_q * d_q.log
 
@@ -176,9 +187,8 @@ def _mixture(p: Outcomes, q: Outcomes, beta: float) -> Outcomes:
 def _log_mixture_ratios(r: jax.Array, beta: float) -> tuple[jax.Array, jax.Array]:
     """`log(m / p)` and `log(m / q)` of `m = β p + (1-β) q`, from `r = log(q / p)`.
 
-    They are finite, so that their product with a probability of 0 is 0.
+    They are finite, as `r` is, so that their product with a probability of 0 is 0.
     """
-    r = _finite(r)
     if beta == 0.5:
         return _halves_ratios(r)
     if not _MODERATE <= beta <= 1 - _MODERATE:
@@ -187,11 +197,6 @@ def _log_mixture_ratios(r: jax.Array, beta: float) -> tuple[jax.Array, jax.Array
     up = r > 0
     gain = jnp.log1p(jnp.where(up, beta, 1 - beta) * jnp.expm1(-jnp.abs(r)))
     return gain + zero_unless(up, r), gain - zero_unless(~up, r)
-
-
-def _finite(r: jax.Array) -> jax.Array:
-    limit = jnp.finfo(r.dtype).max / 2
-    return jnp.clip(r, -limit, limit)
 
 
 _MODERATE = 1 / 16  # the least β and 1-β for which the quick form keeps its digits
@@ -217,29 +222,29 @@ def _log_blend(r: jax.Array, a: float, b: float) -> jax.Array:
 
 # At β = 1/2, we use that `log(m / p) = r / 2 + log cosh(r / 2)`, and that the sum of
 # `p log(p / m)` and `q log(q / m)` is `p + q` times `(r / 2) tanh(r / 2)` less
-# `log cosh(r / 2)`. These are series in r², of few terms even for |r| < 1. Farther away
+# `log cosh(r / 2)`. These are series in r², of few terms for small |r|. Farther away
 # the logarithms themselves do.
-_TANH = tanh_taylor(20)
-_LOG_COSH = Economized([c / (4 * k + 4) for k, c in enumerate(_TANH)], (0, 1), terms=4)
+_TANH, _SMALL = tanh_taylor(20), (0, NEAR**2)
+_LOG_COSH = Economized([c / (4 * k + 4) for k, c in enumerate(_TANH)], _SMALL, terms=3)
 _HALVES_TERM = Economized(
-    [c * (2 * k + 1) / (4 * k + 4) for k, c in enumerate(_TANH)], (0, 1), terms=5
+    [c * (2 * k + 1) / (4 * k + 4) for k, c in enumerate(_TANH)], _SMALL, terms=4
 )
 
 
 def _halves_ratios(r):
-    """`_log_mixture_ratios` at β = 1/2, of a finite `r`."""
-    near, larger = jnp.abs(r) < 1, _halves_over_larger(r)
+    """`_log_mixture_ratios` at β = 1/2."""
+    near, larger = jnp.abs(r) < NEAR, _halves_over_larger(r)
     even, odd = r * r * _LOG_COSH(r * r), r / 2
     m_over_p = jnp.where(near, even + odd, larger + jnp.maximum(r, 0))
     return m_over_p, jnp.where(near, even - odd, larger - jnp.minimum(r, 0))
 
 
-def _halves_term(p, q, log_ratio):
+def _halves_term(p, q, r):
     """`p log(p / m) + q log(q / m)` at β = 1/2."""
-    r, both = _finite(log_ratio), p.prob + q.prob
+    both = p.prob + q.prob
     near = both * (r * r * _HALVES_TERM(r * r))
     far = both * _halves_over_larger(r) + jnp.minimum(p.prob, q.prob) * jnp.abs(r)
-    return jnp.where(jnp.abs(r) < 1, near, -far)
+    return jnp.where(jnp.abs(r) < NEAR, near, -far)
 
 
 def _halves_over_larger(r):

@@ -18,7 +18,13 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._divergence.catalogue import Divergence, evaluate, is_zero, kl_weights
+from .._divergence.catalogue import (
+    Divergence,
+    evaluate,
+    is_bounded,
+    is_zero,
+    kl_weights,
+)
 from .._divergence.parameters import join
 from .._divergence.terms import q_less_p
 from .._math.numerics import weigh, zero_unless
@@ -54,33 +60,28 @@ class Pair(NamedTuple):
         """The shifted logits of the student less those of the teacher, `[B, V]`."""
         return difference_of_shifted(self.teacher, self.student, self.same_temperature)
 
-    def log_ratio(self) -> jax.Array:
-        """`log q - log p`, `[B, V]`, better than as the difference of the two."""
+    def log_ratio(self, divergence: Divergence) -> jax.Array:
+        """`log q - log p`, `[B, V]`, better than as the difference of the two.
+
+        It is infinite in a column that one model lacks, if the divergence may be; and
+        not if it is a KL whose first model lacks the column, which has no part then.
+        """
         of_sums = log_sum_ratio(self.teacher, self.student, self.sums.difference)
         ratio = self.shifted_difference() - of_sums[:, None]
-        absent_p = self.teacher.logits == -jnp.inf
-        absent_q = self.student.logits == -jnp.inf
-        ratio = jnp.where(absent_q, -jnp.inf, ratio)
-        return jnp.where(absent_p, jnp.where(absent_q, 0, jnp.inf), ratio)
-
-    def recomputed_after(self, x: Any) -> tuple["Pair", Any]:
-        """The pair and `x` behind a barrier.
-
-        To the compiler, what is computed from this pair is another computation: it does
-        not keep the results of the first for the second.
-        """
-        # Not the logits, which are in memory.
-        stats = self.teacher.stats, self.student.stats, self.sums
-        (of_teacher, of_student, sums), x = jax.lax.optimization_barrier((stats, x))
-        teacher = self.teacher._replace(stats=of_teacher)
-        student = self.student._replace(stats=of_student)
-        return Pair(teacher, student, sums, self.same_temperature), x
+        if is_bounded(divergence):
+            return ratio
+        forward, reverse = kl_weights(divergence) or (1, 1)
+        if not is_zero(forward):
+            ratio = jnp.where(self.student.logits == -jnp.inf, -jnp.inf, ratio)
+        if not is_zero(reverse):
+            ratio = jnp.where(self.teacher.logits == -jnp.inf, jnp.inf, ratio)
+        return ratio
 
 
 class ComparedColumns(NamedTuple):
     """A divergence, and its gradients of the two models' logits / temperature."""
 
-    divergence: jax.Array  # [B]: the sum over the columns at hand
+    divergence: jax.Array | None  # [B]; None: its sum is known with those of slopes
     d_teacher: jax.Array  # [B, V]
     d_student: jax.Array  # [B, V]
 
@@ -98,69 +99,61 @@ def needs_reverse_sums(divergence: Divergence) -> bool:
     return weights is not None and not is_zero(weights[1])
 
 
-def sum_terms(
+def terms(
     divergence: Divergence,
     p: Outcomes,
     q: Outcomes,
     vocab: Vocabulary,
     log_ratio: jax.Array | None = None,
 ) -> jax.Array:
-    """The divergence of each token, `[B]`, from teacher `p` and student `q`, `[B, V]`:
-    the sum over the columns at hand."""
+    """The terms of teacher `p` and student `q` in the columns at hand, `[B, V]`, whose
+    sum is the divergence."""
     p, q, log_ratio = jax.tree.map(vocab.mask, (p, q, log_ratio))
-    return jnp.sum(vocab.mask(evaluate(divergence, p, q, log_ratio)), axis=-1)
+    return vocab.mask(evaluate(divergence, p, q, log_ratio))
 
 
 def sums_of_slopes(divergence: Divergence, pair: Pair, vocab: Vocabulary) -> PerModel:
     """`SlopeSums` over the columns at hand; None where the gradient needs none."""
-    _, slopes = _slopes(divergence, pair, vocab)
-    sums = PerModel(*(_sum_slopes(*of_model) for of_model in slopes))
-    return sums if kl_weights(divergence) is None else sums._replace(student=None)
+    f, of_teacher, of_student = _slopes(divergence, pair, vocab)
+    is_known = kl_weights(divergence) is not None
+    student = None if is_known else _sum_slopes(*of_student, f)
+    return PerModel(_sum_slopes(*of_teacher), student)
 
 
 def compare_columns(
-    divergence: Divergence,
-    pair: Pair,
-    vocab: Vocabulary,
-    sums: PerModel,
-    *,
-    recompute: bool,
+    divergence: Divergence, pair: Pair, vocab: Vocabulary, sums: PerModel
 ) -> ComparedColumns:
-    """Compares the columns at hand; `sums` are those of all columns.
+    """Compares the columns at hand; `sums` are those of all columns."""
+    f, of_teacher, of_student = _slopes(divergence, pair, vocab)
+    d_teacher = _centred(*of_teacher, sums.teacher)
+    if sums.student is None:
+        value, d_student = jnp.sum(f, axis=-1), _known_gradient(divergence, pair)
+        return ComparedColumns(value, d_teacher, d_student)
+    return ComparedColumns(None, d_teacher, _centred(*of_student, sums.student))
 
-    `recompute` is that of a `Plan`.
-    """
-    value, slopes = _slopes(divergence, pair, vocab)
 
-    def gradient(model):
-        (slope, prob), total = getattr(slopes, model), getattr(sums, model)
-        if recompute:
-            again, total = pair.recomputed_after(total)
-            of_each = _slopes(divergence, again, vocab)[1]
-            slope, prob = getattr(of_each, model)
-        return _centred(slope, prob, total)
+def divergence_of(sums: PerModel, compared: Any) -> jax.Array:
+    """The divergence, from sums over all columns of slopes and of what is compared."""
+    return compared if sums.student is None else sums.student.divergence
 
-    if kl_weights(divergence) is not None:
-        d_student = _known_gradient(divergence, pair)
-    else:
-        d_student = gradient("student")
-    return ComparedColumns(value, gradient("teacher"), d_student)
+
+_Slopes = tuple[jax.Array, jax.Array]  # slopes and probabilities, `[B, V]`
 
 
 def _slopes(
     divergence: Divergence, pair: Pair, vocab: Vocabulary
-) -> tuple[jax.Array, PerModel]:
-    """The divergence, and of each model its slopes and probabilities."""
+) -> tuple[jax.Array, _Slopes, _Slopes]:
+    """The terms, `[B, V]`, and the slopes of the teacher and of the student."""
     p, q = pair.softmaxes()
-    ratio = pair.log_ratio()
+    ratio = pair.log_ratio(divergence)
 
-    def summed(log_p, log_q):
+    def of_logs(log_p, log_q):
         models = Outcomes.known(log_p, p.prob), Outcomes.known(log_q, q.prob)
-        return sum_terms(divergence, *models, vocab, ratio)
+        return terms(divergence, *models, vocab, ratio)
 
-    value, vjp = jax.vjp(summed, p.log, q.log)
-    f_p, f_q = vjp(jnp.ones_like(value))
-    return value, PerModel((f_p, p.prob), (f_q, q.prob))
+    f, vjp = jax.vjp(of_logs, p.log, q.log)
+    f_p, f_q = vjp(jnp.ones_like(f))
+    return f, (f_p, p.prob), (f_q, q.prob)
 
 
 class SlopeSums(NamedTuple):
@@ -169,36 +162,34 @@ class SlopeSums(NamedTuple):
     "Others" are the columns with a probability of at most one half.
     """
 
-    slope: jax.Array
+    slope_of_largest: jax.Array
     slope_of_others: jax.Array
     prob_of_others: jax.Array
+    divergence: jax.Array | None = None  # beside the slopes of the student
 
 
-def _sum_slopes(slope: jax.Array, prob: jax.Array) -> SlopeSums:
-    """The sums of `slope` and `prob`, `[B, V]`, over the columns at hand."""
-    is_other = prob <= 0.5
-    others = zero_unless(is_other, slope), zero_unless(is_other, prob)
-    return SlopeSums(*_sum_rows(slope, *others))
+def _sum_slopes(
+    slope: jax.Array, prob: jax.Array, f: jax.Array | None = None
+) -> SlopeSums:
+    """The sums of these, `[B, V]`, over the columns at hand."""
+    # XLA on GPUs would store a comparison that these sums share.
+    return SlopeSums(
+        jnp.sum(zero_unless(prob > 0.5, slope), axis=-1),
+        jnp.sum(zero_unless(prob <= 0.5, slope), axis=-1),
+        jnp.sum(zero_unless(prob <= 0.5, prob), axis=-1),
+        None if f is None else jnp.sum(f, axis=-1),
+    )
 
 
 def _centred(slope: jax.Array, prob: jax.Array, sums: SlopeSums) -> jax.Array:
     """The gradient by the logits, `slope - prob · Σ slope`, `[B, V]`."""
-    total, slope_of_others, prob_of_others = (x[:, None] for x in sums)
-    of_largest = slope * prob_of_others - prob * slope_of_others
-    return jnp.where(prob > 0.5, of_largest, slope - prob * total)
-
-
-@jax.custom_jvp
-def _sum_rows(*arrays):
-    """The sum of each array over its last axis; XLA on CPU reads them in one pass."""
-    zeros = (jnp.zeros((), arrays[0].dtype),) * len(arrays)
-    add = lambda xs, ys: tuple(x + y for x, y in zip(xs, ys, strict=True))
-    return tuple(jax.lax.reduce(arrays, zeros, add, (arrays[0].ndim - 1,)))
-
-
-@_sum_rows.defjvp
-def _sum_rows_jvp(primals, tangents):
-    return _sum_rows(*primals), tuple(jnp.sum(d, axis=-1) for d in tangents)
+    # What "others" leave is the largest column, if one has more than one half.
+    prob_of_largest = jnp.maximum(1 - sums.prob_of_others, 0.25)
+    of_largest = sums.slope_of_largest / prob_of_largest
+    of_largest = of_largest * sums.prob_of_others - sums.slope_of_others
+    total = sums.slope_of_largest + sums.slope_of_others
+    others = slope - prob * total[:, None]
+    return jnp.where(prob > 0.5, prob * of_largest[:, None], others)
 
 
 def _known_gradient(divergence: Divergence, pair: Pair) -> jax.Array:
@@ -209,7 +200,8 @@ def _known_gradient(divergence: Divergence, pair: Pair) -> jax.Array:
     p, q = pair.softmaxes()
     gradients = []
     if not is_zero(forward):
-        of_forward = q_less_p(p.outcomes, q.outcomes, pair.log_ratio())
+        ratio = pair.log_ratio(divergence)
+        of_forward = q_less_p(p.outcomes, q.outcomes, ratio)
         gradients.append(_weighted(forward, of_forward))
     if not is_zero(reverse):
         gradients.append(_weighted(reverse, _reverse_gradient(pair, q.prob)))
@@ -227,14 +219,14 @@ def _reverse_gradient(pair: Pair, q: jax.Array) -> jax.Array:
     """`q (log q - log p - KL(q ‖ p))`, `[B, V]`; see `row_stats`."""
     reverse, total = pair.sums.reverse, pair.student.stats.total
     assert reverse is not None
-    prob_below, below, mean = (
-        (x / total)[:, None]
-        for x in (reverse.prob_below, reverse.log_ratio_below, reverse.log_ratio)
-    )
-    is_most = q > CERTAIN
-    factor, mean = jnp.where(is_most, prob_below, 1), jnp.where(is_most, below, mean)
-    # Where q is 0, the other factor may be infinite.
-    return zero_unless(q > 0, q * (pair.shifted_difference() * factor - mean))
+    # A certain column is all that is not below the top.
+    of_top = total - reverse.prob_below
+    d_top = reverse.log_ratio - reverse.log_ratio_below
+    d_top = d_top / jnp.where(of_top > 0, of_top, 1)
+    of_certain = (d_top * reverse.prob_below - reverse.log_ratio_below) / total
+    mean = reverse.log_ratio / total
+    others = pair.shifted_difference() - mean[:, None]
+    return q * jnp.where(q > CERTAIN, of_certain[:, None], others)
 
 
 STUDENT, TEACHER = Row("student"), Row("teacher")
@@ -286,10 +278,15 @@ class DenseComparison(Comparison):
         return sums_of_slopes(self.whole_divergence, self.pair(c), c.vocab)
 
     def finish(self, c, combined, *, recompute):
+        if recompute:
+            # To the compiler, what is made of these is another computation: it does not
+            # keep the slopes for it. The logits are in memory, and the teacher's sums
+            # may be unused.
+            sums = c.rows, combined.student
+            rows, of_student = jax.lax.optimization_barrier(sums)
+            c, combined = c._replace(rows=rows), combined._replace(student=of_student)
         pair = self.pair(c)
-        compared = compare_columns(
-            self.whole_divergence, pair, c.vocab, combined, recompute=recompute
-        )
+        compared = compare_columns(self.whole_divergence, pair, c.vocab, combined)
         p, q = pair.softmaxes()
         T, T_teacher = c.temperatures["student"], c.temperatures["teacher"]
         d_t, d_T_teacher = d_logits(self.weight, compared.d_teacher, p, T_teacher)
@@ -302,5 +299,5 @@ class DenseComparison(Comparison):
         return TermResult(compared.divergence, gradients, p.lse + q.lse)
 
     def value(self, of_all, combined, sums):
-        del of_all, combined
-        return sums
+        del of_all
+        return divergence_of(combined, sums)

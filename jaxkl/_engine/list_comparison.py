@@ -26,6 +26,7 @@ from .._source.sparse_teacher import ListSource
 from .comparison import (
     compare_columns,
     Comparison,
+    divergence_of,
     needs_reverse_sums,
     Pair,
     sums_of_slopes,
@@ -168,11 +169,12 @@ def _compare_rows(divergence: Divergence, log_p: jax.Array, z: jax.Array):
     sums = PairSums.of(p, q, same_temperature=True, reverse=reverse)
     pair, columns = Pair(p, q, sums, True), Vocabulary.whole(z.shape[-1])
     slopes = sums_of_slopes(divergence, pair, columns)
-    compared = compare_columns(divergence, pair, columns, slopes, recompute=False)
-    of_kl = compared
+    compared = compare_columns(divergence, pair, columns, slopes)
+    value = kl = divergence_of(slopes, compared.divergence)
     if type(divergence) is not ForwardKL:
-        of_kl = compare_columns(ForwardKL(), pair, columns, slopes, recompute=False)
-    value, kl = compared.divergence, of_kl.divergence
+        of_kl = slopes._replace(student=None)
+        compared_by_kl = compare_columns(ForwardKL(), pair, columns, of_kl)
+        kl = divergence_of(of_kl, compared_by_kl.divergence)
     return value, kl, *pair.softmaxes(), compared.d_student
 
 

@@ -19,7 +19,7 @@ from .._math.softmax import entropy
 from .._math.vocabulary import Vocabulary
 from .._source.sparse_teacher import ListSource
 from .._util.compat import zeros
-from .comparison import Comparison, PerModel, sum_terms
+from .comparison import Comparison, PerModel, terms
 from .list_comparison import (
     compare_list,
     ListComparison,
@@ -201,7 +201,7 @@ class DenseMetrics(Metrics):
         del combined
         p, q = (c.model(row).softmax() for row in self._rows(c))
         return ColumnSums(
-            sum_terms(ForwardKL(), p.outcomes, q.outcomes, c.vocab),
+            jnp.sum(terms(ForwardKL(), p.outcomes, q.outcomes, c.vocab), axis=-1),
             entropy(q.outcomes),
             entropy(p.outcomes),
             PerModel(*(Top.of(c.logits[x], c.vocab) for x in ("teacher", "student"))),

@@ -22,6 +22,7 @@ rounds in one fusion and not in another, or may have been made again.
 
 import abc
 import dataclasses
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._math.numerics import near_part, tanh_excess
+from .._math.numerics import near_part, tanh_excess, zero_unless
 from .._math.softmax import finite_max, Model, SoftmaxStats
 from .._math.vocabulary import Vocabulary
 
@@ -158,15 +159,14 @@ def _over(temperature: jax.Array | None, x: jax.Array) -> jax.Array:
 
 # A probability above which a column is certainly the only one near the maximum.
 CERTAIN = 0.75
-TOP, _HUGE = 0.25, 1e30
+TOP, _EXP_TOP = 0.25, math.exp(-0.25)
 
 
 class Below(Statistic):
     """`Σ' e^z`: the sum below the top."""
 
     def of(self, c):
-        z = c.model(self.row).shifted()
-        return jnp.sum(_below_top(z) * jnp.exp(z), axis=-1)
+        return jnp.sum(_below_top(jnp.exp(c.model(self.row).shifted())), axis=-1)
 
     def rescaled(self, x, sums, moves):
         move = moves[self.row]
@@ -220,6 +220,10 @@ class ReverseSums(NamedTuple):
     log_ratio_below: jax.Array
 
 
+# Columns of which the roundings of a difference of exponentials add up to nothing.
+_MANY = 1024
+
+
 class PairSums(NamedTuple):
     """What a teacher `p` and a student `q` have together, `[B]` each."""
 
@@ -231,14 +235,23 @@ class PairSums(NamedTuple):
         cls, p: Model, q: Model, *, same_temperature: bool, reverse: bool
     ) -> "PairSums":
         u, z = p.shifted(), q.shifted()
-        d = difference_of_shifted(p, q, same_temperature)
-        difference = jnp.sum(_exp_difference(u, z, d), axis=-1)
+        exp_z, exp_u = jnp.exp(z), jnp.exp(u)
+        d, over_temperature = _undivided_difference(p, q, same_temperature)
+        if z.shape[-1] >= _MANY:
+            less = exp_z - exp_u
+        else:
+            less = _exp_difference(u, z, over_temperature(d))
+        difference = jnp.sum(less, axis=-1)
         if not reverse:
             return cls(difference, None)
-        exp_z = jnp.exp(z)
-        below = _below_top(z) * exp_z
-        sums = (jnp.sum(x, axis=-1) for x in (exp_z * d, below, below * d))
-        return cls(difference, ReverseSums(*sums))
+        # XLA on GPUs would store a comparison that both sums below the top share.
+        below, d_below = _below_top(exp_z), zero_unless(z < -TOP, exp_z * d)
+        reverse_sums = ReverseSums(
+            log_ratio=over_temperature(jnp.sum(exp_z * d, axis=-1)),
+            prob_below=jnp.sum(below, axis=-1),
+            log_ratio_below=over_temperature(jnp.sum(d_below, axis=-1)),
+        )
+        return cls(difference, reverse_sums)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,29 +303,34 @@ def log_sum_ratio(p: Model, q: Model, difference: jax.Array) -> jax.Array:
 
 def difference_of_shifted(p: Model, q: Model, same_temperature: bool) -> jax.Array:
     """`z - u`, the shifted logits of `q` less those of `p`."""
+    d, over_temperature = _undivided_difference(p, q, same_temperature)
+    return over_temperature(d)
+
+
+def _undivided_difference(p: Model, q: Model, same_temperature: bool):
+    """`z - u` but for a temperature, and what divides it, or its sums, by that."""
     if same_temperature:
         # The differences are exact where the logits are near.
         difference = q.stats.less_max(q.logits) - p.stats.less_max(p.logits)
-        return q.stats.over_temperature(difference)
+        return difference, q.stats.over_temperature
     # A compiler fuses the difference of two quotients so that it rounds one and not
     # the other, and equal models would differ. It does not fuse through a maximum.
     u, z = p.shifted(), q.shifted()
     lowest = jnp.finfo(u.dtype).min
-    return jnp.maximum(z, lowest) - jnp.maximum(u, lowest)
+    return jnp.maximum(z, lowest) - jnp.maximum(u, lowest), lambda x: x
 
 
 def _exp_difference(u: jax.Array, z: jax.Array, z_less_u: jax.Array) -> jax.Array:
     """`e^z - e^u`, to the last digits where they are near."""
     near, r = near_part(z_less_u)
     exp_u, exp_z = jnp.exp(u), jnp.exp(z)
-    series = (exp_z + exp_u) * ((0.5 + tanh_excess(r)) * r)
+    series = (exp_z + exp_u) * ((1 + tanh_excess(r)) * (r / 2))
     return jnp.where(near, series, exp_z - exp_u)
 
 
-def _below_top(z: jax.Array) -> jax.Array:
-    """1 for columns with `z < -1/4`, else 0."""
-    # XLA on CPU fuses a minimum with a sum, but not a select.
-    return jax.lax.stop_gradient(jnp.clip((-TOP - z) * _HUGE, 0, 1))
+def _below_top(exp_z: jax.Array) -> jax.Array:
+    """`e^z` of columns with `z < -1/4`, else 0."""
+    return zero_unless(exp_z < _EXP_TOP, exp_z)
 
 
 def _sum_without_top(so_far: jax.Array, below: jax.Array, move: jax.Array) -> jax.Array:

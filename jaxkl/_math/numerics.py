@@ -88,10 +88,10 @@ def tanh_taylor(terms: int) -> list[float]:
     return c
 
 
-_TANH_EXCESS = Economized(tanh_taylor(12)[1:], (0, NEAR**2), terms=3)
+_TANH_EXCESS = Economized([2 * c for c in tanh_taylor(12)[1:]], (0, NEAR**2), terms=3)
 
 
 def tanh_excess(r: jax.Array) -> jax.Array:
-    """`tanh(r / 2) / r - 1 / 2`, such that `(1 / 2 + tanh_excess(r)) r` is right to the
-    last bits for `|r| < NEAR`."""
+    """`tanh(r / 2) / (r / 2) - 1`, such that `(1 + tanh_excess(r)) r / 2` is right to
+    the last bits for `|r| < NEAR`."""
     return r * r * _TANH_EXCESS(r * r)
