@@ -172,10 +172,11 @@ def _sum_slopes(
     slope: jax.Array, prob: jax.Array, f: jax.Array | None = None
 ) -> SlopeSums:
     """The sums of these, `[B, V]`, over the columns at hand."""
-    # XLA on GPUs would store a comparison that these sums share.
+    # Another comparison than below: XLA on GPUs would store one that they share.
+    largest = zero_unless(prob > 0.5, slope)
     return SlopeSums(
-        jnp.sum(zero_unless(prob > 0.5, slope), axis=-1),
-        jnp.sum(zero_unless(prob <= 0.5, slope), axis=-1),
+        jnp.sum(largest, axis=-1),
+        jnp.sum(slope - largest, axis=-1),
         jnp.sum(zero_unless(prob <= 0.5, prob), axis=-1),
         None if f is None else jnp.sum(f, axis=-1),
     )
