@@ -18,6 +18,7 @@ from .cases import (
     each,
     evaluate,
     FORWARD,
+    over,
     over_kinds,
     over_sources,
     rarely,
@@ -232,3 +233,13 @@ def test_a_teacher_is_a_constant(rng, divergence, reference, own, reduction):
     assert_close(grads["student"], expected.student, 1e-5)
     for name in arguments:
         assert_gradient(name, grads[name], expected, 1e-5)
+
+
+@pytest.mark.parametrize("vocab", [7, 1100])
+@over("reverse", "js", slow=["forward", "total_variation"])
+def test_a_temperature_that_both_models_have(rng, divergence, reference, vocab):
+    """It divides sums; those of many columns are made in another way."""
+    s, t = (jnp.float32(rng.normal(size=(5, vocab))) for _ in range(2))
+    weights = dict(weights=jnp.float32(rng.uniform(0.5, 2, size=5)))
+    pair = divergence, reference
+    assert_matches(s, t, pair, temperature=jnp.float32(2.5), cotangent=1.5, **weights)
