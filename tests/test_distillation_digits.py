@@ -243,3 +243,21 @@ def test_alpha_that_hardly_differs_from_its_limit(rng, alpha):
     s, t = jnp.float32(rng.normal(size=(2, 3, 7)))
     mine = jaxkl.AlphaDivergence(alpha), oracle.reverse_kl
     assert_matches(s, t, mine, reduction="none", cotangent=jnp.float32([1.5, 1, -2]))
+
+
+@pytest.mark.parametrize("lacked", [-80, *rarely(-20, -40)])
+@over("forward", "reverse", slow=["js", "skew_forward", "skew_reverse"])
+def test_a_column_that_one_model_nearly_lacks(rng, divergence, reference, lacked):
+    """Its term is the probability of the other: no product with the ratio cancels."""
+    near = rng.normal(size=(200, 5)).astype(np.float32)
+    other = near + np.float32(0.05) * rng.normal(size=near.shape).astype(np.float32)
+    other[:, 0] = lacked
+    for s, t in ((near, other), (other, near)):
+        loss = lambda s, t: jaxkl.distillation_loss(
+            s, t, divergence=divergence, reduction="none"
+        )
+        expected = oracle.distillation_loss(
+            s, t, divergence=reference, reduction="none"
+        )
+        found = jax.jit(loss)(s, t)
+        np.testing.assert_allclose(found, expected.loss, rtol=DIGITS["float32"])

@@ -62,7 +62,8 @@ def finite(r: jax.Array) -> jax.Array:
 @jax.custom_jvp
 def q_less_p(p: Outcomes, q: Outcomes, log_ratio: jax.Array) -> jax.Array:
     """`q - p`, to the last digits where they are near, and 0 where they are equal."""
-    return _difference(p, q, log_ratio)[0]
+    near, difference, _, far = _differences(p, q, log_ratio)
+    return jnp.where(near, difference, far)
 
 
 @q_less_p.defjvp
@@ -71,24 +72,25 @@ def _q_less_p_jvp(primals, tangents):
     return q_less_p(*primals), q.prob * d_q.log - p.prob * d_p.log
 
 
-def _difference(p, q, r):
-    """`q - p`, and by how much it is more than the first order, `r (p + q) / 2`.
+def _differences(p, q, r):
+    """Whether `r` is small; `q - p` there, and by how much it is more than the first
+    order, `r (p + q) / 2`; and `q - p` elsewhere.
 
     `q - p` is `(p + q) tanh(r / 2)`, whose series is one in r²: it needs half as many
     terms as a series of `e^r`.
     """
     first = (p.prob + q.prob) * (r / 2)
-    far = q.prob - p.prob
-    near, more = r * r < NEAR**2, first * tanh_excess(r)
-    return jnp.where(near, first + more, far), jnp.where(near, more, far - first)
+    more = first * tanh_excess(r)
+    return r * r < NEAR**2, first + more, more, q.prob - p.prob
 
 
 @jax.custom_jvp
 def kl_term(p: Outcomes, q: Outcomes, log_ratio: jax.Array) -> jax.Array:
     """`p (e^r - 1 - r)` with `r = log_ratio`. Its sum is KL(p ‖ q)."""
-    difference, more = _difference(p, q, log_ratio)
+    near, difference, more, far = _differences(p, q, log_ratio)
+    slope, rest = jnp.where(near, difference, -2 * p.prob), jnp.where(near, more, far)
     # What p lacks has no logarithm.
-    return jnp.where(p.prob == 0, q.prob, difference * (log_ratio / 2) + more)
+    return jnp.where(p.prob == 0, q.prob, slope * (log_ratio / 2) + rest)
 
 
 @kl_term.defjvp
@@ -105,8 +107,9 @@ def _kl_term_jvp(primals, tangents):
 @jax.custom_jvp
 def reverse_kl_term(p: Outcomes, q: Outcomes, log_ratio: jax.Array) -> jax.Array:
     """`kl_term(q, p, -log_ratio)`, of the same parts as `kl_term(p, q, log_ratio)`."""
-    difference, more = _difference(p, q, log_ratio)
-    return jnp.where(q.prob == 0, p.prob, difference * (log_ratio / 2) - more)
+    near, difference, more, far = _differences(p, q, log_ratio)
+    slope, rest = jnp.where(near, difference, 2 * q.prob), jnp.where(near, more, far)
+    return jnp.where(q.prob == 0, p.prob, slope * (log_ratio / 2) - rest)
 
 
 @reverse_kl_term.defjvp
